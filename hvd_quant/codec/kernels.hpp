@@ -1,0 +1,378 @@
+// The codec's loops. native.cpp includes this file once per instruction set, each time inside another
+// namespace and under another target, so there is no include guard. Plain loops over fixed-size blocks,
+// written to be vectorised by the compiler: no intrinsics, and the same bits on every instruction set.
+//
+// Values are handled in chunks of kChunk, which stay in the first-level cache. Chunks and buckets need not
+// start together: a chunk is cut into segments that each lie in one bucket.
+
+// --- input and output types -----------------------------------------------------------------------------
+
+inline float bits_to_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline std::uint32_t float_to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float load(const float* x) { return *x; }
+inline float load(const double* x) { return static_cast<float>(*x); }
+inline float load(const BFloat16* x) { return bits_to_float(std::uint32_t{x->bits} << 16); }
+
+inline float load(const Float16* x) {
+  // Move exponent and mantissa to float's places, then correct the exponent: Inf and NaN need the larger
+  // offset, and subnormals are renormalised by a float subtraction.
+  constexpr std::uint32_t kExponent = 0x7c00u << 13;
+  constexpr std::uint32_t kRebias = (127u - 15u) << 23;
+  const std::uint32_t magnitude = (x->bits & 0x7fffu) << 13;
+  const std::uint32_t exponent = magnitude & kExponent;
+  const std::uint32_t rebiased = magnitude + kRebias + (exponent == kExponent ? kRebias : 0u);
+  const float subnormal = bits_to_float(rebiased + (1u << 23)) - bits_to_float(113u << 23);
+  const std::uint32_t unsigned_bits = exponent == 0 ? float_to_bits(subnormal) : rebiased;
+  return bits_to_float(unsigned_bits | (x->bits & 0x8000u) << 16);
+}
+
+inline void store(float* out, float value) { *out = value; }
+inline void store(double* out, float value) { *out = static_cast<double>(value); }
+
+inline void store(BFloat16* out, float value) {  // to nearest, ties to even
+  const std::uint32_t bits = float_to_bits(value);
+  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const std::uint32_t nan = bits >> 16 | 0x40u;
+  out->bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+inline void store(Float16* out, float value) {  // to nearest, ties to even
+  const std::uint32_t bits = float_to_bits(value);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  const std::uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // Adding 0.5 leaves a subnormal half's mantissa, correctly rounded, in the low bits of the sum.
+  const std::uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const std::uint32_t finite = magnitude < 113u << 23 ? subnormal : normal;
+  const std::uint32_t half = magnitude >= 143u << 23 ? special : finite;
+  out->bits = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u));
+}
+
+// --- bucket norms ---------------------------------------------------------------------------------------
+
+// Largest magnitude. Compared as integers: their order is that of the floats, with NaN above everything.
+template <class T>
+float max_norm(const T* x, std::uint64_t n) {
+  std::uint32_t largest = 0;
+  for (std::uint64_t i = 0; i < n; ++i) {
+    const std::uint32_t magnitude = float_to_bits(load(x + i)) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return bits_to_float(largest);
+}
+
+// Euclidean norm in double precision, where a float's square is exact and neither overflows nor vanishes.
+// A fixed number of partial sums makes the result independent of the vector width. It is never below the
+// largest magnitude, because every step of it is monotone.
+template <class T>
+float l2_norm(const T* x, std::uint64_t n) {
+  constexpr std::uint64_t kLanes = 32;
+  double sums[kLanes] = {};
+  const std::uint64_t whole = n - n % kLanes;
+  for (std::uint64_t i = 0; i < whole; i += kLanes) {
+    for (std::uint64_t j = 0; j < kLanes; ++j) {
+      const double value = load(x + i + j);
+      sums[j] += value * value;
+    }
+  }
+  for (std::uint64_t i = whole; i < n; ++i) {
+    const double value = load(x + i);
+    sums[i - whole] += value * value;
+  }
+  for (std::uint64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (std::uint64_t j = 0; j < width; ++j) sums[j] += sums[j + width];
+  }
+  return static_cast<float>(std::sqrt(sums[0]));
+}
+
+struct Bucket {
+  float norm;      // as sent: NaN where the bucket holds a non-finite value
+  float prescale;  // a power of two that lifts tiny buckets out of the subnormals
+  float scale;     // to fixed point; 0 where all codes are 0
+};
+
+template <class T>
+Bucket measure(const T* x, std::uint64_t n, Norm kind, std::int32_t levels) {
+  Bucket bucket{kind == Norm::kMax ? max_norm(x, n) : l2_norm(x, n), 1.0f, 0.0f};
+  if (!(bucket.norm < std::numeric_limits<float>::infinity())) {
+    bucket.norm = std::numeric_limits<float>::quiet_NaN();
+    return bucket;
+  }
+  if (bucket.norm == 0.0f) return bucket;
+  if (bucket.norm < kTinyNorm) bucket.prescale = kTinyPrescale;
+  // The largest scale with |x| * scale <= levels * 2^kFractionBits for all |x| <= norm, as floats multiply.
+  const float norm = bucket.norm * bucket.prescale;
+  const float top = static_cast<float>(levels) * static_cast<float>(1 << kFractionBits);
+  bucket.scale = top / norm;
+  while (norm * bucket.scale > top) bucket.scale = std::nextafter(bucket.scale, 0.0f);
+  return bucket;
+}
+
+// --- stochastic rounding --------------------------------------------------------------------------------
+
+// kFractionBits random bits a value, a pure function of (seed, chunk, place in the chunk). One 32-bit hash
+// serves two values, the second with its halves exchanged: both are uniform, and independent down to 2^-16.
+inline void fill_noise(std::int32_t* noise, std::uint64_t seed, std::uint64_t chunk) {
+  const std::uint64_t key = mix64(seed ^ mix64(chunk + 0x9e3779b97f4a7c15u));
+  const auto key_low = static_cast<std::uint32_t>(key);
+  const auto key_high = static_cast<std::uint32_t>(key >> 32);
+  for (std::uint32_t i = 0; i < kChunk / 2; ++i) {
+    std::uint32_t hash = i * 0x9e3779b1u + key_low;
+    hash = (hash ^ hash >> 16) * 0x21f0aaadu;
+    hash = ((hash ^ hash >> 15) + key_high) * 0x735a2d97u;
+    hash ^= hash >> 15;
+    noise[i] = static_cast<std::int32_t>(hash >> (32 - kFractionBits));
+    noise[i + kChunk / 2] = static_cast<std::int32_t>((hash << 16 | hash >> 16) >> (32 - kFractionBits));
+  }
+}
+
+// The value in units of one level, with kFractionBits fraction bits, plus as many random bits, floored.
+template <class T>
+void quantize(const T* x, std::uint64_t n, const Bucket& bucket, const std::int32_t* noise,
+              std::int8_t* codes) {
+  if (bucket.scale == 0.0f) {
+    std::memset(codes, 0, n);
+  } else if (bucket.prescale == 1.0f) {
+    const float scale = bucket.scale;
+    for (std::uint64_t i = 0; i < n; ++i) {
+      const auto fixed = static_cast<std::int32_t>(load(x + i) * scale);
+      codes[i] = static_cast<std::int8_t>((fixed + noise[i]) >> kFractionBits);
+    }
+  } else {
+    for (std::uint64_t i = 0; i < n; ++i) {
+      const auto fixed = static_cast<std::int32_t>(load(x + i) * bucket.prescale * bucket.scale);
+      codes[i] = static_cast<std::int8_t>((fixed + noise[i]) >> kFractionBits);
+    }
+  }
+}
+
+// --- dense packing --------------------------------------------------------------------------------------
+
+// Value i takes bits [i * kBits, (i + 1) * kBits) of the codes, least significant first, so eight values are
+// kBits bytes. In a 64-bit word of eight codes, neighbours are drawn together, or apart, in three steps.
+
+constexpr std::uint64_t field_mask(int bits, int stride) {
+  std::uint64_t mask = 0;
+  for (int at = 0; at < 64; at += stride) mask |= (~std::uint64_t{0} >> (64 - bits)) << at;
+  return mask;
+}
+
+template <int kBits>
+std::uint64_t fold(std::uint64_t word) {
+  constexpr int kGap = 8 - kBits;
+  word &= field_mask(kBits, 8);
+  word = (word | word >> kGap) & field_mask(2 * kBits, 16);
+  word = (word | word >> 2 * kGap) & field_mask(4 * kBits, 32);
+  return (word | word >> 4 * kGap) & field_mask(8 * kBits, 64);
+}
+
+template <int kBits>
+std::uint64_t unfold(std::uint64_t word) {
+  constexpr int kGap = 8 - kBits;
+  word = (word | word << 4 * kGap) & field_mask(4 * kBits, 32);
+  word = (word | word << 2 * kGap) & field_mask(2 * kBits, 16);
+  return (word | word << kGap) & field_mask(kBits, 8);
+}
+
+// Integer with the width of eight codes, where there is one: lets the compiler narrow whole vectors.
+template <int kBits>
+struct Octet {
+  using type = void;
+};
+template <>
+struct Octet<2> {
+  using type = std::uint16_t;
+};
+template <>
+struct Octet<4> {
+  using type = std::uint32_t;
+};
+
+// codes holds n codes and is padded to a multiple of 8; n codes take size = ceil(n * kBits / 8) bytes.
+template <int kBits>
+void pack(const std::int8_t* codes, std::uint64_t n, std::uint8_t* packed) {
+  const std::uint64_t size = packed_size(n, kBits);
+  if constexpr (kBits == 8) {
+    std::memcpy(packed, codes, size);
+  } else {
+    using Narrow = typename Octet<kBits>::type;
+    const std::uint64_t octets = n / 8;
+    std::uint64_t done = 0;
+    if constexpr (!std::is_void_v<Narrow>) {
+      for (; done < octets; ++done) {
+        std::uint64_t word;
+        std::memcpy(&word, codes + 8 * done, 8);
+        const auto narrow = static_cast<Narrow>(fold<kBits>(word));
+        std::memcpy(packed + kBits * done, &narrow, kBits);
+      }
+    } else {
+      // Each store writes 8 bytes, of which the next one overwrites the last 8 - kBits.
+      std::uint64_t words[kChunk / 8];
+      for (std::uint64_t i = 0; i < octets; ++i) {
+        std::uint64_t word;
+        std::memcpy(&word, codes + 8 * i, 8);
+        words[i] = fold<kBits>(word);
+      }
+      for (; done < octets && kBits * done + 8 <= size; ++done) {
+        std::memcpy(packed + kBits * done, &words[done], 8);
+      }
+    }
+    for (; kBits * done < size; ++done) {  // the last, perhaps incomplete, groups
+      std::uint64_t word = 0;
+      std::memcpy(&word, codes + 8 * done, std::min<std::uint64_t>(8, n - 8 * done));
+      word = fold<kBits>(word);
+      std::memcpy(packed + kBits * done, &word, std::min<std::uint64_t>(kBits, size - kBits * done));
+    }
+  }
+}
+
+// codes has room for n codes, rounded up to a multiple of 8. Codes are two's complement.
+template <int kBits>
+void unpack(const std::uint8_t* packed, std::uint64_t n, std::int8_t* codes) {
+  const std::uint64_t size = packed_size(n, kBits);
+  if constexpr (kBits == 8) {
+    std::memcpy(codes, packed, size);
+  } else {
+    using Narrow = typename Octet<kBits>::type;
+    std::uint64_t done = 0;
+    if constexpr (!std::is_void_v<Narrow>) {
+      for (; done < n / 8; ++done) {
+        Narrow narrow;
+        std::memcpy(&narrow, packed + kBits * done, kBits);
+        const std::uint64_t word = unfold<kBits>(narrow);
+        std::memcpy(codes + 8 * done, &word, 8);
+      }
+    } else {
+      std::uint64_t words[kChunk / 8];
+      std::uint64_t whole = 0;
+      for (; kBits * whole + 8 <= size; ++whole) std::memcpy(&words[whole], packed + kBits * whole, 8);
+      for (; done < whole; ++done) {
+        const std::uint64_t word = unfold<kBits>(words[done] & field_mask(8 * kBits, 64));
+        std::memcpy(codes + 8 * done, &word, 8);
+      }
+    }
+    for (; kBits * done < size; ++done) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, packed + kBits * done, std::min<std::uint64_t>(kBits, size - kBits * done));
+      word = unfold<kBits>(word);
+      std::memcpy(codes + 8 * done, &word, 8);
+    }
+    constexpr int kSign = 1 << (kBits - 1);
+    for (std::uint64_t i = 0; i < n; ++i) codes[i] = static_cast<std::int8_t>((codes[i] ^ kSign) - kSign);
+  }
+}
+
+// --- checksum -------------------------------------------------------------------------------------------
+
+// Sum of (2 i + 1) * w_i mod 2^32 over the 32-bit words w_i, the last one padded with zeros; word 0 of these
+// bytes is word `first` of the payload. Odd weights: no flipped bit goes unnoticed.
+inline std::uint32_t checksum(const std::uint8_t* bytes, std::uint64_t size, std::uint64_t first) {
+  const auto weight = static_cast<std::uint32_t>(2 * first + 1);
+  const std::uint64_t words = size / 4;
+  std::uint32_t sum = 0;
+  for (std::uint32_t i = 0; i < words; ++i) {
+    std::uint32_t word;
+    std::memcpy(&word, bytes + 4 * std::uint64_t{i}, 4);
+    sum += (weight + 2 * i) * word;
+  }
+  if (size % 4 != 0) {
+    std::uint32_t word = 0;
+    std::memcpy(&word, bytes + 4 * words, size % 4);
+    sum += (weight + 2 * static_cast<std::uint32_t>(words)) * word;
+  }
+  return sum;
+}
+
+// --- encode ---------------------------------------------------------------------------------------------
+
+// Encodes the values [begin, end), begin being a multiple of kChunk, and returns their share of the
+// checksum. A bucket that begins before `begin` is measured again; its norm is written by its owner alone.
+template <class T, int kBits>
+std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64_t end) {
+  const T* x = static_cast<const T*>(job.values);
+  constexpr std::int32_t kLevels = (1 << (kBits - 1)) - 1;
+  const Layout& layout = job.layout;
+  alignas(64) std::int32_t noise[kChunk];
+  alignas(64) std::int8_t codes[kChunk];
+  std::uint32_t sum = 0;
+  Bucket bucket{};
+  std::uint64_t bucket_end = begin;  // of the bucket measured last
+  for (std::uint64_t at = begin; at < end; at += kChunk) {
+    const std::uint64_t n = std::min(kChunk, end - at);
+    fill_noise(noise, job.seed, at / kChunk);
+    for (std::uint64_t i = 0; i < n;) {
+      if (at + i == bucket_end) {
+        const std::uint64_t index = bucket_end / layout.bucket_size;
+        const std::uint64_t start = index * layout.bucket_size;
+        bucket_end = start + std::min(layout.bucket_size, layout.count - start);
+        bucket = measure(x + start, bucket_end - start, job.norm, kLevels);
+        if (start >= begin) {
+          std::memcpy(job.body + 4 * index, &bucket.norm, 4);
+          sum += static_cast<std::uint32_t>(2 * (job.first_word + index) + 1) * float_to_bits(bucket.norm);
+        }
+      }
+      const std::uint64_t m = std::min(n - i, bucket_end - (at + i));
+      quantize(x + at + i, m, bucket, noise + i, codes + i);
+      i += m;
+    }
+    std::uint8_t* packed = job.body + layout.codes_offset() + at / 8 * kBits;
+    pack<kBits>(codes, n, packed);
+    sum += checksum(packed, packed_size(n, kBits),
+                    job.first_word + (layout.codes_offset() + at / 8 * kBits) / 4);
+  }
+  return sum;
+}
+
+// --- decode ---------------------------------------------------------------------------------------------
+
+// out[i] = weight * (sum over the payloads of their value i), for i in [begin, end), begin being a multiple
+// of kChunk. sums[k] grows by this range's share of payload k's checksum.
+template <class T, int kBits>
+void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, std::uint32_t* sums) {
+  T* out = static_cast<T*>(job.out);
+  constexpr float kLevels = (1 << (kBits - 1)) - 1;
+  const Layout& layout = job.layout;
+  alignas(64) std::int8_t codes[kChunk];
+  alignas(64) float total[kChunk];
+  for (std::uint64_t at = begin; at < end; at += kChunk) {
+    const std::uint64_t n = std::min(kChunk, end - at);
+    const std::uint64_t codes_at = layout.codes_offset() + at / 8 * kBits;
+    for (std::size_t k = 0; k < job.bodies.size(); ++k) {
+      const std::uint8_t* body = job.bodies[k];
+      sums[k] += checksum(body + codes_at, packed_size(n, kBits), job.first_word + codes_at / 4);
+      unpack<kBits>(body + codes_at, n, codes);
+      for (std::uint64_t i = 0; i < n;) {
+        const std::uint64_t index = (at + i) / layout.bucket_size;
+        const std::uint64_t start = index * layout.bucket_size;
+        const std::uint64_t m = std::min(n - i, layout.bucket_size - (at + i - start));
+        float norm;
+        std::memcpy(&norm, body + 4 * index, 4);
+        if (start >= begin && start == at + i) {
+          sums[k] += static_cast<std::uint32_t>(2 * (job.first_word + index) + 1) * float_to_bits(norm);
+        }
+        const bool tiny = std::fabs(norm) < kTinyNorm;
+        const float step = (tiny ? norm * kTinyPrescale : norm) / kLevels;
+        const float unscale = tiny ? 1.0f / kTinyPrescale : 1.0f;
+        const std::int8_t* q = codes + i;
+        float* sum = total + i;
+        if (k == 0) {
+          for (std::uint64_t j = 0; j < m; ++j) sum[j] = static_cast<float>(q[j]) * step * unscale;
+        } else {
+          for (std::uint64_t j = 0; j < m; ++j) sum[j] += static_cast<float>(q[j]) * step * unscale;
+        }
+        i += m;
+      }
+    }
+    for (std::uint64_t i = 0; i < n; ++i) store(out + at + i, total[i] * job.weight);
+  }
+}

@@ -1,0 +1,324 @@
+// The CPU codec: numbers <-> the body of a payload (norms and codes). Headers are wire.py's.
+//
+// The loops live in kernels.hpp, compiled once per instruction set and chosen when the module is loaded.
+// Nothing here trusts its arguments: every size is checked against the buffers before a byte is touched.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the wire format is little-endian, and this codec copies words as they are"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// --- what every instruction set shares ------------------------------------------------------------------
+
+constexpr std::uint64_t kChunk = 2048;  // values; see kernels.hpp
+constexpr int kFractionBits = 24;       // of a level, in stochastic rounding
+constexpr float kTinyNorm = 0x1p-90f;   // below it, values are scaled by kTinyPrescale
+constexpr float kTinyPrescale = 0x1p60f;
+constexpr int kMinBits = 2;
+constexpr int kMaxBits = 8;
+
+enum class Norm { kMax, kL2 };
+
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+constexpr std::uint64_t packed_size(std::uint64_t n, int bits) {
+  const auto b = static_cast<std::uint64_t>(bits);
+  return n / 8 * b + (n % 8 * b + 7) / 8;
+}
+
+struct Layout {
+  std::uint64_t count;
+  std::uint64_t bucket_size;
+  int bits;
+
+  std::uint64_t buckets() const { return count / bucket_size + (count % bucket_size != 0); }
+  std::uint64_t codes_offset() const { return 4 * buckets(); }
+  std::uint64_t used_size() const { return codes_offset() + packed_size(count, bits); }
+  std::uint64_t body_size() const { return (used_size() + 7) / 8 * 8; }
+};
+
+struct Encoding {
+  const void* values;
+  Layout layout;
+  Norm norm;
+  std::uint64_t seed;
+  std::uint64_t first_word;
+  std::uint8_t* body;
+};
+
+struct Decoding {
+  std::vector<const std::uint8_t*> bodies;
+  Layout layout;
+  float weight;
+  std::uint64_t first_word;
+  void* out;
+};
+
+constexpr std::uint64_t mix64(std::uint64_t x) {  // the finalizer of splitmix64
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+// --- one copy of the loops per instruction set ----------------------------------------------------------
+
+namespace portable {
+#include "kernels.hpp"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HVD_QUANT_X86 1
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,fma,f16c")
+namespace avx2 {
+#include "kernels.hpp"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,bmi,bmi2,fma,f16c,prefer-vector-width=512")
+namespace avx512 {
+#include "kernels.hpp"
+}
+#pragma GCC pop_options
+#elif defined(__x86_64__) && defined(__clang__)
+#define HVD_QUANT_X86 1
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,fma,f16c"))), apply_to = function)
+namespace avx2 {
+#include "kernels.hpp"
+}
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,bmi,bmi2,fma,f16c"))), \
+    apply_to = function)
+namespace avx512 {
+#include "kernels.hpp"
+}
+#pragma clang attribute pop
+#endif
+
+// --- choice of dtype, bits and instruction set ----------------------------------------------------------
+
+using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint64_t);
+using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std::uint32_t*);
+
+constexpr int kBitWidths = kMaxBits - kMinBits + 1;
+const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
+constexpr std::array<std::size_t, 4> kItemSizes = {4, 8, 2, 2};
+
+struct Kernels {
+  const char* name;
+  bool supported;
+  EncodeRange encode[kDtypes.size()][kBitWidths];
+  DecodeRange decode[kDtypes.size()][kBitWidths];
+};
+
+#define HVD_QUANT_ROW(isa, fn, T) \
+  { isa::fn<T, 2>, isa::fn<T, 3>, isa::fn<T, 4>, isa::fn<T, 5>, isa::fn<T, 6>, isa::fn<T, 7>, isa::fn<T, 8> }
+#define HVD_QUANT_TABLE(isa, fn)                                       \
+  {                                                                    \
+    HVD_QUANT_ROW(isa, fn, float), HVD_QUANT_ROW(isa, fn, double),     \
+        HVD_QUANT_ROW(isa, fn, Float16), HVD_QUANT_ROW(isa, fn, BFloat16) \
+  }
+#define HVD_QUANT_KERNELS(isa, supported) \
+  { #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range) }
+
+// Best last.
+const std::vector<Kernels>& all_kernels() {
+  static const std::vector<Kernels> kernels = {
+      HVD_QUANT_KERNELS(portable, true),
+#ifdef HVD_QUANT_X86
+      HVD_QUANT_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+                                  __builtin_cpu_supports("fma")),
+      HVD_QUANT_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                    __builtin_cpu_supports("avx512dq") &&
+                                    __builtin_cpu_supports("avx512vl") &&
+                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2")),
+#endif
+  };
+  return kernels;
+}
+
+const Kernels* chosen = nullptr;  // changed only under the GIL
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels& kernels : all_kernels()) {
+    if (kernels.supported) names.emplace_back(kernels.name);
+  }
+  return names;
+}
+
+void choose_isa(const std::string& name) {
+  for (const Kernels& kernels : all_kernels()) {
+    if (kernels.supported && (name.empty() || name == kernels.name)) chosen = &kernels;
+  }
+  if (!name.empty() && name != chosen->name) {
+    std::string names;
+    for (const std::string& one : available_isas()) names += (names.empty() ? "" : ", ") + one;
+    throw py::value_error("no instruction set '" + name + "' on this machine; available: " + names);
+  }
+}
+
+// --- checks ---------------------------------------------------------------------------------------------
+
+std::size_t dtype_index(const std::string& dtype) {
+  const auto found = std::find(kDtypes.begin(), kDtypes.end(), dtype);
+  if (found == kDtypes.end()) throw py::value_error("unsupported dtype '" + dtype + "'");
+  return static_cast<std::size_t>(found - kDtypes.begin());
+}
+
+std::uint8_t* contiguous_bytes(const py::array& array, std::size_t item_size, bool writable, const char* what) {
+  if (array.ndim() != 1 || !(array.flags() & py::array::c_style)) {
+    throw py::value_error(std::string(what) + " must be a contiguous one-dimensional array");
+  }
+  if (static_cast<std::size_t>(array.itemsize()) != item_size) {
+    throw py::value_error(std::string(what) + " has items of the wrong size");
+  }
+  if (writable && !array.writeable()) throw py::value_error(std::string(what) + " is read-only");
+  // The array may be read-only where writable is false; nobody writes through the pointer then.
+  return static_cast<std::uint8_t*>(const_cast<void*>(array.data()));
+}
+
+Layout checked_layout(std::uint64_t count, std::uint64_t bucket_size, int bits) {
+  if (bits < kMinBits || bits > kMaxBits) throw py::value_error("bits must be 2 to 8");
+  if (bucket_size == 0) throw py::value_error("bucket_size must be positive");
+  // No real buffer is that large; below it, no size computed from count overflows.
+  if (count > std::numeric_limits<std::uint64_t>::max() / 16) throw py::value_error("count is too large");
+  return Layout{count, bucket_size, bits};
+}
+
+// --- work, on one thread or several ---------------------------------------------------------------------
+
+// Calls work(part, begin, end) for `threads` parts of [0, count) that begin at multiples of kChunk.
+template <class Work>
+void in_parts(std::uint64_t count, std::size_t threads, const Work& work) {
+  const std::uint64_t chunks = (count + kChunk - 1) / kChunk;
+  const std::uint64_t part = (chunks + threads - 1) / threads * kChunk;
+  std::vector<std::thread> others;
+  for (std::size_t i = 1; i < threads && i * part < count; ++i) {
+    const std::uint64_t begin = i * part;
+    const std::uint64_t end = std::min(count, begin + part);
+    try {
+      others.emplace_back(work, i, begin, end);
+    } catch (const std::system_error&) {  // no thread to be had: do it here
+      work(i, begin, end);
+    }
+  }
+  work(0, std::uint64_t{0}, std::min(count, part));
+  for (std::thread& other : others) other.join();
+}
+
+std::size_t thread_count(std::int64_t asked, std::uint64_t count) {
+  constexpr std::uint64_t kWorthwhile = 1 << 16;  // values a thread; fewer cost more to start than to do
+  const std::uint64_t useful = std::max<std::uint64_t>(1, count / kWorthwhile);
+  return static_cast<std::size_t>(std::clamp<std::int64_t>(asked, 1, static_cast<std::int64_t>(
+                                      std::min<std::uint64_t>(useful, 256))));
+}
+
+std::uint32_t encode(const py::array& values, const std::string& dtype, int bits, const std::string& norm,
+                     std::uint64_t bucket_size, std::uint64_t seed, std::uint64_t first_word,
+                     const py::array& body, std::int64_t threads) {
+  const std::size_t type = dtype_index(dtype);
+  const auto count = static_cast<std::uint64_t>(values.size());
+  const Layout layout = checked_layout(count, bucket_size, bits);
+  if (norm != "max" && norm != "l2") throw py::value_error("norm must be 'max' or 'l2'");
+  Encoding job{contiguous_bytes(values, kItemSizes[type], false, "values"),
+               layout,
+               norm == "max" ? Norm::kMax : Norm::kL2,
+               seed,
+               first_word,
+               contiguous_bytes(body, 1, true, "body")};
+  if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) {
+    throw py::value_error("body has the wrong size");
+  }
+  std::memset(job.body + layout.used_size(), 0, layout.body_size() - layout.used_size());
+  const EncodeRange range = chosen->encode[type][bits - kMinBits];
+  const std::size_t parts = thread_count(threads, count);
+  std::vector<std::uint32_t> sums(parts, 0);
+  {
+    py::gil_scoped_release release;
+    in_parts(count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+      sums[part] = range(job, begin, end);
+    });
+  }
+  std::uint32_t sum = 0;
+  for (const std::uint32_t one : sums) sum += one;
+  return sum;
+}
+
+std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std::uint64_t bucket_size, int bits,
+                                      float weight, std::uint64_t first_word, const py::array& out,
+                                      const std::string& dtype, std::int64_t threads) {
+  const std::size_t type = dtype_index(dtype);
+  const auto count = static_cast<std::uint64_t>(out.size());
+  const Layout layout = checked_layout(count, bucket_size, bits);
+  if (bodies.empty()) throw py::value_error("no payloads to decode");
+  Decoding job{{}, layout, weight, first_word, contiguous_bytes(out, kItemSizes[type], true, "out")};
+  for (const py::array& body : bodies) {
+    job.bodies.push_back(contiguous_bytes(body, 1, false, "body"));
+    if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) {
+      throw py::value_error("body has the wrong size");
+    }
+  }
+  const DecodeRange range = chosen->decode[type][bits - kMinBits];
+  const std::size_t parts = thread_count(threads, count);
+  std::vector<std::vector<std::uint32_t>> sums(parts, std::vector<std::uint32_t>(bodies.size(), 0));
+  {
+    py::gil_scoped_release release;
+    in_parts(count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+      range(job, begin, end, sums[part].data());
+    });
+  }
+  for (std::size_t part = 1; part < parts; ++part) {
+    for (std::size_t k = 0; k < bodies.size(); ++k) sums[0][k] += sums[part][k];
+  }
+  // What encode leaves zero must be zero, or the payload was not made by an encoder.
+  for (std::size_t k = 0; k < bodies.size(); ++k) {
+    for (std::uint64_t i = layout.used_size(); i < layout.body_size(); ++i) {
+      if (job.bodies[k][i] != 0) throw py::value_error("payload is damaged: its padding is not zero");
+    }
+  }
+  return sums[0];
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "CPU codec of hvd_quant; see hvd_quant.codec.native for the checked interface.";
+  const char* wanted = std::getenv("HVD_QUANT_ISA");
+  choose_isa(wanted == nullptr ? "" : wanted);
+  module.def("isa", [] { return std::string(chosen->name); });
+  module.def("available_isas", &available_isas);
+  module.def("choose_isa", &choose_isa, py::arg("name"));
+  module.def("encode", &encode, py::arg("values"), py::arg("dtype"), py::arg("bits"), py::arg("norm"),
+             py::arg("bucket_size"), py::arg("seed"), py::arg("first_word"), py::arg("body"),
+             py::arg("threads"));
+  module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
+             py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+}

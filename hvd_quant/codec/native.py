@@ -1,0 +1,98 @@
+"""The native codec on NumPy arrays: payloads made and read by the C++ kernels of native.cpp."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from hvd_quant import wire
+from hvd_quant.codec import _native
+from hvd_quant.schemes import QSGD
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def threads() -> int:
+    """Threads a call may use: ``HVD_QUANT_THREADS``, by default 1, because ranks share the cores.
+
+    Raises:
+        ValueError: the variable is set to something other than a positive integer.
+    """
+    text = os.environ.get("HVD_QUANT_THREADS", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"HVD_QUANT_THREADS must be a positive integer, not {text!r}")
+    return int(text)
+
+
+def encode(values: np.ndarray, scheme: QSGD, seed: int, dtype: str | None = None) -> np.ndarray:
+    """Encode a contiguous one-dimensional array.
+
+    Args:
+        values: one of `DTYPES`; bfloat16, which NumPy lacks, as its 16-bit patterns with ``dtype`` given.
+        scheme: how.
+        seed: of the rounding noise, 0 to 2^64 - 1. The same input, scheme and seed give the same payload
+            on every machine.
+        dtype: what the items of ``values`` are, where their own dtype does not say it.
+
+    Returns:
+        The payload, uint8 of shape (payload_size,).
+    """
+    payload = np.empty(wire.payload_size(scheme, values.size), np.uint8)
+    checksum = _native.encode(
+        values,
+        dtype=dtype or values.dtype.name,
+        bits=scheme.bits,
+        norm=scheme.norm,
+        bucket_size=scheme.bucket_size,
+        seed=seed,
+        first_word=wire.FIRST_BODY_WORD,
+        body=payload[wire.HEADER_SIZE :],
+        threads=threads(),
+    )
+    header = wire.pack_header(scheme, values.size, checksum)
+    payload[: wire.HEADER_SIZE] = np.frombuffer(header, np.uint8)
+    return payload
+
+
+def decode_mean(
+    payloads: Sequence[np.ndarray],
+    out: np.ndarray | None = None,
+    *,
+    dtype: str | None = None,
+    factor: float = 1.0,
+) -> np.ndarray:
+    """Decode n payloads of the same scheme and count into ``factor`` times their mean, in one pass.
+
+    Args:
+        payloads: contiguous one-dimensional uint8 arrays.
+        out: where to; a contiguous one-dimensional array of one of `DTYPES`. By default a new float32 one.
+        dtype: what the items of ``out`` are, where their own dtype does not say it.
+        factor: multiplies the mean.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: a payload is damaged (``out`` then holds nothing of use), or they differ.
+    """
+    headers = [wire.parse_header(payload[: wire.HEADER_SIZE], payload.size) for payload in payloads]
+    header = wire.common_header(headers)
+    if out is None:
+        out = np.empty(header.count, np.float32)
+    elif out.size != header.count:
+        raise ValueError(f"the payloads hold {header.count} values, but there is room for {out.size}")
+    checksums = _native.decode_sum(
+        [payload[wire.HEADER_SIZE :] for payload in payloads],
+        bucket_size=header.scheme.bucket_size,
+        bits=header.scheme.bits,
+        weight=factor / len(payloads),
+        first_word=wire.FIRST_BODY_WORD,
+        out=out,
+        dtype=dtype or out.dtype.name,
+        threads=threads(),
+    )
+    for one, checksum in zip(headers, checksums, strict=True):
+        wire.check_body(one, checksum)
+    return out

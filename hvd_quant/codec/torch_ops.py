@@ -1,0 +1,171 @@
+"""The codec in plain torch operations, for tensors on any device.
+
+Payloads are those of the native codec, and decode to the same bits; only the noise of the rounding comes
+from another generator, torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hvd_quant import wire
+from hvd_quant.schemes import QSGD
+
+# See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
+TINY_NORM = 2.0**-90
+TINY_PRESCALE = 2.0**60
+
+
+def encode(values: torch.Tensor, scheme: QSGD, seed: int) -> torch.Tensor:
+    """Encode a one-dimensional floating-point tensor into a payload on its device.
+
+    Args:
+        values: float32, float64, float16 or bfloat16, of shape (d,).
+        scheme: how.
+        seed: of torch's generator on that device.
+
+    Returns:
+        The payload, uint8 of shape (payload_size,).
+    """
+    count = values.numel()
+    payload = torch.zeros(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
+    if count:
+        norms, codes = _quantize(values, scheme, seed)
+        codes_at = wire.HEADER_SIZE + wire.norms_size(scheme, count)
+        payload[wire.HEADER_SIZE : codes_at] = norms.view(torch.uint8)
+        codes_end = codes_at + wire.codes_size(scheme, count)
+        payload[codes_at:codes_end] = _pack(codes, scheme.bits)[: codes_end - codes_at]
+    _write_header(payload, scheme, count)
+    return payload
+
+
+def decode_mean(
+    payloads: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32, factor: float = 1.0
+) -> torch.Tensor:
+    """Decode n payloads of the same scheme and count into ``factor`` times their mean.
+
+    Returns:
+        A tensor of shape (count,) and of ``dtype``, on the payloads' device.
+
+    Raises:
+        ValueError: a payload is damaged, or they differ.
+    """
+    headers = []
+    for payload in payloads:
+        head = payload[: wire.HEADER_SIZE].cpu().numpy().tobytes()
+        header = wire.parse_header(head, payload.numel())
+        wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
+        headers.append(header)
+    header = wire.common_header(headers)
+    total = _dequantize(payloads[0], header)
+    for payload in payloads[1:]:
+        total += _dequantize(payload, header)
+    # As the native codec: the weight is rounded to float32 before it multiplies.
+    weight = torch.tensor(factor / len(payloads), dtype=torch.float32, device=total.device)
+    return total.mul_(weight).to(dtype)
+
+
+def _quantize(values: torch.Tensor, scheme: QSGD, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms (float32, one a bucket) and codes (int8, one a value of the filled-up last bucket too)."""
+    fill = -values.numel() % min(scheme.bucket_size, values.numel())
+    x = values.to(torch.float32)
+    if fill:
+        x = torch.nn.functional.pad(x, (0, fill))
+    x = x.view(-1, min(scheme.bucket_size, values.numel()))
+    if scheme.norm == "max":
+        norms = torch.linalg.vector_norm(x, float("inf"), dim=1)
+    else:
+        norms = torch.linalg.vector_norm(x, 2, dim=1, dtype=torch.float64).to(torch.float32)
+    norms = torch.where(norms < float("inf"), norms, float("nan"))
+    prescale = torch.where(norms < TINY_NORM, TINY_PRESCALE, 1.0)
+    # An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
+    scale = torch.nan_to_num(scheme.steps / torch.where(norms > 0, norms * prescale, 1.0), nan=0.0)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.rand(x.shape, generator=generator, device=x.device)
+    scaled = x * (prescale.unsqueeze(1))
+    scaled *= scale.unsqueeze(1)
+    scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # what a non-finite bucket leaves
+    floor = scaled.floor()
+    floor += noise < scaled.sub_(floor)
+    codes = floor.clamp_(-scheme.steps, scheme.steps).to(torch.int8)
+    return norms, codes.view(-1)[: values.numel()]
+
+
+def _dequantize(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
+    scheme, count = header.scheme, header.count
+    if count == 0:
+        return torch.zeros(0, dtype=torch.float32, device=payload.device)
+    codes_at = wire.HEADER_SIZE + wire.norms_size(scheme, count)
+    norms = _words(payload[wire.HEADER_SIZE : codes_at], torch.float32)
+    codes_end = codes_at + wire.codes_size(scheme, count)
+    codes = _unpack(payload[codes_at:codes_end], scheme.bits, count)
+    tiny = norms.abs() < TINY_NORM
+    steps = torch.where(tiny, norms * TINY_PRESCALE, norms) / scheme.steps
+    unscale = torch.where(tiny, 1.0 / TINY_PRESCALE, 1.0)
+    bucket_size = min(scheme.bucket_size, count)
+    values = torch.nn.functional.pad(codes.to(torch.float32), (0, -count % bucket_size)).view(-1, bucket_size)
+    values *= steps.unsqueeze(1)
+    values *= unscale.unsqueeze(1)
+    return values.view(-1)[:count]
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Eight codes into ``bits`` bytes, value i in bits [i * bits, (i + 1) * bits)."""
+    if bits == 8:
+        return codes.view(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(torch.uint8)
+    fields = codes.bitwise_and_(2**bits - 1)
+    if 8 % bits == 0:
+        fields = fields.view(-1, 8 // bits)
+        packed = fields[:, 0].clone()
+        for place in range(1, 8 // bits):
+            packed |= fields[:, place] << (bits * place)
+        return packed
+    fields = fields.view(-1, 8)
+    word = fields[:, 0].to(torch.int64)
+    for place in range(1, 8):
+        word |= fields[:, place].to(torch.int64) << (bits * place)
+    return word.unsqueeze(1).view(torch.uint8)[:, :bits].reshape(-1)
+
+
+def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `_pack`: ``count`` codes, int8."""
+    if bits == 8:
+        return packed.view(torch.int8)
+    mask, sign = 2**bits - 1, 2 ** (bits - 1)
+    if 8 % bits == 0:
+        fields = torch.stack([packed >> (bits * place) & mask for place in range(8 // bits)], dim=1)
+    else:
+        octets = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
+        word = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64)
+        fields = torch.cat([word >> (bits * place) & mask for place in range(8)], dim=1).to(torch.uint8)
+    return ((fields.view(-1)[:count] ^ sign) - sign).view(torch.int8)
+
+
+def _words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes as words of ``dtype``; copied where they are not aligned."""
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype)
+
+
+def _checksum(data: torch.Tensor, first_word: int) -> torch.Tensor:
+    """The sum of (2 i + 1) * word i, an int64 scalar to be taken mod 2^32."""
+    words = _words(data, torch.int32)
+    weights = torch.arange(
+        2 * first_word + 1, 2 * (first_word + words.numel()) + 1, 2, dtype=torch.int64, device=data.device
+    )
+    return (weights * words).sum() & 0xFFFFFFFF
+
+
+def _write_header(payload: torch.Tensor, scheme: QSGD, count: int) -> None:
+    """Fill in the header. The checksum is known on the device alone, so it is added there."""
+    header = torch.frombuffer(bytearray(wire.pack_header(scheme, count, 0)), dtype=torch.int32)
+    words = payload.view(torch.int32)
+    words[: wire.FIRST_BODY_WORD] = header.to(payload.device, non_blocking=True)
+    total = words[wire.CHECKSUM_WORD].to(torch.int64) + _checksum(
+        payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD
+    )
+    words[wire.CHECKSUM_WORD] = ((total + 2**31) & 0xFFFFFFFF) - 2**31

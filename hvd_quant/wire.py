@@ -1,0 +1,131 @@
+"""The payload's layout: a 32-byte header, then norms, codes and padding. docs/wire-format.md is its text.
+
+Only this module knows the header. The codec's backends fill and read what follows it, the body.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from hvd_quant.schemes import CODINGS, NORMS, QSGD
+
+MAGIC = b"HVDQ"
+VERSION = 1
+HEADER_SIZE = 32
+ALIGNMENT = 8  # of the payload's size, so that payloads laid end to end stay aligned
+
+# Positions of 32-bit words in the payload, for the checksum.
+CHECKSUM_WORD = 3
+FIRST_BODY_WORD = HEADER_SIZE // 4
+
+_SCHEMES = {1: QSGD}
+_SCHEME_IDS = {scheme: number for number, scheme in _SCHEMES.items()}
+
+# magic, version, scheme, bits, norm, coding, 3 reserved bytes, checksum, bucket size, count
+_HEADER = struct.Struct("<4sBBBBB3sIQQ")
+_WORDS = struct.Struct("<8I")
+_RESERVED = bytes(3)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a payload says of itself, and the checksum that its body must have."""
+
+    scheme: QSGD
+    count: int
+    body_checksum: int
+
+
+def norms_size(scheme: QSGD, count: int) -> int:
+    """Bytes of the norms of ``count`` values: a float32 a bucket."""
+    return 4 * -(-count // scheme.bucket_size)
+
+
+def codes_size(scheme: QSGD, count: int) -> int:
+    """Bytes of the codes of ``count`` values, padding excluded."""
+    return -(-count * scheme.bits // 8)
+
+
+def payload_size(scheme: QSGD, count: int) -> int:
+    """Bytes of the whole payload of ``count`` values; a function of its arguments alone."""
+    size = HEADER_SIZE + norms_size(scheme, count) + codes_size(scheme, count)
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _header_checksum(header: bytes) -> int:
+    words = _WORDS.unpack(header)
+    return sum((2 * i + 1) * word for i, word in enumerate(words) if i != CHECKSUM_WORD) % 2**32
+
+
+def pack_header(scheme: QSGD, count: int, body_checksum: int) -> bytes:
+    """The header of a payload whose body has that checksum."""
+
+    def header(checksum: int) -> bytes:
+        return _HEADER.pack(
+            MAGIC,
+            VERSION,
+            _SCHEME_IDS[type(scheme)],
+            scheme.bits,
+            NORMS.index(scheme.norm),
+            CODINGS.index(scheme.coding),
+            _RESERVED,
+            checksum,
+            scheme.bucket_size,
+            count,
+        )
+
+    return header((_header_checksum(header(0)) + body_checksum) % 2**32)
+
+
+def parse_header(header: bytes, size: int) -> Header:
+    """Read the first bytes of a payload of ``size`` bytes, and check everything but the body's checksum.
+
+    Raises:
+        ValueError: this is no payload of a known version, or its size is not the one its header implies.
+    """
+    if size < HEADER_SIZE:
+        raise ValueError(f"payload is damaged: {size} bytes are fewer than its header's {HEADER_SIZE}")
+    header = bytes(header[:HEADER_SIZE])
+    magic, version, number, bits, norm, coding, reserved, checksum, bucket_size, count = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ValueError(f"not a payload of hvd_quant: it begins with {magic!r} instead of {MAGIC!r}")
+    if version != VERSION:
+        raise ValueError(f"payload has version {version}; this hvd_quant reads version {VERSION}")
+    if number not in _SCHEMES or norm >= len(NORMS) or coding >= len(CODINGS) or reserved != _RESERVED:
+        raise ValueError("payload is damaged: its header holds undefined values")
+    try:
+        scheme = _SCHEMES[number](bits=bits, norm=NORMS[norm], bucket_size=bucket_size, coding=CODINGS[coding])
+    except ValueError as error:
+        raise ValueError(f"payload is damaged: {error}") from None
+    expected = payload_size(scheme, count)
+    if size != expected:
+        raise ValueError(f"payload is damaged: it has {size} bytes, but its {count} values take {expected}")
+    return Header(scheme, count, (checksum - _header_checksum(header)) % 2**32)
+
+
+def check_body(header: Header, body_checksum: int) -> None:
+    """Compare the checksum of the bytes that came with the header's.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if header.body_checksum != body_checksum % 2**32:
+        raise ValueError("payload is damaged: its checksum does not match its bytes")
+
+
+def common_header(headers: list[Header]) -> Header:
+    """The header that payloads to be averaged share.
+
+    Raises:
+        ValueError: there is none, or two payloads differ in scheme or count.
+    """
+    if not headers:
+        raise ValueError("no payloads to decode")
+    for number, other in enumerate(headers):
+        if (other.scheme, other.count) != (headers[0].scheme, headers[0].count):
+            raise ValueError(
+                f"payloads differ: number 0 holds {headers[0].count} values of {headers[0].scheme}, "
+                f"number {number} holds {other.count} of {other.scheme}"
+            )
+    return headers[0]

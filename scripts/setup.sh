@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# From a fresh Debian or Ubuntu machine to a working .venv/ at the repository's root:
+# system packages, torch, Horovod built from source, hvd_quant. Safe to run again: what is done is skipped.
+#
+# Environment:
+#   PYTHON                    interpreter for the virtual environment   (default: python3)
+#   HVD_QUANT_TORCH_VERSION   torch release                             (default: 2.13.0)
+#   HVD_QUANT_TORCH_INDEX     where CPU builds of torch come from if pip's own indexes have none
+#   HOROVOD_*, MAKEFLAGS      passed on to Horovod's build
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+python=${PYTHON:-python3}
+torch_version=${HVD_QUANT_TORCH_VERSION:-2.13.0}
+torch_index=${HVD_QUANT_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+horovod_version=0.28.1
+venv=$root/.venv
+stamps=$venv/.hvd_quant
+logs=$root/build/logs
+mkdir -p "$logs"
+unset PYTHONHOME PYTHONPATH  # another environment's packages must not leak into ours
+
+# --- reporting ------------------------------------------------------------------------------------------
+
+say() { printf '%s\n' "$*"; }
+
+fail() {
+  printf 'setup: %s\n' "$*" >&2
+  exit 1
+}
+
+# step NAME COMMAND...: run the command with its output in NAME.log, showing that time passes.
+step() {
+  local name=$1 log=$logs/$1.log begin=$SECONDS pid status=0
+  shift
+  "$@" >"$log" 2>&1 </dev/null &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    if [ -t 1 ]; then
+      printf '\r  %-18s %4ds  %s\033[K' "$name" $((SECONDS - begin)) "$(tail -n 1 "$log" | tr -d '\r' | cut -c1-60)"
+      sleep 0.5
+    else
+      sleep 0.2
+    fi
+  done
+  wait "$pid" || status=$?
+  [ -t 1 ] && printf '\r\033[K'
+  if [ "$status" -ne 0 ]; then
+    printf -- '--- last lines of %s\n' "$log" >&2
+    tail -n 25 "$log" >&2
+    fail "step '$name' failed (exit status $status); full log: $log"
+  fi
+  printf '  %-18s %4ds\n' "$name" $((SECONDS - begin))
+}
+
+# once NAME KEY COMMAND...: a step that is skipped while NAME was last finished with the same KEY.
+once() {
+  local name=$1 key=$2
+  shift 2
+  if [ "$(cat "$stamps/$name" 2>/dev/null || true)" != "$key" ]; then
+    rm -f "$stamps/$name"
+    step "$name" "$@"
+    printf '%s' "$key" >"$stamps/$name"
+  fi
+}
+
+# --- system packages ------------------------------------------------------------------------------------
+
+# What is needed is looked for itself, not by package name: it may have come from anywhere.
+missing_packages() {
+  command -v g++ >/dev/null || echo g++
+  command -v make >/dev/null || echo make
+  command -v cmake >/dev/null || echo cmake
+  command -v mpicxx >/dev/null || echo libopenmpi-dev
+  command -v mpirun >/dev/null || echo openmpi-bin
+  command -v ssh >/dev/null || echo openssh-client # Open MPI complains without one, on one host too
+  if command -v "$python" >/dev/null; then
+    "$python" -c 'import sys, sysconfig, os
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || echo python3-dev
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+  else
+    echo python3 python3-dev python3-venv
+  fi
+  [ -e /usr/share/datasets/fashion-mnist ] || echo dataset-fashion-mnist
+}
+
+install_system_packages() {
+  local missing sudo=()
+  missing=$(missing_packages | tr '\n' ' ')
+  [ -n "$missing" ] || return 0
+  say "missing system packages: $missing"
+  if ! command -v apt-get >/dev/null; then
+    fail "this machine has no apt-get; install what these Debian packages hold, then run again: $missing"
+  fi
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null && sudo -v || fail "not root, and no sudo. As root: apt-get install $missing"
+    sudo=(sudo)
+  fi
+  step apt-update "${sudo[@]}" apt-get update
+  # The data set is the examples' alone: where the distribution lacks it, everything else still works.
+  if [[ $missing == *dataset-fashion-mnist* ]] && ! apt-cache show dataset-fashion-mnist >/dev/null 2>&1; then
+    missing=${missing/dataset-fashion-mnist/}
+    say "  note: no package dataset-fashion-mnist here; the examples take --data-dir"
+  fi
+  # shellcheck disable=SC2086  # a list of package names
+  [ -z "${missing// /}" ] || step apt-install "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y --no-install-recommends $missing
+}
+
+# --- Python packages ------------------------------------------------------------------------------------
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+make_venv() {
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+  mkdir -p "$stamps"
+  pip install 'setuptools<81' wheel packaging pybind11
+}
+
+install_torch() {
+  if has_gpu || [ "$(uname -m)" != x86_64 ]; then
+    pip install "torch==$torch_version" numpy
+  else
+    # The plain x86-64 package brings several GB of CUDA; the CPU build is a local version of the same.
+    pip install "torch==$torch_version+cpu" numpy ||
+      pip install "torch==$torch_version+cpu" numpy --extra-index-url "$torch_index"
+  fi
+}
+
+build_horovod() {
+  local source=$root/build/horovod-$horovod_version
+  rm -rf "$source"
+  mkdir -p "$root/build"
+  pip download --no-deps --no-binary :all: --no-build-isolation -d "$root/build" "horovod==$horovod_version"
+  tar -xzf "$root/build/horovod-$horovod_version.tar.gz" -C "$root/build"
+  "$venv/bin/python" scripts/patch_horovod.py "$source"
+  if has_gpu && command -v nvcc >/dev/null && { ldconfig -p | grep -q libnccl || [ -n "${HOROVOD_NCCL_HOME:-}" ]; }; then
+    export HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-NCCL}
+  fi
+  pip install cloudpickle psutil pyyaml cffi
+  # CMake 4 refuses the third-party projects' old minimum versions unless told otherwise.
+  (
+    export PATH="$venv/bin:$PATH" CMAKE_POLICY_VERSION_MINIMUM=3.5
+    export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+    export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
+    cd "$source"
+    pip wheel --no-deps --no-build-isolation -w "$root/build/wheels" .
+  )
+  pip install --force-reinstall --no-deps "$root/build/wheels/horovod-$horovod_version"*.whl
+  rm -rf "$source"
+}
+
+install_hvd_quant() {
+  HVD_QUANT_WERROR=1 pip install --no-build-isolation --editable '.[cli,plot,test]'
+}
+
+# --- the steps ------------------------------------------------------------------------------------------
+
+say "hvd_quant: setting up $venv (logs in $logs)"
+install_system_packages
+
+[ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null && [ -d "$stamps" ] || step venv make_venv
+
+once torch "$torch_version $(has_gpu && echo gpu || echo cpu)" install_torch
+once horovod "$horovod_version torch-$(cat "$stamps/torch") $(cksum <scripts/patch_horovod.py)" build_horovod
+once hvd_quant "$(cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum)" install_hvd_quant
+
+"$venv/bin/python" - <<'PYTHON'
+import platform
+
+import horovod
+import horovod.torch as hvd
+import torch
+
+import hvd_quant
+
+controllers = ", ".join(name for name, built in (("MPI", hvd.mpi_built()), ("Gloo", hvd.gloo_built())) if built)
+gpu = "NCCL" if hvd.nccl_built() else "none"
+print(f"ready: Python {platform.python_version()}, torch {torch.__version__}, ", end="")
+print(f"Horovod {horovod.__version__} (controllers: {controllers}; GPU operations: {gpu}), ", end="")
+print(f"hvd_quant {hvd_quant.__version__} (codec: {hvd_quant.native_isa()})")
+PYTHON
