@@ -58,16 +58,65 @@ inline void store(Float16* out, float value) {  // to nearest, ties to even
   out->bits = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u));
 }
 
+// --- moving data ----------------------------------------------------------------------------------------
+
+// Values are read twice, for the norm and for the codes, in blocks of kBlock. Each reading fetches half a
+// block that lies kAhead values further on, so that memory is never waited for and never idle.
+constexpr std::uint64_t kBlock = 128;
+constexpr std::uint64_t kAhead = 768;
+enum class Half { kFirst, kSecond };
+
+template <class T>
+inline void fetch_ahead(const T* x, Half half) {
+  constexpr std::uintptr_t kBytes = kBlock * sizeof(T) / 2;
+  // An integer, because the address may lie beyond the array: fetching there does nothing.
+  const std::uintptr_t start =
+      reinterpret_cast<std::uintptr_t>(x) + kAhead * sizeof(T) + (half == Half::kFirst ? 0 : kBytes);
+  for (std::uintptr_t at = 0; at < kBytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(start + at));
+  }
+}
+
+// Copies to memory that will not be read soon, past the caches where the processor can: an ordinary store
+// would first read what it overwrites.
+inline void stream_out(void* out, const void* data, std::size_t size) {
+#if defined(__x86_64__)
+  if (reinterpret_cast<std::uintptr_t>(out) % 16 == 0) {
+    const std::size_t whole = size / 16 * 16;
+    for (std::size_t i = 0; i < whole; i += 16) {
+      __m128i block;
+      std::memcpy(&block, static_cast<const char*>(data) + i, 16);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(out) + i), block);
+    }
+    std::memcpy(static_cast<char*>(out) + whole, static_cast<const char*>(data) + whole, size - whole);
+    return;
+  }
+#endif
+  std::memcpy(out, data, size);
+}
+
+inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();  // streamed stores are ordered by nothing else
+#endif
+}
+
 // --- bucket norms ---------------------------------------------------------------------------------------
 
 // Largest magnitude. Compared as integers: their order is that of the floats, with NaN above everything.
 template <class T>
 float max_norm(const T* x, std::uint64_t n) {
   std::uint32_t largest = 0;
-  for (std::uint64_t i = 0; i < n; ++i) {
+  const auto take = [&](std::uint64_t i) {
     const std::uint32_t magnitude = float_to_bits(load(x + i)) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
+  };
+  const std::uint64_t whole = n - n % kBlock;
+  for (std::uint64_t i = 0; i < whole; i += kBlock) {
+    fetch_ahead(x + i, Half::kFirst);
+    for (std::uint64_t j = i; j < i + kBlock; ++j) take(j);
   }
+  for (std::uint64_t i = whole; i < n; ++i) take(i);
   return bits_to_float(largest);
 }
 
@@ -80,6 +129,7 @@ float l2_norm(const T* x, std::uint64_t n) {
   double sums[kLanes] = {};
   const std::uint64_t whole = n - n % kLanes;
   for (std::uint64_t i = 0; i < whole; i += kLanes) {
+    if (i % kBlock == 0) fetch_ahead(x + i, Half::kFirst);
     for (std::uint64_t j = 0; j < kLanes; ++j) {
       const double value = load(x + i + j);
       sums[j] += value * value;
@@ -126,33 +176,38 @@ inline void fill_noise(std::int32_t* noise, std::uint64_t seed, std::uint64_t ch
   const std::uint64_t key = mix64(seed ^ mix64(chunk + 0x9e3779b97f4a7c15u));
   const auto key_low = static_cast<std::uint32_t>(key);
   const auto key_high = static_cast<std::uint32_t>(key >> 32);
+  constexpr std::int32_t kMask = (1 << kFractionBits) - 1;
   for (std::uint32_t i = 0; i < kChunk / 2; ++i) {
-    std::uint32_t hash = i * 0x9e3779b1u + key_low;
+    std::uint32_t hash = kWeyl[i] + key_low;
     hash = (hash ^ hash >> 16) * 0x21f0aaadu;
     hash = ((hash ^ hash >> 15) + key_high) * 0x735a2d97u;
     hash ^= hash >> 15;
-    noise[i] = static_cast<std::int32_t>(hash >> (32 - kFractionBits));
-    noise[i + kChunk / 2] = static_cast<std::int32_t>((hash << 16 | hash >> 16) >> (32 - kFractionBits));
+    noise[i] = static_cast<std::int32_t>(hash) & kMask;
+    noise[i + kChunk / 2] = static_cast<std::int32_t>(hash << 16 | hash >> 16) & kMask;
   }
 }
 
-// The value in units of one level, with kFractionBits fraction bits, plus as many random bits, floored.
+// A value in units of 2^-kFractionBits of a level, plus as many random bits, floored to a level.
+inline std::int8_t round_down(float value, std::int32_t noise) {
+  return static_cast<std::int8_t>((static_cast<std::int32_t>(value) + noise) >> kFractionBits);
+}
+
 template <class T>
 void quantize(const T* x, std::uint64_t n, const Bucket& bucket, const std::int32_t* noise,
               std::int8_t* codes) {
-  if (bucket.scale == 0.0f) {
+  const float prescale = bucket.prescale;
+  const float scale = bucket.scale;
+  if (scale == 0.0f) {
     std::memset(codes, 0, n);
-  } else if (bucket.prescale == 1.0f) {
-    const float scale = bucket.scale;
-    for (std::uint64_t i = 0; i < n; ++i) {
-      const auto fixed = static_cast<std::int32_t>(load(x + i) * scale);
-      codes[i] = static_cast<std::int8_t>((fixed + noise[i]) >> kFractionBits);
-    }
+  } else if (prescale != 1.0f) {
+    for (std::uint64_t i = 0; i < n; ++i) codes[i] = round_down(load(x + i) * prescale * scale, noise[i]);
   } else {
-    for (std::uint64_t i = 0; i < n; ++i) {
-      const auto fixed = static_cast<std::int32_t>(load(x + i) * bucket.prescale * bucket.scale);
-      codes[i] = static_cast<std::int8_t>((fixed + noise[i]) >> kFractionBits);
+    const std::uint64_t whole = n - n % kBlock;
+    for (std::uint64_t i = 0; i < whole; i += kBlock) {
+      fetch_ahead(x + i, Half::kSecond);
+      for (std::uint64_t j = i; j < i + kBlock; ++j) codes[j] = round_down(load(x + j) * scale, noise[j]);
     }
+    for (std::uint64_t i = whole; i < n; ++i) codes[i] = round_down(load(x + i) * scale, noise[i]);
   }
 }
 
@@ -335,6 +390,26 @@ std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64
 
 // --- decode ---------------------------------------------------------------------------------------------
 
+// total[i] += codes[i] * (norm / levels), or = for the first payload. Tiny norms are scaled up and the values
+// down again, because the step would be a subnormal with few bits left.
+inline void add_values(const std::int8_t* codes, std::uint64_t n, float norm, float levels, bool first,
+                       float* total) {
+  if (std::fabs(norm) < kTinyNorm) {
+    const float step = norm * kTinyPrescale / levels;
+    for (std::uint64_t i = 0; i < n; ++i) {
+      const float value = static_cast<float>(codes[i]) * step * (1.0f / kTinyPrescale);
+      total[i] = first ? value : total[i] + value;
+    }
+    return;
+  }
+  const float step = norm / levels;
+  if (first) {
+    for (std::uint64_t i = 0; i < n; ++i) total[i] = static_cast<float>(codes[i]) * step;
+  } else {
+    for (std::uint64_t i = 0; i < n; ++i) total[i] += static_cast<float>(codes[i]) * step;
+  }
+}
+
 // out[i] = weight * (sum over the payloads of their value i), for i in [begin, end), begin being a multiple
 // of kChunk. sums[k] grows by this range's share of payload k's checksum.
 template <class T, int kBits>
@@ -344,6 +419,8 @@ void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, s
   const Layout& layout = job.layout;
   alignas(64) std::int8_t codes[kChunk];
   alignas(64) float total[kChunk];
+  alignas(64) T result[kChunk];
+  const bool streamed = layout.count * sizeof(T) >= kStreamedSize;
   for (std::uint64_t at = begin; at < end; at += kChunk) {
     const std::uint64_t n = std::min(kChunk, end - at);
     const std::uint64_t codes_at = layout.codes_offset() + at / 8 * kBits;
@@ -360,19 +437,16 @@ void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, s
         if (start >= begin && start == at + i) {
           sums[k] += static_cast<std::uint32_t>(2 * (job.first_word + index) + 1) * float_to_bits(norm);
         }
-        const bool tiny = std::fabs(norm) < kTinyNorm;
-        const float step = (tiny ? norm * kTinyPrescale : norm) / kLevels;
-        const float unscale = tiny ? 1.0f / kTinyPrescale : 1.0f;
-        const std::int8_t* q = codes + i;
-        float* sum = total + i;
-        if (k == 0) {
-          for (std::uint64_t j = 0; j < m; ++j) sum[j] = static_cast<float>(q[j]) * step * unscale;
-        } else {
-          for (std::uint64_t j = 0; j < m; ++j) sum[j] += static_cast<float>(q[j]) * step * unscale;
-        }
+        add_values(codes + i, m, norm, kLevels, k == 0, total + i);
         i += m;
       }
     }
-    for (std::uint64_t i = 0; i < n; ++i) store(out + at + i, total[i] * job.weight);
+    if (streamed) {
+      for (std::uint64_t i = 0; i < n; ++i) store(result + i, total[i] * job.weight);
+      stream_out(out + at, result, n * sizeof(T));
+    } else {
+      for (std::uint64_t i = 0; i < n; ++i) store(out + at + i, total[i] * job.weight);
+    }
   }
+  if (streamed) stream_end();
 }

@@ -21,6 +21,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the wire format is little-endian, and this codec copies words as they are"
 #endif
@@ -35,6 +39,7 @@ constexpr std::uint64_t kChunk = 2048;  // values; see kernels.hpp
 constexpr int kFractionBits = 24;       // of a level, in stochastic rounding
 constexpr float kTinyNorm = 0x1p-90f;   // below it, values are scaled by kTinyPrescale
 constexpr float kTinyPrescale = 0x1p60f;
+constexpr std::size_t kStreamedSize = std::size_t{1} << 22;  // outputs from this size on bypass the caches
 constexpr int kMinBits = 2;
 constexpr int kMaxBits = 8;
 
@@ -85,6 +90,13 @@ constexpr std::uint64_t mix64(std::uint64_t x) {  // the finalizer of splitmix64
   x = (x ^ x >> 27) * 0x94d049bb133111ebu;
   return x ^ x >> 31;
 }
+
+// The multiples of 2^32 / phi, the counters that the noise is hashed from: quicker read than multiplied.
+constexpr std::array<std::uint32_t, kChunk / 2> kWeyl = [] {
+  std::array<std::uint32_t, kChunk / 2> multiples{};
+  for (std::uint32_t i = 0; i < multiples.size(); ++i) multiples[i] = i * 0x9e3779b1u;
+  return multiples;
+}();
 
 // --- one copy of the loops per instruction set ----------------------------------------------------------
 
