@@ -87,7 +87,9 @@ def parse_header(header: bytes, size: int) -> Header:
     if size < HEADER_SIZE:
         raise ValueError(f"payload is damaged: {size} bytes are fewer than its header's {HEADER_SIZE}")
     header = bytes(header[:HEADER_SIZE])
-    magic, version, number, bits, norm, coding, reserved, checksum, bucket_size, count = _HEADER.unpack(header)
+    magic, version, number, bits, norm, coding, reserved, checksum, bucket_size, count = _HEADER.unpack(
+        header
+    )
     if magic != MAGIC:
         raise ValueError(f"not a payload of hvd_quant: it begins with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
@@ -95,7 +97,9 @@ def parse_header(header: bytes, size: int) -> Header:
     if number not in _SCHEMES or norm >= len(NORMS) or coding >= len(CODINGS) or reserved != _RESERVED:
         raise ValueError("payload is damaged: its header holds undefined values")
     try:
-        scheme = _SCHEMES[number](bits=bits, norm=NORMS[norm], bucket_size=bucket_size, coding=CODINGS[coding])
+        scheme = _SCHEMES[number](
+            bits=bits, norm=NORMS[norm], bucket_size=bucket_size, coding=CODINGS[coding]
+        )
     except ValueError as error:
         raise ValueError(f"payload is damaged: {error}") from None
     expected = payload_size(scheme, count)

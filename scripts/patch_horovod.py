@@ -38,9 +38,7 @@ class Edit:
             return text.replace(self.old, self.new)
         if found == 0 and self.new in text:
             return text
-        raise PatchError(
-            f"{self.path}: expected exactly one {self.old!r}, found {found} (edit: {self.why})"
-        )
+        raise PatchError(f"{self.path}: expected exactly one {self.old!r}, found {found} (edit: {self.why})")
 
 
 EDITS = (

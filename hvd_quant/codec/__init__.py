@@ -91,7 +91,9 @@ def decode(payload: Array | bytes, backend: str = "auto") -> Array:
     if not is_tensor and not isinstance(payload, np.ndarray):
         raise TypeError(f"payload must be bytes, an array or a tensor, not {type(payload).__name__}")
     if str(payload.dtype).removeprefix("torch.") != "uint8" or payload.ndim != 1:
-        raise TypeError(f"payload must be one-dimensional uint8, not {payload.dtype} of {payload.ndim} dimensions")
+        raise TypeError(
+            f"payload must be one-dimensional uint8, not {payload.dtype} of {payload.ndim} dimensions"
+        )
     if _backend(backend, payload) == "native":
         values = native.decode_mean([_flat_array(payload)])
         return _tensor(values) if is_tensor else values

@@ -222,21 +222,27 @@ constexpr std::uint64_t field_mask(int bits, int stride) {
   return mask;
 }
 
+// What moves is masked apart from what stays: above 4 bits, a field's old and new places overlap.
 template <int kBits>
 std::uint64_t fold(std::uint64_t word) {
   constexpr int kGap = 8 - kBits;
-  word &= field_mask(kBits, 8);
-  word = (word | word >> kGap) & field_mask(2 * kBits, 16);
-  word = (word | word >> 2 * kGap) & field_mask(4 * kBits, 32);
-  return (word | word >> 4 * kGap) & field_mask(8 * kBits, 64);
+  constexpr std::uint64_t kOnes = field_mask(kBits, 16);
+  constexpr std::uint64_t kTwos = field_mask(2 * kBits, 32);
+  constexpr std::uint64_t kFours = field_mask(4 * kBits, 64);
+  word = (word & kOnes) | (word >> kGap & kOnes << kBits);
+  word = (word & kTwos) | (word >> 2 * kGap & kTwos << 2 * kBits);
+  return (word & kFours) | (word >> 4 * kGap & kFours << 4 * kBits);
 }
 
 template <int kBits>
 std::uint64_t unfold(std::uint64_t word) {
   constexpr int kGap = 8 - kBits;
-  word = (word | word << 4 * kGap) & field_mask(4 * kBits, 32);
-  word = (word | word << 2 * kGap) & field_mask(2 * kBits, 16);
-  return (word | word << kGap) & field_mask(kBits, 8);
+  constexpr std::uint64_t kOnes = field_mask(kBits, 16);
+  constexpr std::uint64_t kTwos = field_mask(2 * kBits, 32);
+  constexpr std::uint64_t kFours = field_mask(4 * kBits, 64);
+  word = (word & kFours) | (word << 4 * kGap & kFours << 32);
+  word = (word & kTwos) | (word << 2 * kGap & kTwos << 16);
+  return (word & kOnes) | (word << kGap & kOnes << 8);
 }
 
 // Integer with the width of eight codes, where there is one: lets the compiler narrow whole vectors.
@@ -312,7 +318,7 @@ void unpack(const std::uint8_t* packed, std::uint64_t n, std::int8_t* codes) {
       std::uint64_t whole = 0;
       for (; kBits * whole + 8 <= size; ++whole) std::memcpy(&words[whole], packed + kBits * whole, 8);
       for (; done < whole; ++done) {
-        const std::uint64_t word = unfold<kBits>(words[done] & field_mask(8 * kBits, 64));
+        const std::uint64_t word = unfold<kBits>(words[done]);
         std::memcpy(codes + 8 * done, &word, 8);
       }
     }
