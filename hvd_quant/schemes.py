@@ -86,7 +86,7 @@ class QSGD:
         return np.arange(self.steps + 1) / self.steps
 
     def variance_bound(self, d: int) -> float:
-        """eps such that E |Q(v) - v|^2 <= eps |v|^2 for every v of d values.
+        """Factor eps such that E |Q(v) - v|^2 <= eps |v|^2 for every v of d values.
 
         For ``norm="l2"``, min(d / s^2, sqrt(d) / s) (Lemma 3.1 of the paper). For ``norm="max"``,
         min(d / (4 s^2), sqrt(d) / s): a value's variance is at most (N / s)^2 / 4, and N <= |v|. Buckets

@@ -62,7 +62,7 @@ def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> A
     if dtype not in native.DTYPES:
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
     if backend == "native":
-        payload = native.encode(_flat_array(x), scheme, seed, dtype)
+        payload = native.encode(flat_array(x), scheme, seed, dtype)
         return _tensor(payload) if is_tensor else payload
     from hvd_quant.codec import torch_ops
 
@@ -95,7 +95,7 @@ def decode(payload: Array | bytes, backend: str = "auto") -> Array:
             f"payload must be one-dimensional uint8, not {payload.dtype} of {payload.ndim} dimensions"
         )
     if _backend(backend, payload) == "native":
-        values = native.decode_mean([_flat_array(payload)])
+        values = native.decode_mean([flat_array(payload)])
         return _tensor(values) if is_tensor else values
     from hvd_quant.codec import torch_ops
 
@@ -125,7 +125,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
+def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
     """The values of an array or CPU tensor, contiguous and one-dimensional; a view where that is possible.
 
     bfloat16, which NumPy lacks, comes as its 16-bit patterns.

@@ -1,0 +1,126 @@
+"""The control tensor: the few numbers that Horovod itself reduces in place of a gradient.
+
+The gradient's payload travels by an exchange of ours, which knows neither the reduction that the user asked
+for nor whether the ranks agree. The control tensor tells both. Horovod reduces it under the parameter's own
+name, exactly as it would have reduced the gradient.
+
+Each rank r of n contributes the float64 vector c_r = [1, f, f^2, B (r + 1)], where f < 2^26 is a fingerprint
+of the rank's configuration and of the tensor. Any linear reduction (Average, Sum, predivide, pre- and
+postscale) gives sum_r k c_r / n with a factor k of its own, 1 for Average and n for Sum, hence:
+
+- its first entry is k, by which the decoded mean is to be multiplied;
+- its last entry is k B (n + 1) / 2. B is so large that it dominates c_r, so for the reductions that are not
+  linear (Adasum, Min, Max, Product), or that took place over other ranks than we believe, it is not;
+- mean and mean square of f are f and f^2 only if all ranks have the same f. If they have not, no rank finds
+  its own, so that every rank notices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or nearly
+_BASE = 2.0**60
+SIZE = 4
+NBYTES = 8 * SIZE
+
+Description = Mapping[str, object]
+
+
+class RankMismatchError(RuntimeError):
+    """The ranks are configured differently, or submitted their gradients in different orders."""
+
+
+class UnsupportedReductionError(RuntimeError):
+    """Horovod was asked for a reduction that quantized gradients cannot be given."""
+
+
+class FingerprintMismatch(Exception):  # noqa: N818  it is caught and turned into a RankMismatchError
+    """The reduced control tensor shows that some rank's fingerprint differs."""
+
+
+def fingerprint(description: Description) -> int:
+    """A hash of a description, of FINGERPRINT_BITS bits. Every process computes the same."""
+    text = json.dumps(description, sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 2**FINGERPRINT_BITS
+
+
+def values(own: int, rank: int) -> list[float]:
+    """What rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
+    return [1.0, float(own), float(own) ** 2, _BASE * (rank + 1)]
+
+
+def check(reduced: Sequence[float], own: int, size: int) -> float:
+    """The factor for the decoded mean.
+
+    Args:
+        reduced: the SIZE values that came back.
+        own: this rank's fingerprint.
+        size: the number of ranks that took part in the exchange.
+
+    Raises:
+        UnsupportedReductionError: no linear reduction over ``size`` ranks gives these values.
+        FingerprintMismatch: the ranks' fingerprints differ.
+    """
+    factor, mean, mean_square, base = reduced
+
+    def close(value: float, expected: float) -> bool:
+        return math.isclose(value, expected, rel_tol=1e-12 * max(1, size))
+
+    if not math.isfinite(factor) or factor == 0.0 or not close(base, factor * _BASE * (size + 1) / 2):
+        raise UnsupportedReductionError(
+            "Horovod applied a reduction that quantized gradients do not support. Use op=Average or op=Sum "
+            f"(not Adasum, Min, Max or Product), over the same {size} ranks as the compressor: an optimizer "
+            "with a process_set needs a compressor with the same process_set."
+        )
+    if not (close(mean, factor * own) and close(mean_square, factor * own**2)):
+        raise FingerprintMismatch
+    nearest = round(factor)  # Sum and Average are exact, though Horovod's scaling may have rounded
+    return float(nearest) if nearest and close(factor, nearest) else factor
+
+
+def explain_mismatch(configs: Sequence[Description], tensors: Sequence[Description]) -> str:
+    """Name the difference between ranks, in the same words on every rank.
+
+    Args:
+        configs: every rank's configuration, in rank order.
+        tensors: what every rank found the mismatch on: ``name``, ``shape``, ``dtype``, and ``named``, which
+            tells whether the name is a parameter's or just a place in the order of arrival.
+    """
+    differences = _differences(configs)
+    if differences:
+        advice = "Give every rank the same compressor arguments."
+        if differences.keys() == {"compressor"}:
+            advice = "Create the same compressors, in the same order, on every rank."
+        return "hvd_quant is configured differently on the ranks: " + "; ".join(differences.values()) + ". " + advice
+    named = all(tensor["named"] for tensor in tensors)
+    if named and not any(tensor["name"] != tensors[0]["name"] for tensor in tensors):
+        differences = _differences(tensors)
+        return f"parameter {tensors[0]['name']!r} differs between the ranks: " + "; ".join(differences.values())
+    return (
+        "the ranks submitted their gradients in different orders, and the compressor was not told the "
+        "parameters' names. Pass named_parameters=model.named_parameters() to it, or use "
+        "hvd_quant.torch.DistributedOptimizer, which does so."
+        if not named
+        else "the ranks disagree about their gradients: " + "; ".join(_differences(tensors).values())
+    )
+
+
+def _differences(by_rank: Sequence[Description]) -> dict[str, str]:
+    """For every field that is not the same everywhere, its values and the ranks that have them."""
+    found = {}
+    for field in dict.fromkeys(field for description in by_rank for field in description):
+        ranks: dict[str, list[int]] = {}
+        for rank, description in enumerate(by_rank):
+            ranks.setdefault(json.dumps(description.get(field)), []).append(rank)
+        if len(ranks) > 1:
+            values_text = ", ".join(
+                f"{value} on rank{'s' if len(which) > 1 else ''} {', '.join(map(str, which))}"
+                for value, which in ranks.items()
+            )
+            found[field] = f"{field} is {values_text}"
+    return found
