@@ -75,6 +75,9 @@ class QSGD:
         check_integer("bucket_size", self.bucket_size, 1, MAX_BUCKET_SIZE)
         check_choice("coding", self.coding, CODINGS)
         check_choice("rounding", self.rounding, ROUNDINGS)
+        # A NumPy integer would bring its narrow range into every size computed from it.
+        object.__setattr__(self, "bits", int(self.bits))
+        object.__setattr__(self, "bucket_size", int(self.bucket_size))
 
     @property
     def steps(self) -> int:
@@ -96,6 +99,6 @@ class QSGD:
             TypeError, ValueError: d is not an integer, or is negative.
         """
         check_integer("d", d, 0, MAX_BUCKET_SIZE)
-        d = min(d, self.bucket_size)
+        d = min(int(d), self.bucket_size)
         quadratic = d / self.steps**2 if self.norm == "l2" else d / (4 * self.steps**2)
         return min(quadratic, math.sqrt(d) / self.steps)

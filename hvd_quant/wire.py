@@ -47,10 +47,14 @@ def codes_size(scheme: QSGD, count: int) -> int:
     return -(-count * scheme.bits // 8)
 
 
+def used_size(scheme: QSGD, count: int) -> int:
+    """Bytes of the payload of ``count`` values, padding excluded."""
+    return HEADER_SIZE + norms_size(scheme, count) + codes_size(scheme, count)
+
+
 def payload_size(scheme: QSGD, count: int) -> int:
     """Bytes of the whole payload of ``count`` values; a function of its arguments alone."""
-    size = HEADER_SIZE + norms_size(scheme, count) + codes_size(scheme, count)
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-used_size(scheme, count) // ALIGNMENT) * ALIGNMENT
 
 
 def _header_checksum(header: bytes) -> int:

@@ -58,6 +58,8 @@ def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> A
     is_tensor = _is_tensor(x)
     if not is_tensor and not isinstance(x, np.ndarray):
         raise TypeError(f"x must be a NumPy array or a torch tensor, not {type(x).__name__}")
+    if is_tensor and str(x.layout) != "torch.strided":
+        raise TypeError(f"x must be a dense tensor, not of layout {x.layout}")
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in native.DTYPES:
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
@@ -66,8 +68,8 @@ def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> A
         return _tensor(payload) if is_tensor else payload
     from hvd_quant.codec import torch_ops
 
-    tensor = x.detach() if is_tensor else _tensor(np.ascontiguousarray(x))
-    payload = torch_ops.encode(tensor.reshape(-1), scheme, seed)
+    tensor = x.detach() if is_tensor else _tensor(_writable(x))
+    payload = torch_ops.encode(tensor.reshape(-1), scheme, int(seed))
     return payload if is_tensor else payload.numpy()
 
 
@@ -99,7 +101,7 @@ def decode(payload: Array | bytes, backend: str = "auto") -> Array:
         return _tensor(values) if is_tensor else values
     from hvd_quant.codec import torch_ops
 
-    tensor = payload.contiguous() if is_tensor else _tensor(np.array(payload))
+    tensor = payload.contiguous() if is_tensor else _tensor(_writable(payload))
     values = torch_ops.decode_mean([tensor])
     return values if is_tensor else values.numpy()
 
@@ -119,6 +121,12 @@ def _backend(backend: str, x: Any) -> str:
     return backend
 
 
+def _writable(x: np.ndarray) -> np.ndarray:
+    """A contiguous array that torch shares without a warning; a copy where ``x`` is read-only."""
+    x = np.ascontiguousarray(x)
+    return x if x.flags.writeable else x.copy()
+
+
 def _tensor(array: np.ndarray) -> torch.Tensor:
     import torch
 
@@ -135,4 +143,4 @@ def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
 
         x = x.detach().reshape(-1).contiguous()
         x = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return np.ascontiguousarray(x).reshape(-1)
+    return np.require(x, requirements=("C", "ALIGNED")).reshape(-1)

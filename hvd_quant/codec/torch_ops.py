@@ -57,6 +57,9 @@ def decode_mean(
         head = payload[: wire.HEADER_SIZE].cpu().numpy().tobytes()
         header = wire.parse_header(head, payload.numel())
         wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
+        used = wire.used_size(header.scheme, header.count)
+        if used < payload.numel() and bool(payload[used:].any()):
+            raise ValueError("payload is damaged: its padding is not zero")
         headers.append(header)
     header = wire.common_header(headers)
     total = _dequantize(payloads[0], header)

@@ -1,0 +1,38 @@
+"""Fixtures of the unit tests. They need one process, no Horovod and no network."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from hvd_quant.codec import _native
+
+# Deterministic, so that a failure is a failure on every machine; nothing here asserts a duration. Fixtures
+# that Hypothesis warns of only choose a backend, which does not change between examples.
+settings.register_profile(
+    "unit",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("unit")
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request):
+    """Each instruction set of this machine in turn, chosen for the native kernels."""
+    before = _native.isa()
+    _native.choose_isa(request.param)
+    yield request.param
+    _native.choose_isa(before)
+
+
+@pytest.fixture(params=[*(f"native-{isa}" for isa in _native.available_isas()), "torch"])
+def backend(request):
+    """Value for ``backend=``: native with each instruction set in turn, then torch."""
+    before = _native.isa()
+    name, _, isa = request.param.partition("-")
+    if isa:
+        _native.choose_isa(isa)
+    yield name
+    _native.choose_isa(before)
