@@ -1,0 +1,61 @@
+"""Makes the golden files of the current wire version: run by hand, once, when a version is released.
+
+    python tests/golden/make.py
+
+Writes tests/golden/v<version>/: for each case a payload <name>.bin as the native codec made it, and in
+cases.npz its input, its seed and the float32 values that it decodes to. Released files stay as they are:
+every later hvd_quant must decode them to the same bits. So the script refuses to overwrite.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hvd_quant import QSGD, decode, encode, wire
+
+Case = tuple[str, QSGD, np.ndarray]
+
+
+def cases() -> Iterator[Case]:
+    rng = np.random.default_rng(20240817)
+    for norm in ("max", "l2"):
+        for bits in range(2, 9):
+            # 37 values: a short last bucket, and codes that end inside a byte for every width but 8.
+            yield f"{norm}-{bits}bit", QSGD(bits, norm, 16), rng.standard_normal(37).astype(np.float32)
+        small = QSGD(4, norm, 8)
+        non_finite = rng.standard_normal(40).astype(np.float32)
+        non_finite[[11, 17, 30]] = np.nan, np.inf, -np.inf
+        yield f"{norm}-non-finite", small, non_finite
+        zeros = rng.standard_normal(24).astype(np.float32)
+        zeros[8:16] = 0, -0.0, 0, -0.0, 0, 0, -0.0, 0
+        yield f"{norm}-zeros", small, zeros
+        tiny = rng.standard_normal(40) * np.repeat([1e-44, 1e-40, 1e-36, 2.0**-91, 2.0**-89], 8)
+        yield f"{norm}-tiny", small, tiny.astype(np.float32)
+        # Several chunks of 2048 values, cut across by the buckets.
+        yield f"{norm}-long", QSGD(5, norm, 300), rng.standard_normal(4500).astype(np.float32)
+    largest = np.finfo(np.float32).max
+    yield "max-huge", QSGD(3, "max", 8), np.array([largest, -largest, 1e38, 0], np.float32)
+    yield "max-one-bucket", QSGD(6, "max", 2**63 - 1), rng.standard_normal(100).astype(np.float32)
+    yield "max-bucket-of-one", QSGD(7, "max", 1), rng.standard_normal(9).astype(np.float32)
+    yield "max-empty", QSGD(), np.zeros(0, np.float32)
+
+
+def main() -> None:
+    folder = Path(__file__).parent / f"v{wire.VERSION}"
+    if (folder / "cases.npz").exists():
+        sys.exit(f"{folder} exists, and released files stay as they are")
+    folder.mkdir(exist_ok=True)
+    arrays = {}
+    for seed, (name, scheme, values) in enumerate(cases(), start=2**63):
+        payload = encode(values, scheme, seed=seed, backend="native")
+        payload.tofile(folder / f"{name}.bin")
+        arrays[f"{name}.input"] = values
+        arrays[f"{name}.seed"] = np.uint64(seed)
+        arrays[f"{name}.values"] = decode(payload, backend="native")
+    np.savez_compressed(folder / "cases.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()
