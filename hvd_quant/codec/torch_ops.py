@@ -24,7 +24,7 @@ def encode(values: torch.Tensor, scheme: QSGD, seed: int) -> torch.Tensor:
     Args:
         values: float32, float64, float16 or bfloat16, of shape (d,).
         scheme: how.
-        seed: of torch's generator on that device.
+        seed: of the noise, from torch's generator on that device, 0 to 2^64 - 1.
 
     Returns:
         The payload, uint8 of shape (payload_size,).
@@ -85,7 +85,7 @@ def _quantize(values: torch.Tensor, scheme: QSGD, seed: int) -> tuple[torch.Tens
     prescale = torch.where(norms < TINY_NORM, TINY_PRESCALE, 1.0)
     # An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
     scale = torch.nan_to_num(scheme.steps / torch.where(norms > 0, norms * prescale, 1.0), nan=0.0)
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(_mix64(seed))
     noise = torch.rand(x.shape, generator=generator, device=x.device)
     scaled = x * (prescale.unsqueeze(1))
     scaled *= scale.unsqueeze(1)
@@ -94,6 +94,13 @@ def _quantize(values: torch.Tensor, scheme: QSGD, seed: int) -> tuple[torch.Tens
     floor += noise < scaled.sub_(floor)
     codes = floor.clamp_(-scheme.steps, scheme.steps).to(torch.int8)
     return norms, codes.view(-1)[: values.numel()]
+
+
+def _mix64(x: int) -> int:
+    """The finalizer of splitmix64: torch's CPU generator looks at a seed's low 32 bits alone."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
 def _dequantize(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
