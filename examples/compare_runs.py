@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib import pyplot as plt
 
 Run = list[dict[str, Any]]  # one record an epoch
 LABELS = {"none": "float32", "fp16": "float16"}
@@ -30,7 +30,9 @@ def label(run: Run) -> str:
 
 
 def show(runs: list[Run]) -> None:
-    table = Table("gradients", "test accuracy", "test loss", "sent by a rank", "fewer bytes", "time of training")
+    table = Table(
+        "gradients", "test accuracy", "test loss", "sent by a rank", "fewer bytes", "time of training"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for run in runs:
@@ -43,9 +45,7 @@ def show(runs: list[Run]) -> None:
             f"{last['raw_bytes'] / last['wire_bytes']:.2f} x" if last["wire_bytes"] else "-",
             f"{sum(record['seconds'] for record in run):.0f} s",
         )
-    # Not narrower than the table when written to a file.
-    console = Console()
-    Console(width=max(console.width, 100) if not console.is_terminal else None).print(table)
+    Console(width=None if Console().is_terminal else 100).print(table)
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -74,7 +74,9 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, help="write a plot to this file (PNG, SVG or PDF by its ending)")
     args = parser.parse_args()

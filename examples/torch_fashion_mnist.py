@@ -31,7 +31,9 @@ DATA_DIR = Path("/usr/share/datasets/fashion-mnist")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--compression", choices=("none", "fp16", "qsgd"), default="qsgd")
     parser.add_argument("--bits", type=int, default=4, help="bits a value (qsgd)")
     parser.add_argument("--norm", choices=("max", "l2"), default="max", help="norm of a bucket (qsgd)")
@@ -169,11 +171,13 @@ def progress(title: str, total: int) -> Iterator[Any]:
 
 
 def batches(count: int, args: argparse.Namespace, epoch: int) -> Iterable[torch.Tensor]:
-    """This rank's share of a permutation that all ranks draw alike; whole batches, as many on every rank."""
+    """A permutation that all ranks draw alike, of which each takes a share of equally many whole batches."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
     steps = count // (args.batch_size * hvd.size())
     if steps == 0:
-        raise SystemExit(f"{count} images are too few for {hvd.size()} ranks of --batch-size {args.batch_size}")
+        raise SystemExit(
+            f"{count} images are too few for {hvd.size()} ranks of --batch-size {args.batch_size}"
+        )
     own = order[hvd.rank() :: hvd.size()]
     return own[: steps * args.batch_size].split(args.batch_size)
 
@@ -234,8 +238,8 @@ def main() -> int:
         }
         if hvd.rank() == 0:
             say(
-                f"epoch {epoch}/{args.epochs}: test accuracy {100 * test_accuracy:.2f} %, test loss {test_loss:.4f}, "
-                f"train loss {record['train_loss']:.4f}, {seconds:.1f} s, "
+                f"epoch {epoch}/{args.epochs}: test accuracy {100 * test_accuracy:.2f} %, "
+                f"test loss {test_loss:.4f}, train loss {record['train_loss']:.4f}, {seconds:.1f} s, "
                 f"sent {wire_bytes / 1e6:.1f} MB (as float32: {raw_bytes / 1e6:.1f} MB)"
             )
         if log:

@@ -96,11 +96,18 @@ def explain_mismatch(configs: Sequence[Description], tensors: Sequence[Descripti
         advice = "Give every rank the same compressor arguments."
         if differences.keys() == {"compressor"}:
             advice = "Create the same compressors, in the same order, on every rank."
-        return "hvd_quant is configured differently on the ranks: " + "; ".join(differences.values()) + ". " + advice
+        return (
+            "hvd_quant is configured differently on the ranks: "
+            + "; ".join(differences.values())
+            + ". "
+            + advice
+        )
     named = all(tensor["named"] for tensor in tensors)
     if named and not any(tensor["name"] != tensors[0]["name"] for tensor in tensors):
         differences = _differences(tensors)
-        return f"parameter {tensors[0]['name']!r} differs between the ranks: " + "; ".join(differences.values())
+        return f"parameter {tensors[0]['name']!r} differs between the ranks: " + "; ".join(
+            differences.values()
+        )
     return (
         "the ranks submitted their gradients in different orders, and the compressor was not told the "
         "parameters' names. Pass named_parameters=model.named_parameters() to it, or use "

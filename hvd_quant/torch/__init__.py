@@ -25,8 +25,8 @@ try:
     import horovod.torch  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "hvd_quant.torch needs Horovod 0.28 built with PyTorch (HOROVOD_WITH_PYTORCH=1). The scripts/setup.sh "
-        f"of hvd_quant builds it against current versions. Importing horovod.torch said: {error}"
+        "hvd_quant.torch needs Horovod 0.28 built with PyTorch (HOROVOD_WITH_PYTORCH=1); scripts/setup.sh of "
+        f"hvd_quant builds it against current versions. Importing horovod.torch said: {error}"
     ) from error
 
 from hvd_quant.exchange.control import RankMismatchError, UnsupportedReductionError

@@ -1,9 +1,9 @@
 """Compressors for ``hvd.DistributedOptimizer(compression=...)``.
 
 Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result. Quantized
-codes cannot be allreduced, so ``compress`` starts an exchange of its own and gives Horovod a control tensor to
-reduce (see `hvd_quant.exchange.control`); ``decompress`` checks that tensor, waits for the exchange, and returns
-the decoded mean.
+codes cannot be allreduced, so ``compress`` starts an exchange of its own and gives Horovod a control tensor
+to reduce (see `hvd_quant.exchange.control`); ``decompress`` checks that tensor, waits for the exchange, and
+returns the decoded mean.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from hvd_quant.exchange import control
 from hvd_quant.schemes import QSGD, check_integer
 from hvd_quant.torch.identity import ParameterNames
 
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 _EXPLAIN_SECONDS = 10.0  # how long to wait for the other ranks' configurations once a mismatch is known
 _numbers = itertools.count()
 
@@ -172,7 +177,7 @@ class QuantizedCompressor(Compressor):
             ctx: what `compress` returned beside it; None for a tensor that passed untouched.
 
         Returns:
-            The mean over the ranks, or what reduction Horovod was asked for, in the gradient's shape and dtype.
+            The mean over the ranks, or the sum if Horovod was asked for it, in the gradient's shape and dtype.
 
         Raises:
             RankMismatchError: the ranks are configured differently, or disagree about what they sent.
@@ -197,9 +202,9 @@ class QuantizedCompressor(Compressor):
         """What this rank has contributed so far.
 
         Returns:
-            ``steps``; ``raw_bytes``, the gradients as they were; ``wire_bytes``, what was handed to Horovod in
-            their place (payloads, control tensors, uncompressed small gradients); ``compression_ratio``, the
-            former over the latter.
+            ``steps``; ``raw_bytes``, the gradients as they were; ``wire_bytes``, what was handed to Horovod
+            in their place (payloads, control tensors, uncompressed small gradients); ``compression_ratio``,
+            the former over the latter.
         """
         return {
             "steps": self._steps,
@@ -209,7 +214,7 @@ class QuantizedCompressor(Compressor):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs in order to continue with the same noise: seed and uses of each gradient."""
+        """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
         return {"seed": self.seed, "uses": dict(self._uses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,7 +224,10 @@ class QuantizedCompressor(Compressor):
             ValueError: this is no such state.
         """
         try:
-            seed, uses = state["seed"], Counter({str(key): int(count) for key, count in state["uses"].items()})
+            seed, uses = (
+                state["seed"],
+                Counter({str(key): int(count) for key, count in state["uses"].items()}),
+            )
             check_integer("seed", seed, 0, 2**64 - 1)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error

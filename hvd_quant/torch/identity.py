@@ -38,10 +38,12 @@ class ParameterNames:
         self._parameters = [parameter for _, parameter in pairs]
         duplicates = sorted({name for name in self._names if self._names.count(name) > 1})
         if duplicates:
-            raise ValueError(f"names in named_parameters must be unique; found twice: {', '.join(duplicates)}")
+            raise ValueError(
+                f"names in named_parameters must be unique; found twice: {', '.join(duplicates)}"
+            )
         # Gradients arrive in nearly the same order in every step: the search begins at the one that came
         # next last time, so that it is no search at all.
-        self._successor = list(range(1, len(pairs))) + [0]
+        self._successor = [*range(1, len(pairs)), 0]
         self._last = len(pairs) - 1
 
     def __len__(self) -> int:

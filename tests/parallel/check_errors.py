@@ -1,0 +1,165 @@
+"""Differences between ranks and misuse: the same clear error on every rank, and never a hang."""
+
+import horovod.torch as hvd
+import pytest
+import torch
+from check_gradients import Branches, optimizer_of
+from common import backward, error_of, gathered, mlp, own_randn, same_everywhere
+
+import hvd_quant.torch as hq
+
+
+def first_and_rest(first, rest):
+    return first if hvd.rank() == 0 else rest
+
+
+def step_error(model, optimizer):
+    def step():
+        backward(model)
+        optimizer.step()
+
+    return error_of(step)
+
+
+@pytest.mark.parametrize(
+    ("field", "first", "rest"),
+    [
+        ("bits", 4, 8),
+        ("bits", 4, 5),
+        ("norm", "max", "l2"),
+        ("bucket_size", 512, 511),
+        ("min_numel", 0, 1024),
+        ("min_numel", 1024, 10_000),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("groups", [None, 2])
+def check_different_configuration_is_named_on_every_rank(field, first, rest, named, groups):
+    model = mlp()
+    make = optimizer_of if named else stock_optimizer_of
+    optimizer = make(model, hq.QSGDCompressor(**{field: first_and_rest(first, rest)}), groups=groups)
+    error = step_error(model, optimizer)
+    assert isinstance(error, hq.RankMismatchError)
+    messages = set(gathered(str(error)))
+    assert len(messages) == 1
+    others = ", ".join(map(str, range(1, hvd.size())))
+    plural = "s" if hvd.size() > 2 else ""
+    quote = '"' if isinstance(first, str) else ""
+    assert (
+        f"{field} is {quote}{first}{quote} on rank 0, {quote}{rest}{quote} on rank{plural} {others}"
+        in str(error)
+    )
+
+
+def stock_optimizer_of(model, compression, **options):
+    return hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+        **options,
+    )
+
+
+def check_only_the_last_rank_differs():
+    """The odd one out may be any rank, and all must notice."""
+    bits = 3 if hvd.rank() == hvd.size() - 1 else 4
+    model = mlp()
+    error = step_error(model, optimizer_of(model, hq.QSGDCompressor(bits=bits)))
+    assert isinstance(error, hq.RankMismatchError)
+    assert len(set(gathered(str(error)))) == 1
+
+
+def check_other_compression_on_one_rank_is_an_error_on_all():
+    model = mlp()
+    compressor = hq.QSGDCompressor()  # on every rank: they are numbered
+    compression = first_and_rest(hvd.Compression.fp16, compressor)
+    error = step_error(model, optimizer_of(model, compression))
+    assert "Mismatched" in str(error)  # Horovod's own words: one rank does not run our code
+
+
+def check_other_number_of_compressors():
+    if hvd.rank() == 0:
+        extra = hq.QSGDCompressor()
+    model = mlp()
+    error = step_error(model, optimizer_of(model, hq.QSGDCompressor()))
+    assert isinstance(error, hq.RankMismatchError)
+    assert "Create the same compressors, in the same order, on every rank" in str(error)
+    if hvd.rank() != 0:
+        extra = hq.QSGDCompressor()  # the numbers agree again
+    del extra
+
+
+@pytest.mark.parametrize("min_numel", [0, 10_000])
+def check_order_that_differs_between_ranks(min_numel):
+    """Found out without names, and harmless with them."""
+    model = Branches(3)
+    order = first_and_rest([0, 1, 2], [2, 0, 1])
+    optimizer = stock_optimizer_of(model, hq.QSGDCompressor(min_numel=min_numel))
+
+    def step():
+        model(own_randn(8, 40), order).backward()
+        optimizer.step()
+
+    error = error_of(step)
+    assert isinstance(error, hq.RankMismatchError)
+    assert "named_parameters=" in str(error)
+    assert len(set(gathered(str(error)))) == 1
+
+    model = Branches(3)
+    optimizer = optimizer_of(model, hq.QSGDCompressor(min_numel=min_numel))
+    for _ in range(3):
+        step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_different_shapes_under_one_name():
+    compressor = hq.QSGDCompressor(named_parameters=[])
+    x = torch.ones(2000 + 100 * hvd.rank())
+    error = error_of(lambda: hvd.allreduce(x, compression=compressor, name="shape"))
+    assert isinstance(error, hq.RankMismatchError)
+
+
+@pytest.mark.parametrize("op", ["Adasum", "Min", "Max", "Product"])
+def check_unsupported_reductions(op):
+    if op == "Adasum" and (not hvd.mpi_enabled() or hvd.size() == 3):
+        pytest.skip("Horovod itself has Adasum with MPI and 2^k ranks only")
+    x = own_randn(3000)
+    error = error_of(lambda: hvd.allreduce(x, compression=hq.QSGDCompressor(), op=getattr(hvd, op), name=op))
+    assert isinstance(error, hq.UnsupportedReductionError)
+    assert "op=Average" in str(error)
+
+
+def check_adasum_is_refused_at_construction():
+    with pytest.raises(ValueError, match="op=hvd\\.Average"):
+        optimizer_of(mlp(), hq.QSGDCompressor(), op=hvd.Adasum)
+
+
+def check_compressor_for_two_optimizers():
+    compressor = hq.QSGDCompressor()
+    optimizer_of(mlp(), compressor)
+    with pytest.raises(ValueError, match="serves one optimizer"):
+        optimizer_of(mlp(), compressor)
+
+
+def check_tensor_in_an_autograd_graph():
+    x = torch.ones(3000, requires_grad=True)
+    with pytest.raises(ValueError, match="not differentiable"):
+        hvd.allreduce(x * 2, compression=hq.QSGDCompressor(), name="graph")
+
+
+def check_training_goes_on_after_a_caught_error():
+    model = mlp()
+    step_error(model, optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8))))
+    model = mlp()
+    assert step_error(model, optimizer_of(model, hq.QSGDCompressor())) is None
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_process_set_that_only_the_optimizer_knows():
+    if hvd.size() < 3:
+        pytest.skip("needs 3 ranks")
+    process_set = hvd.add_process_set([0, 1])
+    with pytest.raises(ValueError, match="same process_set"):
+        optimizer_of(mlp(), hq.QSGDCompressor(), process_set=process_set)
+    hvd.barrier()
+    hvd.remove_process_set(process_set)

@@ -1,0 +1,359 @@
+"""What comes out of the exchange: the mean of the ranks' gradients, the same bits on every rank."""
+
+import horovod.torch as hvd
+import pytest
+import torch
+from common import backward, gathered, local_gradients, mlp, own_randn, same_everywhere
+
+import hvd_quant.torch as hq
+from hvd_quant import QSGD
+
+
+def optimizer_of(model, compression, **options):
+    return hq.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+        **options,
+    )
+
+
+def assert_mean(result, gradients, scheme, factor=1.0):
+    """``result`` is ``factor`` times the mean of the gradients, but for at most a level's step on each rank."""
+    exact = torch.stack([gradient.double() for gradient in gradients]).mean(0)
+    kind = float("inf") if scheme.norm == "max" else 2.0
+    step = sum(gradient.double().norm(kind).item() for gradient in gradients) / len(gradients) / scheme.steps
+    tolerance = factor * step + 2.0**-7 * exact.abs().max().item() * (result.dtype.itemsize == 2)
+    assert (result.double() - factor * exact).abs().max().item() <= factor * step * 1e-5 + tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [QSGD(bits=2), QSGD(bits=4, norm="l2", bucket_size=100), QSGD(bits=8)])
+def check_all_ranks_get_the_mean(scheme, dtype):
+    model = mlp(dtype=dtype)
+    compressor = hq.QSGDCompressor(scheme.bits, scheme.norm, scheme.bucket_size, min_numel=0)
+    optimizer = optimizer_of(model, compressor)
+    for step in range(3):
+        local = gathered(local_gradients(model, step))
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        for i, parameter in enumerate(model.parameters()):
+            assert parameter.grad.dtype == dtype
+            assert parameter.grad.shape == parameter.shape
+            assert same_everywhere(parameter.grad)
+            assert_mean(parameter.grad, [gradients[i] for gradients in local], scheme)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({"op": hvd.Average}, 1),
+        ({"op": hvd.Sum}, None),
+        ({"gradient_predivide_factor": 3.0}, 1),
+        ({"groups": 2}, 1),
+        ({"groups": 2, "op": hvd.Sum}, None),
+    ],
+)
+@pytest.mark.parametrize("min_numel", [0, 1024])
+def check_reduction_is_the_one_asked_for(options, factor, min_numel):
+    factor = hvd.size() if factor is None else factor
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8, min_numel=min_numel), **options)
+    for step in range(2):
+        local = gathered(local_gradients(model, step))
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        for i, parameter in enumerate(model.parameters()):
+            assert_mean(parameter.grad, [gradients[i] for gradients in local], QSGD(bits=8), factor)
+
+
+def check_sum_is_size_times_average():
+    x = own_randn(5000)
+    average, total = (
+        hvd.allreduce(x, compression=hq.QSGDCompressor(), op=op, name=f"op{op}")
+        for op in (hvd.Average, hvd.Sum)
+    )
+    torch.testing.assert_close(total, average * hvd.size(), rtol=1e-6, atol=0)
+    assert torch.equal(x, own_randn(5000))  # the input is the caller's
+
+
+def check_groups_given_as_lists():
+    model = mlp()
+    first, second = model[0], model[2]
+    groups = [list(first.parameters()), list(second.parameters())]
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8), groups=groups)
+    local = gathered(local_gradients(model))
+    backward(model)
+    optimizer.synchronize()
+    for i, parameter in enumerate(model.parameters()):
+        assert_mean(parameter.grad, [gradients[i] for gradients in local], QSGD(bits=8))
+
+
+def check_backward_passes_per_step():
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8), backward_passes_per_step=2)
+    local = [
+        [a + b for a, b in zip(one, two, strict=True)]
+        for one, two in zip(
+            gathered(local_gradients(model, 0)), gathered(local_gradients(model, 1)), strict=True
+        )
+    ]
+    backward(model, 0)
+    backward(model, 1)
+    optimizer.synchronize()
+    for i, parameter in enumerate(model.parameters()):
+        assert_mean(parameter.grad, [gradients[i] for gradients in local], QSGD(bits=8))
+
+
+def check_clipping_between_synchronize_and_step():
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=4))
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+        assert norm <= 1e-3 * (1 + 1e-5)
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_small_tensors_travel_as_horovod_sends_them():
+    ours, stock = mlp(), mlp()
+    ours_optimizer = optimizer_of(ours, hq.QSGDCompressor(bits=2, min_numel=1000))
+    stock_optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(stock.parameters(), lr=0.1), [(f"stock.{n}", p) for n, p in stock.named_parameters()]
+    )
+    for step in range(3):
+        for model, optimizer in ((ours, ours_optimizer), (stock, stock_optimizer)):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.synchronize()
+        for one, other in zip(ours.parameters(), stock.parameters(), strict=True):
+            # Not bit by bit: with three ranks, the order of summation depends on what Horovod fused.
+            assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-7) == (one.numel() < 1000)
+
+
+class Branches(torch.nn.Module):
+    """Equal layers, of which each forward pass uses the given ones, in the given order."""
+
+    def __init__(self, count=6):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(40, 40, bias=False) for _ in range(count))
+
+    def forward(self, x, order):
+        return sum((i + 1) * self.layers[i](x).square().mean() for i in order)
+
+
+@pytest.mark.parametrize("min_numel", [0, 10_000])
+def check_changing_set_of_gradients(min_numel):
+    """Ranks use other layers in every step; what a rank has not computed counts as zero."""
+    model = Branches()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8, min_numel=min_numel))
+    for step in range(8):
+        used = [i for i in range(6) if (i * 7 + step * 3 + hvd.rank() * 5) % 4]
+        optimizer.zero_grad()
+        model(own_randn(8, 40, seed=step), used if step % 3 else used[::-1]).backward()
+        local = gathered(
+            [None if layer.weight.grad is None else layer.weight.grad.clone() for layer in model.layers]
+        )
+        optimizer.synchronize()
+        for i, layer in enumerate(model.layers):
+            gradients = [torch.zeros(40, 40) if one[i] is None else one[i] for one in local]
+            assert same_everywhere(layer.weight.grad)
+            assert_mean(layer.weight.grad, gradients, QSGD(bits=8))
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+def check_order_of_arrival_suffices_for_a_static_model():
+    model = mlp()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=hq.QSGDCompressor()
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_unnamed_optimizer():
+    model = mlp()
+    optimizer = hq.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), compression=hq.QSGDCompressor()
+    )
+    backward(model)
+    optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sparse_as_dense", [True, False])
+def check_sparse_gradients(sparse_as_dense):
+    torch.manual_seed(1)
+    model = torch.nn.ModuleList(torch.nn.Embedding(50, 40, sparse=True) for _ in range(2))
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8), sparse_as_dense=sparse_as_dense)
+    for step in range(3):
+        optimizer.zero_grad()
+        rows = torch.tensor([hvd.rank(), 7 + step, 7 + step])
+        sum((layer(rows) * (i + 1)).square().sum() for i, layer in enumerate(model)).backward()
+        optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_channels_last_gradients():
+    torch.manual_seed(2)
+    model = torch.nn.Conv2d(8, 32, 3).to(memory_format=torch.channels_last)
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8, min_numel=0))
+    x = own_randn(4, 8, 9, 9).to(memory_format=torch.channels_last)
+    (local,) = torch.autograd.grad(model(x).square().mean(), [model.weight])
+    local = gathered(local.contiguous())
+    model(x).square().mean().backward()
+    optimizer.synchronize()
+    assert_mean(model.weight.grad, local, QSGD(bits=8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("norm", ["max", "l2"])
+def check_non_finite_values_reach_every_rank_and_no_other_bucket(bad, norm):
+    x = own_randn(2000)
+    if hvd.rank() == hvd.size() - 1:
+        x[700] = bad
+    result = hvd.allreduce(x, compression=hq.QSGDCompressor(norm=norm, bucket_size=500), name="non-finite")
+    finite = result.isfinite()
+    assert not finite[500:1000].any()
+    assert finite[:500].all()
+    assert finite[1000:].all()
+    assert same_everywhere(result)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (513,)])
+def check_odd_shapes(shape):
+    x = own_randn(*shape)
+    result = hvd.allreduce(x, compression=hq.QSGDCompressor(bits=8, min_numel=0), name="shape")
+    assert result.shape == x.shape
+    if x.numel():
+        assert_mean(result, gathered(x), QSGD(bits=8))
+
+
+def check_integers_pass_untouched():
+    x = torch.arange(5000) * (hvd.rank() + 1)
+    total = hvd.allreduce(x, compression=hq.QSGDCompressor(), op=hvd.Sum, name="integers")
+    assert torch.equal(total, torch.arange(5000) * sum(range(1, hvd.size() + 1)))
+
+
+def train(seed, steps=4, state=None, model=None, first=0):
+    model = model or mlp()
+    compressor = hq.QSGDCompressor(bits=2, seed=seed)
+    if state:
+        compressor.load_state_dict(state)
+    optimizer = optimizer_of(model, compressor)
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    return model, compressor
+
+
+def parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def check_same_seed_same_run():
+    one, two, other = (parameters(train(seed)[0]) for seed in (5, 5, 6))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def check_resumed_run_continues_with_the_same_noise():
+    whole, _ = train(5, steps=4)
+    half, compressor = train(5, steps=2)
+    resumed, _ = train(0, steps=2, state=compressor.state_dict(), model=half, first=2)
+    assert torch.equal(parameters(whole), parameters(resumed))
+
+
+def check_noise_differs_between_ranks_steps_and_tensors():
+    """Values half-way between two levels: two roundings agree by chance only, in half of the places."""
+    x = torch.full((4096,), 0.5 / 7)
+    x[::512] = 1.0  # the norm of every bucket
+    compressor = hq.QSGDCompressor(bits=4)
+    scheme = QSGD(bits=4)
+    from hvd_quant import decode, encode
+    from hvd_quant.torch.compressor import _Key
+
+    patterns = []
+    for key in ("a", "b"):
+        for _ in range(2):
+            seed = compressor._noise_seed(_Key(key, named=True))
+            patterns.append(decode(encode(x, scheme, seed=seed)) > 0)
+    everyone = [pattern for rank in gathered(patterns) for pattern in rank]
+    for i in range(len(everyone)):
+        for j in range(i):
+            agreement = (everyone[i] == everyone[j]).double().mean().item()
+            # 4088 fair coins: six standard deviations; a false alarm in 2e-9 of 66 pairs' runs.
+            assert abs(agreement - 0.5) < 6.5 * 0.5 / 4088**0.5
+
+
+def check_stats_count_what_is_sent():
+    model = mlp()  # weights of 2048, biases of 64 and 32 values
+    compressor = hq.QSGDCompressor(bits=4, bucket_size=512)
+    optimizer = optimizer_of(model, compressor)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    stats = compressor.stats()
+    assert stats["steps"] == 3
+    assert stats["raw_bytes"] == 3 * 4 * (2 * 2048 + 64 + 32)
+    payload = 32 + 4 * 4 + 2048 // 2  # header, norms, codes
+    control = 32
+    # Small gradients take a control tensor along the first time.
+    assert stats["wire_bytes"] == 3 * (2 * (payload + control) + 4 * (64 + 32)) + 2 * control
+    assert stats["compression_ratio"] == stats["raw_bytes"] / stats["wire_bytes"]
+
+
+def check_two_optimizers_in_one_process():
+    """As in a GAN: the same parameter names, stepped in turn, with backward passes of both in flight."""
+    models = [mlp(), mlp()]
+    optimizers = [
+        hq.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            named_parameters=[(f"{i}.{name}", p) for name, p in model.named_parameters()],
+            compression=hq.QSGDCompressor(bits=4 + i),
+        )
+        for i, model in enumerate(models)
+    ]
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for model in models:
+            backward(model, step)
+        for optimizer in reversed(optimizers):
+            optimizer.step()
+    assert all(same_everywhere(parameter) for model in models for parameter in model.parameters())
+
+
+def check_process_set():
+    if hvd.size() < 3:
+        pytest.skip("needs 3 ranks")
+    process_set = hvd.add_process_set([0, 2])
+    if process_set.included():
+        model = mlp()
+        optimizer = optimizer_of(
+            model, hq.QSGDCompressor(bits=8, process_set=process_set), process_set=process_set
+        )
+        local = hvd.allgather_object(local_gradients(model), process_set=process_set)
+        backward(model)
+        optimizer.synchronize()
+        for i, parameter in enumerate(model.parameters()):
+            assert_mean(parameter.grad, [gradients[i] for gradients in local], QSGD(bits=8))
+    hvd.barrier()
+    hvd.remove_process_set(process_set)

@@ -1,0 +1,53 @@
+"""What the multi-rank tests share."""
+
+import copy
+
+import horovod.torch as hvd
+import torch
+
+
+def gathered(value):
+    """Every rank's value, in rank order."""
+    return hvd.allgather_object(value)
+
+
+def same_everywhere(tensor):
+    """Whether all ranks hold the same bits."""
+    return len(set(gathered(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()))) == 1
+
+
+def own_randn(*shape, seed=0):
+    """Random numbers that differ from rank to rank."""
+    generator = torch.Generator().manual_seed(1000 * seed + hvd.rank())
+    return torch.randn(shape, generator=generator)
+
+
+def mlp(width=64, dtype=torch.float32):
+    """A small model, the same on every rank, with weights above and biases below the default min_numel."""
+    torch.manual_seed(7)
+    model = torch.nn.Sequential(torch.nn.Linear(32, width), torch.nn.Tanh(), torch.nn.Linear(width, 32))
+    return model.to(dtype)
+
+
+def backward(model, seed=0):
+    """Gradients that differ from rank to rank; returns them as they are before any exchange."""
+    dtype = next(model.parameters()).dtype
+    model(own_randn(16, 32, seed=seed).to(dtype)).square().mean().backward()
+
+
+def local_gradients(model, seed=0):
+    """Gradients of this rank, computed on a copy that no hook knows."""
+    clone = copy.deepcopy(model)
+    for parameter in clone.parameters():
+        parameter.grad = None
+    backward(clone, seed)
+    return [parameter.grad for parameter in clone.parameters()]
+
+
+def error_of(action):
+    """The exception that an action raises, or None."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,55 @@
+"""Runs tests/parallel on several ranks, under both of Horovod's controllers, through horovodrun itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SECONDS = 300  # for one launch; far above what it takes, so that only a hang gets there
+
+
+def horovodrun(ranks, controller, *command):
+    """Run a command on several ranks and return its completed process."""
+    launcher = Path(sys.executable).with_name("horovodrun")
+    environment = {
+        **os.environ,
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+        # There may be more ranks than cores: waiting must not keep others from working.
+        "OMP_NUM_THREADS": "1",
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+    }
+    try:
+        return subprocess.run(
+            [launcher, f"--{controller}", "-np", str(ranks), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"hung for {SECONDS} s:\n{(error.stdout or b'').decode()[-8000:]}")
+
+
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_checks_on_every_rank(ranks, controller):
+    pytest.importorskip("horovod.torch")
+    names = ("-o", "python_files=check_*.py", "-o", "python_functions=check_*")
+    pytest_options = (
+        *names,
+        "-x",
+        "-q",
+        "--color=no",
+        "--timeout=120",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+    )
+    done = horovodrun(ranks, controller, sys.executable, "-m", "pytest", *pytest_options, HERE / "parallel")
+    assert done.returncode == 0, done.stdout[-12000:]
+    assert done.stdout.count(" passed") == ranks, done.stdout[-12000:]
