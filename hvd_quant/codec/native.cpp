@@ -212,6 +212,9 @@ std::uint8_t* contiguous_bytes(const py::array& array, std::size_t item_size, bo
   if (static_cast<std::size_t>(array.itemsize()) != item_size) {
     throw py::value_error(std::string(what) + " has items of the wrong size");
   }
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % item_size != 0) {
+    throw py::value_error(std::string(what) + " is not aligned");
+  }
   if (writable && !array.writeable()) throw py::value_error(std::string(what) + " is read-only");
   // The array may be read-only where writable is false; nobody writes through the pointer then.
   return static_cast<std::uint8_t*>(const_cast<void*>(array.data()));

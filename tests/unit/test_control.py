@@ -1,0 +1,114 @@
+"""The control tensor: what it accepts, what it detects, and how it words a difference."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_quant.exchange import control
+
+fingerprints = st.integers(0, 2**control.FINGERPRINT_BITS - 1)
+
+
+def contributions(prints):
+    return np.array([control.values(own, rank) for rank, own in enumerate(prints)])
+
+
+def adasum(vectors):
+    """Horovod's Adasum of 2^k vectors: pairwise, nearest ranks first."""
+    if len(vectors) == 1:
+        return vectors[0]
+    pairs = []
+    for a, b in zip(vectors[::2], vectors[1::2], strict=True):
+        dot = a @ b
+        pairs.append((1 - dot / (2 * (a @ a))) * a + (1 - dot / (2 * (b @ b))) * b)
+    return adasum(pairs)
+
+
+@given(own=fingerprints, size=st.sampled_from([1, 2, 3, 4, 7, 49, 64, 1000]))
+def test_average_and_sum_give_exactly_one_and_size(own, size):
+    total = contributions([own] * size).sum(0)
+    assert control.check(total * (1 / size), own, size) == 1.0
+    assert control.check(total, own, size) == size
+
+
+@given(
+    own=fingerprints,
+    size=st.integers(1, 64),
+    scale=st.floats(1e-3, 1e3).filter(lambda scale: abs(scale - round(scale)) > 1e-6),
+)
+def test_other_linear_reductions_give_their_factor(own, size, scale):
+    mean = contributions([own] * size).mean(0)
+    assert math.isclose(control.check(mean * scale, own, size), scale, rel_tol=1e-12)
+
+
+@given(own=fingerprints, other=fingerprints, size=st.integers(2, 64), data=st.data())
+def test_one_other_fingerprint_is_noticed_by_every_rank(own, other, size, data):
+    if own == other:
+        return
+    prints = [own] * size
+    prints[data.draw(st.integers(0, size - 1))] = other
+    for reduced in (contributions(prints).mean(0), contributions(prints).sum(0)):
+        for mine in prints:
+            with pytest.raises(control.FingerprintMismatch):
+                control.check(reduced, mine, size)
+
+
+@given(prints=st.lists(fingerprints, min_size=2, max_size=16).filter(lambda prints: len(set(prints)) > 1))
+def test_no_rank_finds_its_own_among_different_ones(prints):
+    """Not even one whose fingerprint happens to be the mean."""
+    reduced = contributions(prints).mean(0)
+    for mine in prints:
+        with pytest.raises(control.FingerprintMismatch):
+            control.check(reduced, mine, len(prints))
+
+
+@given(own=fingerprints, size=st.sampled_from([2, 4, 8, 16]))
+def test_reductions_that_are_not_linear_are_refused(own, size):
+    vectors = contributions([own] * size)
+    for reduced in (adasum(list(vectors)), vectors.min(0), vectors.max(0), vectors.prod(0)):
+        with pytest.raises(control.UnsupportedReductionError, match="op=Average or op=Sum"):
+            control.check(reduced, own, size)
+
+
+def test_reduction_over_other_ranks_is_refused():
+    vectors = contributions([5] * 4)
+    for ranks in itertools.combinations(range(4), 2):
+        with pytest.raises(control.UnsupportedReductionError, match="process_set"):
+            control.check(vectors[list(ranks)].mean(0), 5, 4)
+
+
+@pytest.mark.parametrize("factor", [0.0, math.nan, math.inf])
+def test_useless_factors_are_refused(factor):
+    with pytest.raises(control.UnsupportedReductionError):
+        control.check([factor * value for value in control.values(3, 0)], 3, 1)
+
+
+def test_fingerprint_depends_on_every_field_but_not_on_their_order():
+    base = {"bits": 4, "norm": "max"}
+    assert control.fingerprint(base) == control.fingerprint({"norm": "max", "bits": 4})
+    assert control.fingerprint(base) != control.fingerprint({**base, "bits": 5})
+    assert control.fingerprint(base) == 25_000_390  # the same in every process and version
+
+
+def test_explanation_names_the_field_the_values_and_the_ranks():
+    configs = [{"bits": 4, "norm": "max"}, {"bits": 8, "norm": "max"}, {"bits": 4, "norm": "max"}]
+    tensors = [{"name": "w", "named": True, "shape": [3], "dtype": "float32"}] * 3
+    text = control.explain_mismatch(configs, tensors)
+    assert "bits is 4 on ranks 0, 2, 8 on rank 1" in text
+    assert "norm" not in text
+
+
+def test_explanation_of_a_shape():
+    tensors = [{"name": "w", "named": True, "shape": [n], "dtype": "float32"} for n in (3, 4)]
+    text = control.explain_mismatch([{}, {}], tensors)
+    assert "'w'" in text
+    assert "shape is [3] on rank 0, [4] on rank 1" in text
+
+
+def test_explanation_of_an_order_of_arrival():
+    tensors = [{"name": f"#{n}", "named": False, "shape": [3], "dtype": "float32"} for n in (3, 4)]
+    assert "named_parameters=" in control.explain_mismatch([{}, {}], tensors)

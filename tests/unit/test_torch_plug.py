@@ -1,0 +1,149 @@
+"""What hvd_quant.torch does without a second rank: names, arguments, and errors before training."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("horovod.torch")
+
+import hvd_quant.torch as hq
+from hvd_quant.torch.identity import ParameterNames
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+# --- names ----------------------------------------------------------------------------------------------
+
+
+def with_gradients(count):
+    pairs = [(f"p{i}", torch.nn.Parameter(torch.zeros(3))) for i in range(count)]
+    for _, parameter in pairs:
+        parameter.grad = torch.ones(3)
+    return pairs
+
+
+def test_a_gradient_is_found_by_identity_in_any_order():
+    pairs = with_gradients(5)
+    names = ParameterNames(pairs)
+    for order in ([4, 3, 2, 1, 0], [4, 3, 2, 1, 0], [0, 2, 4, 1, 3], [1, 1, 1]):
+        for i in order:
+            assert names.find(pairs[i][1].grad) == f"p{i}"
+    assert names.find(torch.ones(3)) is None
+    pairs[2][1].grad = None
+    assert names.find(pairs[3][1].grad) == "p3"
+
+
+def test_no_names():
+    assert ParameterNames([]).find(torch.ones(3)) is None
+
+
+def test_a_sparse_gradient_is_found_by_its_dense_copy():
+    pairs = [(f"p{i}", torch.nn.Parameter(torch.zeros(4, 2))) for i in range(3)]
+    for i, (_, parameter) in enumerate(pairs):
+        parameter.grad = torch.sparse_coo_tensor([[i]], [[1.0, 2.0]], (4, 2))
+    names = ParameterNames(pairs)
+    assert names.find_sparse(pairs[1][1].grad.to_dense(), taken=()) == "p1"
+    assert names.find_sparse(pairs[1][1].grad.to_dense(), taken=("p1",)) is None
+
+
+@pytest.mark.parametrize("pairs", [[torch.zeros(3)], [("a",)], [(1, torch.zeros(3))], [("a", 3)], ["ab"]])
+def test_what_is_no_named_parameter_is_refused(pairs):
+    with pytest.raises(ValueError, match="pairs of name and parameter"):
+        ParameterNames(pairs)
+
+
+def test_equal_names_are_refused():
+    with pytest.raises(ValueError, match=r"unique.*: a"):
+        ParameterNames([("a", torch.zeros(3)), ("a", torch.zeros(3))])
+
+
+# --- arguments ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"bits": 0}, ValueError, "bits must be from 2 to 8"),
+        ({"bits": 9}, ValueError, "bits must be from 2 to 8"),
+        ({"bits": 4.0}, TypeError, "bits must be an integer"),
+        ({"bits": True}, TypeError, "bits must be an integer"),
+        ({"norm": "l1"}, ValueError, "norm must be 'max' or 'l2'"),
+        ({"bucket_size": 0}, ValueError, "bucket_size must be from 1"),
+        ({"bucket_size": -5}, ValueError, "bucket_size must be from 1"),
+        ({"min_numel": -1}, ValueError, "min_numel must be from 0"),
+        ({"min_numel": 1.5}, TypeError, "min_numel must be an integer"),
+        ({"seed": -1}, ValueError, "seed must be from 0"),
+        ({"process_set": [0, 1]}, TypeError, r"horovod\.torch\.ProcessSet"),
+        ({"named_parameters": [3]}, ValueError, "pairs of name and parameter"),
+        ({"bitz": 4}, TypeError, "bitz"),
+    ],
+)
+def test_bad_configuration_fails_at_construction(arguments, error, says):
+    with pytest.raises(error, match=says):
+        hq.QSGDCompressor(**arguments)
+
+
+def test_names_are_taken_once():
+    compressor = hq.QSGDCompressor(named_parameters=with_gradients(2))
+    with pytest.raises(ValueError, match="one optimizer"):
+        compressor.bind(with_gradients(2))
+
+
+def test_state():
+    compressor = hq.QSGDCompressor(seed=3)
+    state = compressor.state_dict()
+    other = hq.QSGDCompressor()
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    for bad in ({}, {"seed": 1}, {"seed": "x", "uses": {}}, None, {"seed": 1, "uses": 3}):
+        with pytest.raises(ValueError, match="not a state"):
+            other.load_state_dict(bad)
+    assert other.state_dict() == state
+
+
+def test_statistics_before_the_first_step():
+    assert hq.QSGDCompressor().stats() == {
+        "steps": 0,
+        "raw_bytes": 0,
+        "wire_bytes": 0,
+        "compression_ratio": 1.0,
+    }
+
+
+# --- without Horovod ------------------------------------------------------------------------------------
+
+
+def test_horovod_not_initialised():
+    x = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"hvd\.init\(\)"):
+        hq.DistributedOptimizer(torch.optim.SGD([x], lr=1.0), compression=hq.QSGDCompressor())
+    with pytest.raises(RuntimeError, match=r"hvd\.init\(\)"):
+        hq.QSGDCompressor().compress(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"), [("horovod", "needs Horovod 0.28 built with PyTorch"), ("torch", "needs PyTorch")]
+)
+def test_missing_packages_are_named(missing, says):
+    done = run(f"import sys; sys.modules[{missing!r}] = None; import hvd_quant.torch")
+    assert done.returncode != 0
+    assert says in done.stderr
+
+
+def test_one_rank_trains_alone():
+    done = run(
+        "import torch, horovod.torch as hvd, hvd_quant.torch as hq\n"
+        "hvd.init()\n"
+        "x = torch.nn.Parameter(torch.ones(3000))\n"
+        "compressor = hq.QSGDCompressor(bits=8)\n"
+        "optimizer = hq.DistributedOptimizer(torch.optim.SGD([x], lr=0.5), compression=compressor)\n"
+        "x.square().sum().backward(); optimizer.step()\n"
+        "assert x.abs().max() == 0\n"
+        "y = hvd.allreduce(torch.linspace(0, 1, 3000), compression=hq.QSGDCompressor(bits=8))\n"
+        "assert (y - torch.linspace(0, 1, 3000)).abs().max() < 1 / 127\n"
+    )
+    assert done.returncode == 0, done.stderr
