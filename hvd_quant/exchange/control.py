@@ -4,26 +4,27 @@ The gradient's payload travels by an exchange of ours, which knows neither the r
 for nor whether the ranks agree. The control tensor tells both. Horovod reduces it under the parameter's own
 name, exactly as it would have reduced the gradient.
 
-Each rank r of n contributes the float64 vector c_r = [1, f, f^2, B (r + 1)], where f < 2^26 is a fingerprint
-of the rank's configuration and of the tensor. Any linear reduction (Average, Sum, predivide, pre- and
+Each rank r of n contributes the float64 vector c_r = [1, f, f^2, w_r], where f < 2^26 is a fingerprint of the
+rank's configuration and of the tensor, and w_r a large number of that rank's own. Any linear reduction (Average, Sum, predivide, pre- and
 postscale) gives sum_r k c_r / n with a factor k of its own, 1 for Average and n for Sum, hence:
 
 - its first entry is k, by which the decoded mean is to be multiplied;
-- its last entry is k B (n + 1) / 2. B is so large that it dominates c_r, so for the reductions that are not
-  linear (Adasum, Min, Max, Product), or that took place over other ranks than we believe, it is not;
+- its last entry is k times the mean of the w_r. These dominate the vectors and differ from rank to rank, so
+  for reductions that are not linear (Adasum, Min, Max, Product), or that took place over other ranks than we
+  believe, it is something else;
 - mean and mean square of f are f and f^2 only if all ranks have the same f. If they have not, no rank finds
   its own, so that every rank notices.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 
 FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or nearly
-_BASE = 2.0**60
 SIZE = 4
 NBYTES = 8 * SIZE
 
@@ -49,9 +50,20 @@ def fingerprint(description: Description) -> int:
     return int.from_bytes(digest, "little") % 2**FINGERPRINT_BITS
 
 
+def _weight(rank: int) -> float:
+    """w_r: from 2^60 to 2^61, in steps of 2^40, so that sums over the ranks are exact."""
+    digest = hashlib.blake2b(rank.to_bytes(8, "little"), digest_size=8).digest()
+    return 2.0**60 + 2.0**40 * (int.from_bytes(digest, "little") % 2**20)
+
+
+@functools.cache
+def _mean_weight(size: int) -> float:
+    return sum(map(_weight, range(size))) / size
+
+
 def values(own: int, rank: int) -> list[float]:
     """What rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
-    return [1.0, float(own), float(own) ** 2, _BASE * (rank + 1)]
+    return [1.0, float(own), float(own) ** 2, _weight(rank)]
 
 
 def check(reduced: Sequence[float], own: int, size: int) -> float:
@@ -66,12 +78,12 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
         UnsupportedReductionError: no linear reduction over ``size`` ranks gives these values.
         FingerprintMismatch: the ranks' fingerprints differ.
     """
-    factor, mean, mean_square, base = reduced
+    factor, mean, mean_square, weight = reduced
 
     def close(value: float, expected: float) -> bool:
         return math.isclose(value, expected, rel_tol=1e-12 * max(1, size))
 
-    if not math.isfinite(factor) or factor == 0.0 or not close(base, factor * _BASE * (size + 1) / 2):
+    if not math.isfinite(factor) or factor == 0.0 or not close(weight, factor * _mean_weight(size)):
         raise UnsupportedReductionError(
             "Horovod applied a reduction that quantized gradients do not support. Use op=Average or op=Sum "
             f"(not Adasum, Min, Max or Product), over the same {size} ranks as the compressor: an optimizer "

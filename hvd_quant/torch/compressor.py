@@ -177,7 +177,7 @@ class QuantizedCompressor(Compressor):
             ctx: what `compress` returned beside it; None for a tensor that passed untouched.
 
         Returns:
-            The mean over the ranks, or the sum if Horovod was asked for it, in the gradient's shape and dtype.
+            The mean over the ranks, or the sum if that was asked for, in the gradient's shape and dtype.
 
         Raises:
             RankMismatchError: the ranks are configured differently, or disagree about what they sent.
