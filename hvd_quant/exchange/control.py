@@ -5,8 +5,9 @@ for nor whether the ranks agree. The control tensor tells both. Horovod reduces 
 name, exactly as it would have reduced the gradient.
 
 Each rank r of n contributes the float64 vector c_r = [1, f, f^2, w_r], where f < 2^26 is a fingerprint of the
-rank's configuration and of the tensor, and w_r a large number of that rank's own. Any linear reduction (Average, Sum, predivide, pre- and
-postscale) gives sum_r k c_r / n with a factor k of its own, 1 for Average and n for Sum, hence:
+rank's configuration and of the tensor, and w_r a large number of that rank's own. Any linear reduction
+(Average, Sum, predivide, pre- and postscale) gives sum_r k c_r / n with a factor k of its own, 1 for Average
+and n for Sum, hence:
 
 - its first entry is k, by which the decoded mean is to be multiplied;
 - its last entry is k times the mean of the w_r. These dominate the vectors and differ from rank to rank, so
