@@ -22,7 +22,7 @@ BACKENDS = ["native", "torch"]  # every instruction set gives the same payloads:
 
 
 def deviation(variance, largest):
-    """What |sum of independent centred terms| exceeds with probability ALPHA or less (Bernstein's inequality).
+    """What |sum of independent centred terms| exceeds with probability ALPHA at most: Bernstein's bound.
 
     Unlike Z standard errors it holds for any distribution, e.g. for values that are hardly ever rounded up.
 

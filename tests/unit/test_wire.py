@@ -1,5 +1,6 @@
 """The payload's layout as docs/wire-format.md has it (promise 6)."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_body_of_a_payload_made_by_hand(backend):
     np.testing.assert_array_equal(decode(payload, backend=backend), np.array([7, -1, -14], np.float32))
     same = encode(np.array([7, -1, -14], np.float32), QSGD(4, "max", 2), backend=backend)
     assert same.tobytes() == payload
+
+
+def test_example_of_the_documentation(backend):
+    text = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text()
+    example = text.split("## Example")[1].split("\n## ")[0]
+    payload = bytes.fromhex("".join(re.findall(r"^ {4}((?:[\da-f]{2} +)+)", example, re.MULTILINE)))
+    expected = np.array([4.6666665, 0, -14, 1, 3], np.float32)
+    np.testing.assert_array_equal(decode(payload, backend=backend), expected)
+    values = np.array([7, -1, -14, 0.5, 3], np.float32)
+    assert encode(values, QSGD(bits=3, bucket_size=3), backend="native").tobytes() == payload
 
 
 @given(schemes, st.integers(0, 300), st.integers(0, 2**64 - 1))
