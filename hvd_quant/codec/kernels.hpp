@@ -81,18 +81,20 @@ inline void fetch_ahead(const T* x, Half half) {
 // would first read what it overwrites.
 inline void stream_out(void* out, const void* data, std::size_t size) {
 #if defined(__x86_64__)
-  if (reinterpret_cast<std::uintptr_t>(out) % 16 == 0) {
-    const std::size_t whole = size / 16 * 16;
-    for (std::size_t i = 0; i < whole; i += 16) {
-      __m128i block;
-      std::memcpy(&block, static_cast<const char*>(data) + i, 16);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(out) + i), block);
-    }
-    std::memcpy(static_cast<char*>(out) + whole, static_cast<const char*>(data) + whole, size - whole);
-    return;
+  auto* to = static_cast<char*>(out);
+  const auto* from = static_cast<const char*>(data);
+  const std::size_t head = std::min<std::size_t>(size, -reinterpret_cast<std::uintptr_t>(out) % 16);
+  const std::size_t blocks_end = head + (size - head) / 16 * 16;
+  std::memcpy(to, from, head);
+  for (std::size_t i = head; i < blocks_end; i += 16) {
+    __m128i block;
+    std::memcpy(&block, from + i, 16);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), block);
   }
-#endif
+  std::memcpy(to + blocks_end, from + blocks_end, size - blocks_end);
+#else
   std::memcpy(out, data, size);
+#endif
 }
 
 inline void stream_end() {
@@ -365,6 +367,8 @@ std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64
   const Layout& layout = job.layout;
   alignas(64) std::int32_t noise[kChunk];
   alignas(64) std::int8_t codes[kChunk];
+  alignas(64) std::uint8_t packed[kChunk];
+  const bool streamed = layout.body_size() >= kStreamedSize;
   std::uint32_t sum = 0;
   Bucket bucket{};
   std::uint64_t bucket_end = begin;  // of the bucket measured last
@@ -386,11 +390,17 @@ std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64
       quantize(x + at + i, m, bucket, noise + i, codes + i);
       i += m;
     }
-    std::uint8_t* packed = job.body + layout.codes_offset() + at / 8 * kBits;
+    const std::uint64_t codes_at = layout.codes_offset() + at / 8 * kBits;
+    const std::uint64_t size = packed_size(n, kBits);
     pack<kBits>(codes, n, packed);
-    sum += checksum(packed, packed_size(n, kBits),
-                    job.first_word + (layout.codes_offset() + at / 8 * kBits) / 4);
+    sum += checksum(packed, size, job.first_word + codes_at / 4);
+    if (streamed) {
+      stream_out(job.body + codes_at, packed, size);
+    } else {
+      std::memcpy(job.body + codes_at, packed, size);
+    }
   }
+  if (streamed) stream_end();
   return sum;
 }
 

@@ -190,7 +190,7 @@ void choose_isa(const std::string& name) {
   for (const Kernels& kernels : all_kernels()) {
     if (kernels.supported && (name.empty() || name == kernels.name)) chosen = &kernels;
   }
-  if (!name.empty() && name != chosen->name) {
+  if (chosen == nullptr || (!name.empty() && name != chosen->name)) {
     std::string names;
     for (const std::string& one : available_isas()) names += (names.empty() ? "" : ", ") + one;
     throw py::value_error("no instruction set '" + name + "' on this machine; available: " + names);
