@@ -272,9 +272,9 @@ def check_goals(rows: list[Row]) -> list[dict[str, object]]:
     slower, where = max(
         (getattr(top.native, name) / getattr(row.native, name), f"{name}, {row.bits} bits, {row.norm}")
         for row in rows
-        for name in ("encode", "decode", "mean")
+        for name in ("encode", "mean")
     )
-    text = f"no other row more than {SLOWER:g} times slower (slowest: {where})"
+    text = f"encode and mean of 2: no other row more than {SLOWER:g} times slower (slowest: {where})"
     checks.append({"goal": text, "measured": slower, "met": slower <= SLOWER})
     return checks
 
