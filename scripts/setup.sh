@@ -20,7 +20,11 @@ venv=$root/.venv
 stamps=$venv/.hvd_quant
 logs=$root/build/logs
 mkdir -p "$logs"
-unset PYTHONHOME PYTHONPATH  # another environment's packages must not leak into ours
+unset PYTHONHOME PYTHONPATH # another environment's packages must not leak into ours
+
+# One at a time: a second call waits for the first, and then finds everything done.
+exec 9>"$root/build/setup.lock"
+flock 9
 
 # --- reporting ------------------------------------------------------------------------------------------
 
@@ -35,8 +39,11 @@ fail() {
 step() {
   local name=$1 log=$logs/$1.log begin=$SECONDS pid status=0
   shift
-  "$@" >"$log" 2>&1 </dev/null &
+  set -m # a process group of its own, to be ended as a whole
+  "$@" >"$log" 2>&1 </dev/null 9>&- &
   pid=$!
+  set +m
+  trap 'kill -- -'"$pid"' 2>/dev/null || true' EXIT
   while kill -0 "$pid" 2>/dev/null; do
     if [ -t 1 ]; then
       printf '\r  %-18s %4ds  %s\033[K' "$name" $((SECONDS - begin)) "$(tail -n 1 "$log" | tr -d '\r' | cut -c1-60)"
@@ -46,6 +53,7 @@ step() {
     fi
   done
   wait "$pid" || status=$?
+  trap - EXIT
   [ -t 1 ] && printf '\r\033[K'
   if [ "$status" -ne 0 ]; then
     printf -- '--- last lines of %s\n' "$log" >&2
@@ -133,11 +141,13 @@ install_torch() {
 }
 
 build_horovod() {
-  local source=$root/build/horovod-$horovod_version
-  rm -rf "$source"
-  mkdir -p "$root/build"
-  pip download --no-deps --no-binary :all: --no-build-isolation -d "$root/build" "horovod==$horovod_version"
-  tar -xzf "$root/build/horovod-$horovod_version.tar.gz" -C "$root/build"
+  # Not below $root: its path may hold spaces, which Horovod's build does not take.
+  local work source
+  work=$(mktemp -d)
+  source=$work/horovod-$horovod_version
+  trap 'rm -rf "$work"' EXIT
+  pip download --no-deps --no-binary :all: --no-build-isolation -d "$work" "horovod==$horovod_version"
+  tar -xzf "$source.tar.gz" -C "$work"
   "$venv/bin/python" scripts/patch_horovod.py "$source"
   if has_gpu && command -v nvcc >/dev/null && { ldconfig -p | grep -q libnccl || [ -n "${HOROVOD_NCCL_HOME:-}" ]; }; then
     export HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-NCCL}
@@ -149,10 +159,9 @@ build_horovod() {
     export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
     export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
     cd "$source"
-    pip wheel --no-deps --no-build-isolation -w "$root/build/wheels" .
+    pip wheel --no-deps --no-build-isolation -w "$work/wheels" .
   )
-  pip install --force-reinstall --no-deps "$root/build/wheels/horovod-$horovod_version"*.whl
-  rm -rf "$source"
+  pip install --force-reinstall --no-deps "$work/wheels/horovod-$horovod_version"*.whl
 }
 
 install_hvd_quant() {
@@ -164,8 +173,9 @@ install_hvd_quant() {
 say "hvd_quant: setting up $venv (logs in $logs)"
 install_system_packages
 
-[ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null && [ -d "$stamps" ] || step venv make_venv
-
+# A .venv whose interpreter has gone, or that was moved here from elsewhere, is made again.
+"$venv/bin/python" -c '' 2>/dev/null || rm -rf "$stamps"
+once venv "$venv" make_venv
 once torch "$torch_version $(has_gpu && echo gpu || echo cpu)" install_torch
 once horovod "$horovod_version torch-$(cat "$stamps/torch") $(cksum <scripts/patch_horovod.py)" build_horovod
 once hvd_quant "$(cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum)" install_hvd_quant

@@ -60,6 +60,8 @@ def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> A
         raise TypeError(f"x must be a NumPy array or a torch tensor, not {type(x).__name__}")
     if is_tensor and str(x.layout) != "torch.strided":
         raise TypeError(f"x must be a dense tensor, not of layout {x.layout}")
+    if not is_tensor:
+        x = x.astype(x.dtype.newbyteorder("="), copy=False)
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in native.DTYPES:
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
