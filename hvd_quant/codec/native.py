@@ -81,6 +81,8 @@ def decode_mean(
     header = wire.common_header(headers)
     if out is None:
         out = np.empty(header.count, np.float32)
+    elif not out.dtype.isnative:
+        raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
     elif out.size != header.count:
         raise ValueError(f"the payloads hold {header.count} values, but there is room for {out.size}")
     checksums = _native.decode_sum(
