@@ -1,6 +1,7 @@
 """The package's floors: nothing imports upward, and the core needs NumPy alone."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,18 @@ def test_frameworks_are_imported_by_their_plugs_alone(path):
         )
     used = {name.split(".")[0] for name, _ in imports(path)} & set(FRAMEWORKS)
     assert used <= allowed, f"{relative} imports {used - allowed}"
+
+
+def test_an_unknown_instruction_set_is_an_error_that_lists_the_known_ones():
+    environment = {**os.environ, "HVD_QUANT_ISA": "mmx"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import hvd_quant"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1  # no crash
+    assert "no instruction set 'mmx' on this machine; available: portable" in done.stderr
+
+
+def test_the_instruction_set_can_be_chosen():
+    environment = {**os.environ, "HVD_QUANT_ISA": "portable"}
+    command = [sys.executable, "-c", "import hvd_quant; print(hvd_quant.native_isa())"]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout == "portable\n"

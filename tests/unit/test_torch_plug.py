@@ -41,6 +41,7 @@ def test_no_names():
     assert ParameterNames([]).find(torch.ones(3)) is None
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_a_sparse_gradient_is_found_by_its_dense_copy():
     pairs = [(f"p{i}", torch.nn.Parameter(torch.zeros(4, 2))) for i in range(3)]
     for i, (_, parameter) in enumerate(pairs):
