@@ -143,6 +143,6 @@ def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
     if _is_tensor(x):
         import torch
 
-        x = x.detach().reshape(-1).contiguous()
+        x = x.detach().reshape(-1).resolve_neg().contiguous()
         x = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
     return np.require(x, requirements=("C", "ALIGNED")).reshape(-1)

@@ -88,7 +88,8 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
         raise UnsupportedReductionError(
             "Horovod applied a reduction that quantized gradients do not support. Use op=Average or op=Sum "
             f"(not Adasum, Min, Max or Product), over the same {size} ranks as the compressor: an optimizer "
-            "with a process_set needs a compressor with the same process_set."
+            "with a process_set needs a compressor with the same process_set, and hvd.join() cannot be used, "
+            "so give every rank equally many steps."
         )
     if not (close(mean, factor * own) and close(mean_square, factor * own**2)):
         raise FingerprintMismatch

@@ -8,11 +8,12 @@ returns the decoded mean.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,8 +34,10 @@ _DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-_EXPLAIN_SECONDS = 10.0  # how long to wait for the other ranks' configurations once a mismatch is known
-_numbers = itertools.count()
+# How long to wait for the other ranks' configurations once a mismatch is known: they notice when they get to
+# the same step, but one of them may have died.
+_EXPLAIN_SECONDS = 60.0
+_counters: defaultdict[int | None, itertools.count] = defaultdict(itertools.count)  # of compressors
 
 
 @dataclass
@@ -90,14 +93,15 @@ class QuantizedCompressor(Compressor):
         self.min_numel = int(min_numel)
         self.process_set = process_set
         self.seed = int(seed)
+        self.in_use = False  # by an optimizer of ours
         self._names: ParameterNames | None = None
-        # In the names of our collectives, so that several compressors of one process stay apart.
-        self._number = next(_numbers)
-        self._uses: Counter[str] = Counter()  # how often each key was encoded; part of the noise's key
+        # In the names of our collectives, so that several compressors of one process stay apart. Ranks that
+        # are not in a process set need not make its compressors, so each set counts its own.
+        self._number = next(_counters[process_set.process_set_id])
+        self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
         self._announced: set[str] = set()  # small gradients that the ranks have agreed to leave alone
         self._arrivals = {True: 0, False: 0}  # in this step: quantized ones, small ones
         self._pending: dict[str, _Pending] = {}
-        self._steps = 0
         self._raw_bytes = 0
         self._wire_bytes = 0
         if named_parameters is not None:
@@ -107,14 +111,17 @@ class QuantizedCompressor(Compressor):
         """Tell the compressor the parameters' names, once.
 
         Raises:
-            ValueError: it knows some already, or these are no unique names and parameters.
+            ValueError: it knows others already, or these are no unique names and parameters.
         """
-        if self._names is not None:
+        names = ParameterNames(named_parameters)
+        if self._names is not None and self._names != names:
             raise ValueError(
-                "this compressor has been given named_parameters before. A compressor serves one optimizer: "
-                "make another one for another optimizer, and pass the names once."
+                "this compressor has been given other named_parameters before. A compressor serves one "
+                "optimizer: make another one for another optimizer."
             )
-        self._names = ParameterNames(named_parameters)
+        if self._names is None:
+            self._names = names
+            names.watch()
 
     @property
     def bound(self) -> bool:
@@ -149,13 +156,16 @@ class QuantizedCompressor(Compressor):
         key = self._key(tensor, quantized)
         raw_bytes = tensor.numel() * tensor.element_size()
         self._raw_bytes += raw_bytes
+        use = self._uses[key.text]
+        if quantized or key.named:  # the place of a small gradient without a name says little
+            self._uses[key.text] += 1
         if not quantized and key.text in self._announced:
             self._wire_bytes += raw_bytes
-            return tensor, None
+            return tensor.contiguous(), None
 
         name = f"hvd_quant.{self._number}.{key.text}"
         if quantized:
-            payload = self._encode(tensor, self._noise_seed(key))
+            payload = self._encode(tensor, self._noise_seed(key, use))
             handle = hvd.allgather_async(payload, name=name, process_set=self.process_set)
             self._wire_bytes += payload.numel() + control.NBYTES
         else:
@@ -188,9 +198,14 @@ class QuantizedCompressor(Compressor):
         try:
             factor = control.check(tensor.tolist(), ctx.fingerprint, self.process_set.size())
         except control.FingerprintMismatch:
-            raise control.RankMismatchError(self._explain_mismatch(ctx)) from None
-        finally:
-            self._finish(ctx)
+            message = self._explain_mismatch(ctx)
+            self.reset()
+            raise control.RankMismatchError(message) from None
+        except control.UnsupportedReductionError:
+            self.reset()
+            raise
+        if self._pending.get(ctx.key.text) is ctx:
+            del self._pending[ctx.key.text]
         received = hvd.synchronize(ctx.handle)
         if not ctx.quantized:
             return received if factor == 1.0 else received.mul_(factor)
@@ -202,16 +217,29 @@ class QuantizedCompressor(Compressor):
         """What this rank has contributed so far.
 
         Returns:
-            ``steps``; ``raw_bytes``, the gradients as they were; ``wire_bytes``, what was handed to Horovod
-            in their place (payloads, control tensors, uncompressed small gradients); ``compression_ratio``,
-            the former over the latter.
+            ``steps``, how often the gradient that came most often has come; ``raw_bytes``, the gradients as
+            they were; ``wire_bytes``, what was handed to Horovod in their place (payloads, control tensors,
+            uncompressed small gradients); ``compression_ratio``, the former over the latter.
         """
         return {
-            "steps": self._steps,
+            "steps": max(self._uses.values(), default=0),
             "raw_bytes": self._raw_bytes,
             "wire_bytes": self._wire_bytes,
             "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
         }
+
+    def reset(self) -> None:
+        """Forget what is on its way, and what the ranks have agreed on, but not the noise and the statistics.
+
+        For a training loop that goes on after it left a step between ``backward`` and ``step``, or after
+        Horovod was initialised anew with other ranks. All ranks must do it at the same step.
+        """
+        for pending in self._pending.values():
+            if hvd.poll(pending.handle):  # else it may never end: another rank may not have sent its part
+                with contextlib.suppress(hvd.HorovodInternalError):
+                    hvd.synchronize(pending.handle)
+        self._pending.clear()
+        self._announced.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -229,9 +257,17 @@ class QuantizedCompressor(Compressor):
                 Counter({str(key): int(count) for key, count in state["uses"].items()}),
             )
             check_integer("seed", seed, 0, 2**64 - 1)
-        except (KeyError, TypeError, AttributeError) as error:
+            for count in uses.values():
+                check_integer("uses", count, 0, 2**63 - 1)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error
-        self.seed, self._uses = seed, uses
+        self.seed, self._uses = int(seed), uses
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a compressor belongs to its process and its model's parameters, and cannot be copied or "
+            "pickled: make a new one, and hand it the state_dict() of the old one"
+        )
 
     # --- identity ---------------------------------------------------------------------------------------
 
@@ -246,16 +282,9 @@ class QuantizedCompressor(Compressor):
         self._arrivals[quantized] += 1
         return _Key(f"#{place}" if quantized else f"#small.{place}", named=False)
 
-    def _finish(self, pending: _Pending) -> None:
-        if self._pending.get(pending.key.text) is pending:
-            del self._pending[pending.key.text]
-            self._steps += not self._pending
-
-    def _noise_seed(self, key: _Key) -> int:
+    def _noise_seed(self, key: _Key, use: int) -> int:
         """64 bits that depend on seed, rank, step and tensor, and on nothing else."""
-        step = self._uses[key.text]
-        self._uses[key.text] += 1
-        text = json.dumps([self.seed, self.process_set.rank(), step, key.text])
+        text = json.dumps([self.seed, self.process_set.rank(), use, key.text])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     # --- agreement between ranks ------------------------------------------------------------------------
@@ -284,11 +313,18 @@ class QuantizedCompressor(Compressor):
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
         handle = hvd.allgather_async(data, name="hvd_quant.mismatch", process_set=self.process_set)
         deadline = time.monotonic() + _EXPLAIN_SECONDS
-        while not hvd.poll(handle):
-            if time.monotonic() > deadline:
-                return f"the ranks are configured differently; this one has {own[0]}, at {own[1]}"
+        while not hvd.poll(handle) and time.monotonic() < deadline:
             time.sleep(0.01)
-        lines = bytes(hvd.synchronize(handle).numpy()).decode().splitlines()
+        try:
+            answers = hvd.synchronize(handle) if hvd.poll(handle) else None
+        except hvd.HorovodInternalError:
+            answers = None
+        if answers is None:
+            return (
+                "the ranks are configured differently, and did not all answer when asked how. "
+                f"This one has {own[0]}, and noticed it at {own[1]}."
+            )
+        lines = bytes(answers.numpy()).decode().split("\n")[:-1]
         configs, tensors = zip(*map(json.loads, lines), strict=True)
         return control.explain_mismatch(configs, tensors)
 
@@ -307,7 +343,9 @@ class QuantizedCompressor(Compressor):
             mean = torch_ops.decode_mean(list(payloads), dtype=gradient.dtype, factor=factor)
             return mean.view(gradient.shape)
         # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the caller's.
-        in_place = pending.key.named and gradient.is_contiguous()
+        # Where NumPy would see a copy of it, a new one is made as well.
+        aligned = gradient.data_ptr() % gradient.element_size() == 0
+        in_place = pending.key.named and gradient.is_contiguous() and aligned and not gradient.is_neg()
         mean = gradient if in_place else torch.empty(gradient.shape, dtype=gradient.dtype)
         native.decode_mean(
             list(payloads.numpy()), flat_array(mean), dtype=_DTYPES[gradient.dtype], factor=factor

@@ -6,6 +6,7 @@ some parameter's ``.grad``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -36,7 +37,7 @@ class ParameterNames:
                 )
         self._names = [name for name, _ in pairs]
         self._parameters = [parameter for _, parameter in pairs]
-        duplicates = sorted({name for name in self._names if self._names.count(name) > 1})
+        duplicates = sorted(name for name, count in Counter(self._names).items() if count > 1)
         if duplicates:
             raise ValueError(
                 f"names in named_parameters must be unique; found twice: {', '.join(duplicates)}"
@@ -45,9 +46,26 @@ class ParameterNames:
         # next last time, so that it is no search at all.
         self._successor = [*range(1, len(pairs)), 0]
         self._last = len(pairs) - 1
+        self._accumulated = 0  # the parameter whose gradient autograd was the last to compute
 
-    def __len__(self) -> int:
-        return len(self._names)
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ParameterNames)
+            and self._names == other._names
+            and all(a is b for a, b in zip(self._parameters, other._parameters, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def watch(self) -> None:
+        """Note which gradient autograd has just computed; Horovod's own hook runs right after ours."""
+
+        def note(index: int) -> None:
+            self._accumulated = index
+
+        for i, parameter in enumerate(self._parameters):
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.register_post_accumulate_grad_hook(lambda _, index=i: note(index))
 
     def find(self, gradient: torch.Tensor) -> str | None:
         """The name of the parameter whose ``.grad`` this very tensor is, or None."""
@@ -65,18 +83,27 @@ class ParameterNames:
     def find_sparse(self, dense: torch.Tensor, taken: Iterable[str]) -> str | None:
         """The name of the parameter whose sparse ``.grad`` has this dense copy, or None.
 
-        With ``sparse_as_dense=True`` Horovod hands over a copy that is no parameter's ``.grad``. Names in
+        With ``sparse_as_dense=True`` Horovod hands over a copy that is no parameter's ``.grad``. It is looked
+        for from the gradient that autograd has just computed onwards, because others may be equal. Names in
         ``taken`` are not considered: their gradients are on the way already.
         """
         taken = set(taken)
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            gradient = parameter.grad
+        order = [self._accumulated, *range(len(self._names))] if self._names else []
+        for i in order:
+            gradient = self._parameters[i].grad
             if (
-                name not in taken
+                self._names[i] not in taken
                 and gradient is not None
                 and gradient.is_sparse
                 and gradient.shape == dense.shape
-                and torch.equal(gradient.to_dense(), dense)
+                and _same_bits(gradient.to_dense(), dense)
             ):
-                return name
+                return self._names[i]
         return None
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality for which NaN equals itself."""
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
+    )

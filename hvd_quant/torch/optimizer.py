@@ -48,13 +48,13 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     if isinstance(compression, QuantizedCompressor):
         if op not in (hvd.Average, hvd.Sum):
             raise ValueError("quantized gradients support op=hvd.Average and op=hvd.Sum only")
-        if compression.process_set is not process_set:
+        if compression.process_set.process_set_id != process_set.process_set_id:
             raise ValueError("give the compressor and the optimizer the same process_set")
-        if named_parameters is not None:
-            compression.bind(named_parameters)
-        elif not compression.bound:
-            compression.bind(_names_by_place(optimizer))
-    return hvd.DistributedOptimizer(
+        if compression.in_use:
+            raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
+        if named_parameters is not None or not compression.bound:
+            compression.bind(named_parameters or _names_by_place(optimizer))
+    distributed = hvd.DistributedOptimizer(
         optimizer,
         named_parameters=named_parameters,
         compression=compression,
@@ -66,6 +66,9 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         sparse_as_dense=sparse_as_dense,
         process_set=process_set,
     )
+    if isinstance(compression, QuantizedCompressor):
+        compression.in_use = True
+    return distributed
 
 
 def _names_by_place(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:

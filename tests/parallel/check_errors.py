@@ -1,5 +1,9 @@
 """Differences between ranks and misuse: the same clear error on every rank, and never a hang."""
 
+import copy
+import pickle
+import time
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -139,6 +143,37 @@ def check_compressor_for_two_optimizers():
     optimizer_of(mlp(), compressor)
     with pytest.raises(ValueError, match="serves one optimizer"):
         optimizer_of(mlp(), compressor)
+
+
+def check_names_given_twice_and_a_refused_argument():
+    model = mlp()
+    compressor = hq.QSGDCompressor(named_parameters=model.named_parameters())
+    with pytest.raises(ValueError, match="gradient_predivide_factor"):
+        optimizer_of(model, compressor, op=hvd.Sum, gradient_predivide_factor=2.0)
+    assert step_error(model, optimizer_of(model, compressor)) is None
+
+
+def check_copies_are_refused():
+    for action in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            action(hq.QSGDCompressor())
+
+
+def check_ranks_that_notice_late():
+    """A rank may be busy between backward and step; the others wait for it to explain."""
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8)))
+
+    def step():
+        backward(model)
+        if hvd.rank() == 0:
+            time.sleep(12)
+        optimizer.step()
+
+    error = error_of(step)
+    assert isinstance(error, hq.RankMismatchError)
+    assert "bits is 4 on rank 0" in str(error)
+    assert len(set(gathered(str(error)))) == 1
 
 
 def check_tensor_in_an_autograd_graph():

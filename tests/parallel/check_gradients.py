@@ -6,9 +6,11 @@ import horovod.torch as hvd
 import pytest
 import torch
 from common import backward, gathered, local_gradients, mlp, own_randn, same_everywhere
+from horovod.torch.mpi_ops import _handle_map
 
 import hvd_quant.torch as hq
-from hvd_quant import QSGD
+from hvd_quant import QSGD, decode, encode
+from hvd_quant.torch.compressor import _Key
 
 
 def optimizer_of(model, compression, **options):
@@ -223,6 +225,57 @@ def check_channels_last_gradients():
     assert_mean(model.weight.grad, local, QSGD(bits=8))
 
 
+def check_small_channels_last_gradients():
+    torch.manual_seed(2)
+    model = torch.nn.Conv2d(3, 16, 3).to(memory_format=torch.channels_last)
+    optimizer = optimizer_of(model, hq.QSGDCompressor())
+    for step in range(3):
+        optimizer.zero_grad()
+        x = own_randn(4, 3, 9, 9, seed=step).to(memory_format=torch.channels_last)
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert same_everywhere(model.weight)
+
+
+def check_misaligned_gradient():
+    """NumPy would copy it, and the mean must not end in the copy."""
+    parameter = torch.nn.Parameter(torch.zeros(5000))
+    optimizer = optimizer_of(torch.nn.ParameterList([parameter]), hq.QSGDCompressor(bits=8))
+    parameter.grad = torch.frombuffer(bytearray(20_001), dtype=torch.float32, offset=1, count=5000)
+    parameter.grad.copy_(own_randn(5000))
+    (parameter * 0).sum().backward()
+    optimizer.synchronize()
+    assert_mean(parameter.grad, gathered(own_randn(5000)), QSGD(bits=8))
+
+
+def embeddings():
+    model = torch.nn.ModuleList(torch.nn.Embedding(50, 40, sparse=True) for _ in range(2))
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    return model
+
+
+def check_sparse_nan_reaches_every_rank():
+    model = embeddings()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(), sparse_as_dense=True)
+    rows = torch.tensor([1, 2 + hvd.rank()])
+    loss = sum(layer(rows).square().sum() for layer in model)
+    (loss * float("nan") if hvd.rank() == 0 else loss).backward()
+    optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+    assert all(parameter.isnan().any() for parameter in model.parameters())
+
+
+def check_equal_sparse_gradients_are_told_apart():
+    model = embeddings()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(), sparse_as_dense=True, backward_passes_per_step=2)
+    for step in range(2):
+        rows = torch.tensor([1, 2 + step])
+        sum((i + 1) * hvd.rank() * layer(rows).square().sum() for i, layer in enumerate(model)).backward()
+    optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("norm", ["max", "l2"])
 def check_non_finite_values_reach_every_rank_and_no_other_bucket(bad, norm):
@@ -289,13 +342,10 @@ def check_noise_differs_between_ranks_steps_and_tensors():
     x[::512] = 1.0  # the norm of every bucket
     compressor = hq.QSGDCompressor(bits=4)
     scheme = QSGD(bits=4)
-    from hvd_quant import decode, encode
-    from hvd_quant.torch.compressor import _Key
-
     patterns = []
     for key in ("a", "b"):
-        for _ in range(2):
-            seed = compressor._noise_seed(_Key(key, named=True))
+        for step in range(2):
+            seed = compressor._noise_seed(_Key(key, named=True), step)
             patterns.append(decode(encode(x, scheme, seed=seed)) > 0)
     everyone = [pattern for rank in gathered(patterns) for pattern in rank]
     for i in range(len(everyone)):
@@ -321,6 +371,53 @@ def check_stats_count_what_is_sent():
     # Small gradients take a control tensor along the first time.
     assert stats["wire_bytes"] == 3 * (2 * (payload + control) + 4 * (64 + 32)) + 2 * control
     assert stats["compression_ratio"] == stats["raw_bytes"] / stats["wire_bytes"]
+
+
+def check_steps_are_counted_where_all_gradients_are_small():
+    model = torch.nn.Linear(32, 8)
+    compressor = hq.QSGDCompressor()
+    optimizer = optimizer_of(model, compressor)
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert compressor.stats()["steps"] == 5
+
+
+def check_nothing_piles_up():
+    model = mlp()
+    compressor = hq.QSGDCompressor()
+    optimizer = optimizer_of(model, compressor)
+    sizes = []
+    for step in range(20):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        sizes.append((len(_handle_map), len(compressor._pending), len(compressor._uses)))
+    assert sizes[2:] == sizes[2:3] * 18
+
+
+def check_reset_after_an_abandoned_step():
+    """As after an exception between backward and step, on all ranks."""
+    for named in (True, False):
+        model = mlp()
+        compressor = hq.QSGDCompressor()
+        if named:
+            optimizer = optimizer_of(model, compressor)
+        else:
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression=compressor)
+        for step in range(4):
+            model.zero_grad()
+            backward(model, step)
+            if step == 1:
+                optimizer.synchronize()  # what Horovod has in flight must be taken off the wire
+                compressor.reset()
+                optimizer.load_state_dict(optimizer.state_dict())
+            else:
+                optimizer.step()
+        assert not compressor._pending
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
 def check_two_optimizers_in_one_process():
@@ -350,13 +447,17 @@ def check_process_set():
     process_set = hvd.add_process_set([0, 2])
     model = mlp()
     local = gathered(local_gradients(model))[:3:2]
-    if process_set.included():
-        optimizer = optimizer_of(
-            model, hq.QSGDCompressor(bits=8, process_set=process_set), process_set=process_set
-        )
+    if process_set.included():  # the others need not make a compressor
+        compressor = hq.QSGDCompressor(bits=8, process_set=process_set)
+        optimizer = optimizer_of(model, compressor, process_set=process_set)
         backward(model)
         optimizer.synchronize()
         for i, parameter in enumerate(model.parameters()):
             assert_mean(parameter.grad, [gradients[i] for gradients in local], QSGD(bits=8))
     hvd.barrier()
     hvd.remove_process_set(process_set)
+    model = mlp()  # and a compressor for all ranks still works
+    optimizer = optimizer_of(model, hq.QSGDCompressor())
+    backward(model)
+    optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())

@@ -90,7 +90,7 @@ def test_bad_configuration_fails_at_construction(arguments, error, says):
 
 def test_names_are_taken_once():
     compressor = hq.QSGDCompressor(named_parameters=with_gradients(2))
-    with pytest.raises(ValueError, match="one optimizer"):
+    with pytest.raises(ValueError, match="serves one optimizer"):
         compressor.bind(with_gradients(2))
 
 
@@ -100,7 +100,14 @@ def test_state():
     other = hq.QSGDCompressor()
     other.load_state_dict(state)
     assert other.state_dict() == state
-    for bad in ({}, {"seed": 1}, {"seed": "x", "uses": {}}, None, {"seed": 1, "uses": 3}):
+    for bad in (
+        {},
+        {"seed": 1},
+        {"seed": "x", "uses": {}},
+        None,
+        {"seed": 1, "uses": 3},
+        {"seed": 1, "uses": {"a": -5}},
+    ):
         with pytest.raises(ValueError, match="not a state"):
             other.load_state_dict(bad)
     assert other.state_dict() == state
