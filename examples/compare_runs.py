@@ -81,6 +81,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot to this file (PNG, SVG or PDF by its ending)")
     args = parser.parse_args()
     runs = [[json.loads(line) for line in path.read_text().splitlines()] for path in args.runs]
+    for path, run in zip(args.runs, runs, strict=True):
+        if not run:
+            parser.error(f"{path} holds no epoch: the run did not get that far")
     show(runs)
     if args.plot:
         plot(runs, args.plot)

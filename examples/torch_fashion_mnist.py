@@ -45,7 +45,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder with the four IDX files")
     parser.add_argument("--json-log", type=Path, help="write one JSON object an epoch to this file")
     parser.add_argument("--limit", type=int, help="train on this many images only (for a quick look)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("epochs", "batch_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    return args
 
 
 def say(line: str) -> None:
@@ -61,11 +65,14 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     """An array from an IDX file, compressed or not."""
     for path, opener in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
         if path.exists():
-            with opener(path, "rb") as file:
-                data = file.read()
-            dimensions = data[3]
-            shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
-            return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+            try:
+                with opener(path, "rb") as file:
+                    data = file.read()
+                dimensions = data[3]
+                shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
+                return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+            except (OSError, EOFError, IndexError, ValueError) as error:
+                raise SystemExit(f"{path} is damaged or no IDX file: {error}") from error
     raise SystemExit(
         f"Fashion-MNIST not found: {folder / name}.gz is missing.\n"
         "On Debian and Ubuntu: sudo apt-get install dataset-fashion-mnist\n"
@@ -192,7 +199,10 @@ def main() -> int:
     train_images, train_labels = train_images[: args.limit], train_labels[: args.limit]
 
     model = make_model()
-    compressor = make_compressor(args)
+    try:
+        compressor = make_compressor(args)
+    except ValueError as error:
+        raise SystemExit(f"torch_fashion_mnist.py: {error}") from None
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     optimizer = hq.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), compression=compressor

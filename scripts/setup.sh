@@ -3,7 +3,7 @@
 # system packages, torch, Horovod built from source, hvd_quant. Safe to run again: what is done is skipped.
 #
 # Environment:
-#   PYTHON                    interpreter for the virtual environment   (default: python3)
+#   PYTHON                    interpreter for a new virtual environment (default: python3)
 #   HVD_QUANT_TORCH_VERSION   torch release                             (default: 2.13.0)
 #   HVD_QUANT_TORCH_INDEX     where CPU builds of torch come from if pip's own indexes have none
 #   HOROVOD_*, MAKEFLAGS      passed on to Horovod's build
@@ -24,7 +24,7 @@ unset PYTHONHOME PYTHONPATH # another environment's packages must not leak into 
 
 # One at a time: a second call waits for the first, and then finds everything done.
 exec 9>"$root/build/setup.lock"
-flock 9
+flock -n 9 || { echo "setup: waiting for another setup.sh to finish" && flock 9; }
 
 # --- reporting ------------------------------------------------------------------------------------------
 
@@ -91,39 +91,51 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
   else
     echo python3 python3-dev python3-venv
   fi
-  [ -e /usr/share/datasets/fashion-mnist ] || echo dataset-fashion-mnist
+}
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+apt_install() {
+  as_root apt-get update
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
 }
 
 install_system_packages() {
-  local missing sudo=()
-  missing=$(missing_packages | tr '\n' ' ')
-  [ -n "$missing" ] || return 0
-  say "missing system packages: $missing"
+  local missing
+  mapfile -t missing < <(missing_packages)
+  [ ${#missing[@]} -gt 0 ] || return 0
+  say "missing system packages: ${missing[*]}"
   if ! command -v apt-get >/dev/null; then
-    fail "this machine has no apt-get; install what these Debian packages hold, then run again: $missing"
+    fail "this machine has no apt-get; install what these Debian packages hold, then run again: ${missing[*]}"
   fi
-  if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null && sudo -v || fail "not root, and no sudo. As root: apt-get install $missing"
-    sudo=(sudo)
+  if [ "$(id -u)" -ne 0 ] && ! { command -v sudo >/dev/null && sudo -v; }; then
+    fail "not root, and no sudo. As root: apt-get install ${missing[*]}"
   fi
-  step apt-update "${sudo[@]}" apt-get update
-  # The data set is the examples' alone: where the distribution lacks it, everything else still works.
-  if [[ $missing == *dataset-fashion-mnist* ]] && ! apt-cache show dataset-fashion-mnist >/dev/null 2>&1; then
-    missing=${missing/dataset-fashion-mnist/}
-    say "  note: no package dataset-fashion-mnist here; the examples take --data-dir"
+  step system-packages apt_install "${missing[@]}"
+}
+
+# The data set is the examples' alone: nothing else needs it, and not every distribution has the package.
+install_data_set() {
+  local package=dataset-fashion-mnist
+  [ -e /usr/share/datasets/fashion-mnist ] && return 0
+  if command -v apt-get >/dev/null && { [ "$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null; }; then
+    apt_install "$package" >"$logs/data-set.log" 2>&1 </dev/null && return 0
   fi
-  # shellcheck disable=SC2086  # a list of package names
-  [ -z "${missing// /}" ] || step apt-install "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y --no-install-recommends $missing
+  say "note: could not install the package $package, which the examples train on; they take --data-dir instead"
 }
 
 # --- Python packages ------------------------------------------------------------------------------------
 
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+# Not with grep -q: it leaves early, and pipefail takes the other side's broken pipe for a failure.
+has_gpu() { command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
+has_nccl() { [ -n "${HOROVOD_NCCL_HOME:-}" ] || [[ $(ldconfig -p) == *libnccl* ]]; }
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 make_venv() {
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'
   rm -rf "$venv"
   "$python" -m venv "$venv"
   mkdir -p "$stamps"
@@ -145,11 +157,13 @@ build_horovod() {
   local work source
   work=$(mktemp -d)
   source=$work/horovod-$horovod_version
-  trap 'rm -rf "$work"' EXIT
+  # Expanded now, because the local variable is gone by then.
+  # shellcheck disable=SC2064
+  trap "rm -rf $(printf %q "$work")" EXIT
   pip download --no-deps --no-binary :all: --no-build-isolation -d "$work" "horovod==$horovod_version"
   tar -xzf "$source.tar.gz" -C "$work"
   "$venv/bin/python" scripts/patch_horovod.py "$source"
-  if has_gpu && command -v nvcc >/dev/null && { ldconfig -p | grep -q libnccl || [ -n "${HOROVOD_NCCL_HOME:-}" ]; }; then
+  if has_gpu && command -v nvcc >/dev/null && has_nccl; then
     export HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-NCCL}
   fi
   pip install cloudpickle psutil pyyaml cffi
@@ -172,12 +186,14 @@ install_hvd_quant() {
 
 say "hvd_quant: setting up $venv (logs in $logs)"
 install_system_packages
+install_data_set
 
 # A .venv whose interpreter has gone, or that was moved here from elsewhere, is made again.
 "$venv/bin/python" -c '' 2>/dev/null || rm -rf "$stamps"
 once venv "$venv" make_venv
 once torch "$torch_version $(has_gpu && echo gpu || echo cpu)" install_torch
 once horovod "$horovod_version torch-$(cat "$stamps/torch") $(cksum <scripts/patch_horovod.py)" build_horovod
+compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"
 once hvd_quant "$(cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum)" install_hvd_quant
 
 "$venv/bin/python" - <<'PYTHON'
