@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+LABELS = {"none": "float32", "fp16": "float16"}
 EXAMPLE = Path(__file__).parents[1] / "examples" / "torch_fashion_mnist.py"
 
 
@@ -67,7 +68,8 @@ def main() -> None:
         each = ", ".join(f"{100 * one['test_accuracy']:.2f}" for one in runs)
         difference = "" if kind == args.kinds[0] else f"{means[kind] - means[args.kinds[0]]:+.2f} points"
         ratio = runs[0]["raw_bytes"] / runs[0]["wire_bytes"]
-        rows.append((runs[0]["compression"], f"{means[kind]:.2f} %", each, difference, f"{ratio:.2f} x"))
+        name = LABELS.get(kind, runs[0]["compression"])
+        rows.append((name, f"{means[kind]:.2f} %", each, difference, f"{ratio:.2f} x"))
     separator = " | " if args.markdown else "   "
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
