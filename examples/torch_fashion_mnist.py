@@ -49,6 +49,10 @@ def arguments() -> argparse.Namespace:
     for name in ("epochs", "batch_size", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
+    if not 0 <= args.seed < 2**53:
+        parser.error("--seed must be from 0 to 2^53 - 1")
+    if args.lr <= 0:
+        parser.error("--lr must be positive")
     return args
 
 
@@ -213,8 +217,11 @@ def main() -> int:
 
     log = None
     if hvd.rank() == 0 and args.json_log:
-        args.json_log.parent.mkdir(parents=True, exist_ok=True)
-        log = args.json_log.open("w")
+        try:
+            args.json_log.parent.mkdir(parents=True, exist_ok=True)
+            log = args.json_log.open("w")
+        except OSError as error:
+            raise SystemExit(f"cannot write --json-log: {error}") from None
     steps = 0
     for epoch in range(1, args.epochs + 1):
         model.train()

@@ -89,7 +89,7 @@ missing_packages() {
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || echo python3-dev
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
   else
-    echo python3 python3-dev python3-venv
+    printf '%s\n' python3 python3-dev python3-venv
   fi
 }
 
@@ -120,9 +120,11 @@ install_system_packages() {
 install_data_set() {
   local package=dataset-fashion-mnist
   [ -e /usr/share/datasets/fashion-mnist ] && return 0
+  [ -e "$stamps/no-data-set" ] && return 0 # tried before
   if command -v apt-get >/dev/null && { [ "$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null; }; then
-    apt_install "$package" >"$logs/data-set.log" 2>&1 </dev/null && return 0
+    apt_install "$package" >"$logs/data-set.log" 2>&1 </dev/null 9>&- && return 0
   fi
+  touch "$stamps/no-data-set"
   say "note: could not install the package $package, which the examples train on; they take --data-dir instead"
 }
 
@@ -130,7 +132,7 @@ install_data_set() {
 
 # Not with grep -q: it leaves early, and pipefail takes the other side's broken pipe for a failure.
 has_gpu() { command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
-has_nccl() { [ -n "${HOROVOD_NCCL_HOME:-}" ] || [[ $(ldconfig -p) == *libnccl* ]]; }
+has_nccl() { [ -n "${HOROVOD_NCCL_HOME:-}" ] || [[ $(PATH=$PATH:/sbin:/usr/sbin ldconfig -p) == *libnccl* ]]; }
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
@@ -186,11 +188,11 @@ install_hvd_quant() {
 
 say "hvd_quant: setting up $venv (logs in $logs)"
 install_system_packages
-install_data_set
 
 # A .venv whose interpreter has gone, or that was moved here from elsewhere, is made again.
 "$venv/bin/python" -c '' 2>/dev/null || rm -rf "$stamps"
 once venv "$venv" make_venv
+install_data_set
 once torch "$torch_version $(has_gpu && echo gpu || echo cpu)" install_torch
 once horovod "$horovod_version torch-$(cat "$stamps/torch") $(cksum <scripts/patch_horovod.py)" build_horovod
 compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"

@@ -37,7 +37,7 @@ _DTYPES = {
 # How long to wait for the other ranks' configurations once a mismatch is known: they notice when they get to
 # the same step, but one of them may have died.
 _EXPLAIN_SECONDS = 60.0
-_counters: defaultdict[int | None, itertools.count] = defaultdict(itertools.count)  # of compressors
+_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)  # of compressors, a process set
 
 
 @dataclass
@@ -57,6 +57,7 @@ class _Pending:
     handle: int
     fingerprint: int
     quantized: bool
+    abandoned: bool = False
 
 
 class QuantizedCompressor(Compressor):
@@ -89,6 +90,11 @@ class QuantizedCompressor(Compressor):
         check_integer("seed", seed, 0, 2**64 - 1)
         if not isinstance(process_set, hvd.ProcessSet):
             raise TypeError(f"process_set must be a horovod.torch.ProcessSet, not {process_set!r}")
+        if process_set.process_set_id is None:
+            raise ValueError(
+                "Horovod does not know this process_set yet: hand it to hvd.init(process_sets=...) or to "
+                "hvd.add_process_set before making the compressor"
+            )
         self.scheme = scheme
         self.min_numel = int(min_numel)
         self.process_set = process_set
@@ -97,7 +103,8 @@ class QuantizedCompressor(Compressor):
         self._names: ParameterNames | None = None
         # In the names of our collectives, so that several compressors of one process stay apart. Ranks that
         # are not in a process set need not make its compressors, so each set counts its own.
-        self._number = next(_counters[process_set.process_set_id])
+        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+        self._resets = 0  # in those names too: what was abandoned may still be on its way
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
         self._announced: set[str] = set()  # small gradients that the ranks have agreed to leave alone
         self._arrivals = {True: 0, False: 0}  # in this step: quantized ones, small ones
@@ -145,6 +152,11 @@ class QuantizedCompressor(Compressor):
         """
         if tensor.dtype not in _DTYPES:
             return tensor, None
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"a gradient of layout {tensor.layout} cannot be quantized: Horovod hands over sparse ones "
+                "with groups, where neither it nor we support them"
+            )
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -163,7 +175,7 @@ class QuantizedCompressor(Compressor):
             self._wire_bytes += raw_bytes
             return tensor.contiguous(), None
 
-        name = f"hvd_quant.{self._number}.{key.text}"
+        name = f"hvd_quant.{self._number}.{self._resets}.{key.text}"
         if quantized:
             payload = self._encode(tensor, self._noise_seed(key, use))
             handle = hvd.allgather_async(payload, name=name, process_set=self.process_set)
@@ -192,9 +204,15 @@ class QuantizedCompressor(Compressor):
         Raises:
             RankMismatchError: the ranks are configured differently, or disagree about what they sent.
             UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
+            RuntimeError: `reset` was called since the gradient's `compress`.
         """
         if ctx is None:
             return tensor
+        if ctx.abandoned:
+            raise RuntimeError(
+                f"reset() was called while gradient {ctx.key.text!r} was on its way: clear the optimizer's "
+                "state too, by optimizer.load_state_dict(optimizer.state_dict())"
+            )
         try:
             factor = control.check(tensor.tolist(), ctx.fingerprint, self.process_set.size())
         except control.FingerprintMismatch:
@@ -217,9 +235,10 @@ class QuantizedCompressor(Compressor):
         """What this rank has contributed so far.
 
         Returns:
-            ``steps``, how often the gradient that came most often has come; ``raw_bytes``, the gradients as
-            they were; ``wire_bytes``, what was handed to Horovod in their place (payloads, control tensors,
-            uncompressed small gradients); ``compression_ratio``, the former over the latter.
+            ``steps``, how often the gradient that came most often has come (small ones count where names are
+            known), those before a loaded state included; ``raw_bytes``, the gradients as they were;
+            ``wire_bytes``, what was handed to Horovod in their place (payloads, control tensors, uncompressed
+            small gradients); ``compression_ratio``, the former over the latter.
         """
         return {
             "steps": max(self._uses.values(), default=0),
@@ -231,15 +250,24 @@ class QuantizedCompressor(Compressor):
     def reset(self) -> None:
         """Forget what is on its way, and what the ranks have agreed on, but not the noise and the statistics.
 
-        For a training loop that goes on after it left a step between ``backward`` and ``step``, or after
-        Horovod was initialised anew with other ranks. All ranks must do it at the same step.
+        For a training loop that goes on after it left a step between ``backward`` and ``step``. All ranks
+        must call it, as often as each other, and clear Horovod's optimizer as well:
+
+            >>> compressor.reset()
+            >>> optimizer.load_state_dict(optimizer.state_dict())
+            >>> optimizer.zero_grad()
         """
-        for pending in self._pending.values():
-            if hvd.poll(pending.handle):  # else it may never end: another rank may not have sent its part
-                with contextlib.suppress(hvd.HorovodInternalError):
-                    hvd.synchronize(pending.handle)
+        abandoned = list(self._pending.values())
         self._pending.clear()
         self._announced.clear()
+        self._resets += 1
+        for pending in abandoned:
+            pending.abandoned = True
+            # Let Horovod forget what has arrived. The rest may never arrive: some rank may not have sent it.
+            # After hvd.shutdown, Horovod knows none of it any more.
+            with contextlib.suppress(hvd.HorovodInternalError, ValueError):
+                if hvd.poll(pending.handle):
+                    hvd.synchronize(pending.handle)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -252,13 +280,10 @@ class QuantizedCompressor(Compressor):
             ValueError: this is no such state.
         """
         try:
-            seed, uses = (
-                state["seed"],
-                Counter({str(key): int(count) for key, count in state["uses"].items()}),
-            )
+            seed, uses = state["seed"], Counter(state["uses"])
             check_integer("seed", seed, 0, 2**64 - 1)
-            for count in uses.values():
-                check_integer("uses", count, 0, 2**63 - 1)
+            for key, count in uses.items():
+                check_integer(f"uses of {key}", count, 0, 2**63 - 1)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error
         self.seed, self._uses = int(seed), uses
@@ -297,6 +322,7 @@ class QuantizedCompressor(Compressor):
             "exchange": "allgather",
             "wire version": wire.VERSION,
             "compressor": self._number,
+            "resets": self._resets,
         }
 
     def _describe(self, key: _Key, tensor: torch.Tensor) -> control.Description:

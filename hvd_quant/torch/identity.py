@@ -6,6 +6,7 @@ some parameter's ``.grad``.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 
@@ -59,9 +60,11 @@ class ParameterNames:
 
     def watch(self) -> None:
         """Note which gradient autograd has just computed; Horovod's own hook runs right after ours."""
+        weak_self = weakref.ref(self)  # a parameter must not keep its model alive through its hook
 
         def note(index: int) -> None:
-            self._accumulated = index
+            if (names := weak_self()) is not None:
+                names._accumulated = index
 
         for i, parameter in enumerate(self._parameters):
             if parameter.requires_grad and parameter.is_leaf:

@@ -159,6 +159,29 @@ def check_copies_are_refused():
             action(hq.QSGDCompressor())
 
 
+def check_reset_while_a_gradient_is_on_its_way():
+    compressor = hq.QSGDCompressor()
+    tensor, context = compressor.compress(own_randn(5000))
+    compressor.reset()
+    with pytest.raises(RuntimeError, match=r"reset\(\) was called"):
+        compressor.decompress(tensor, context)
+    hvd.allreduce(own_randn(5000), compression=compressor, name="afterwards")
+
+
+def check_reset_on_one_rank_only():
+    compressor = hq.QSGDCompressor()
+    if hvd.rank() == 0:
+        compressor.reset()
+    error = error_of(lambda: hvd.allreduce(own_randn(5000), compression=compressor, name="resets"))
+    assert isinstance(error, hq.RankMismatchError)
+    assert "resets is 1 on rank 0" in str(error)
+
+
+def check_process_set_that_horovod_does_not_know():
+    with pytest.raises(ValueError, match="does not know this process_set yet"):
+        hq.QSGDCompressor(process_set=hvd.ProcessSet([0]))
+
+
 def check_ranks_that_notice_late():
     """A rank may be busy between backward and step; the others wait for it to explain."""
     model = mlp()

@@ -307,7 +307,8 @@ def check_integers_pass_untouched():
 
 def train(seed, steps=4, state=None, model=None, first=0):
     model = model or mlp()
-    compressor = hq.QSGDCompressor(bits=2, seed=seed)
+    # All of them quantized: with three ranks, Horovod's own sums depend on what it happens to fuse.
+    compressor = hq.QSGDCompressor(bits=2, seed=seed, min_numel=0)
     if state:
         compressor.load_state_dict(state)
     optimizer = optimizer_of(model, compressor)
@@ -410,10 +411,11 @@ def check_reset_after_an_abandoned_step():
         for step in range(4):
             model.zero_grad()
             backward(model, step)
-            if step == 1:
-                optimizer.synchronize()  # what Horovod has in flight must be taken off the wire
+            if step in (1, 2):
                 compressor.reset()
                 optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.zero_grad()
+                hvd.barrier()  # the control tensors that are on their way have the parameters' names
             else:
                 optimizer.step()
         assert not compressor._pending
