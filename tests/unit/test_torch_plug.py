@@ -1,7 +1,9 @@
 """What hvd_quant.torch does without a second rank: names, arguments, and errors before training."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -49,6 +51,18 @@ def test_a_sparse_gradient_is_found_by_its_dense_copy():
     names = ParameterNames(pairs)
     assert names.find_sparse(pairs[1][1].grad.to_dense(), taken=()) == "p1"
     assert names.find_sparse(pairs[1][1].grad.to_dense(), taken=("p1",)) is None
+
+
+def test_watched_parameters_do_not_outlive_their_model():
+    pairs = with_gradients(2)
+    names = ParameterNames(pairs)
+    names.watch()
+    (pairs[1][1] * 2).sum().backward()
+    assert names._accumulated == 1
+    gone = weakref.ref(names), weakref.ref(pairs[0][1])
+    del pairs, names
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
 
 
 @pytest.mark.parametrize("pairs", [[torch.zeros(3)], [("a",)], [(1, torch.zeros(3))], [("a", 3)], ["ab"]])
@@ -107,6 +121,7 @@ def test_state():
         None,
         {"seed": 1, "uses": 3},
         {"seed": 1, "uses": {"a": -5}},
+        {"seed": 1, "uses": {"a": 2.0}},
     ):
         with pytest.raises(ValueError, match="not a state"):
             other.load_state_dict(bad)
