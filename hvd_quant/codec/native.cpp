@@ -205,9 +205,11 @@ std::size_t dtype_index(const std::string& dtype) {
   return static_cast<std::size_t>(found - kDtypes.begin());
 }
 
-std::uint8_t* contiguous_bytes(const py::array& array, std::size_t item_size, bool writable, const char* what) {
-  if (array.ndim() != 1 || !(array.flags() & py::array::c_style)) {
-    throw py::value_error(std::string(what) + " must be a contiguous one-dimensional array");
+std::uint8_t* contiguous_bytes(const py::array& array, std::size_t item_size, bool writable, const char* what,
+                               bool any_shape = false) {
+  if ((array.ndim() != 1 && !any_shape) || !(array.flags() & py::array::c_style)) {
+    throw py::value_error(std::string(what) + " must be a contiguous " + (any_shape ? "" : "one-dimensional ") +
+                          "array");
   }
   if (static_cast<std::size_t>(array.itemsize()) != item_size) {
     throw py::value_error(std::string(what) + " has items of the wrong size");
@@ -256,6 +258,41 @@ std::size_t thread_count(std::int64_t asked, std::uint64_t count) {
                                       std::min<std::uint64_t>(useful, 256))));
 }
 
+std::uint32_t run_encoding(const Encoding& job, EncodeRange range, std::int64_t threads) {
+  const Layout& layout = job.layout;
+  std::memset(job.body + layout.used_size(), 0, layout.body_size() - layout.used_size());
+  const std::size_t parts = thread_count(threads, layout.count);
+  if (parts == 1) return range(job, 0, layout.count);
+  std::vector<std::uint32_t> sums(parts, 0);
+  in_parts(layout.count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+    sums[part] = range(job, begin, end);
+  });
+  std::uint32_t sum = 0;
+  for (const std::uint32_t one : sums) sum += one;
+  return sum;
+}
+
+// The payloads' checksums; says in `padded` whether what encode leaves zero is zero in all of them.
+std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, std::int64_t threads,
+                                        bool* padded) {
+  const Layout& layout = job.layout;
+  const std::size_t parts = thread_count(threads, layout.count);
+  std::vector<std::vector<std::uint32_t>> sums(parts, std::vector<std::uint32_t>(job.bodies.size(), 0));
+  in_parts(layout.count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+    range(job, begin, end, sums[part].data());
+  });
+  for (std::size_t part = 1; part < parts; ++part) {
+    for (std::size_t k = 0; k < job.bodies.size(); ++k) sums[0][k] += sums[part][k];
+  }
+  *padded = true;
+  for (const std::uint8_t* body : job.bodies) {
+    for (std::uint64_t i = layout.used_size(); i < layout.body_size(); ++i) *padded &= body[i] == 0;
+  }
+  return sums[0];
+}
+
+// --- one payload ----------------------------------------------------------------------------------------
+
 std::uint32_t encode(const py::array& values, const std::string& dtype, int bits, const std::string& norm,
                      std::uint64_t bucket_size, std::uint64_t seed, std::uint64_t first_word,
                      const py::array& body, std::int64_t threads) {
@@ -272,19 +309,9 @@ std::uint32_t encode(const py::array& values, const std::string& dtype, int bits
   if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) {
     throw py::value_error("body has the wrong size");
   }
-  std::memset(job.body + layout.used_size(), 0, layout.body_size() - layout.used_size());
   const EncodeRange range = chosen->encode[type][bits - kMinBits];
-  const std::size_t parts = thread_count(threads, count);
-  std::vector<std::uint32_t> sums(parts, 0);
-  {
-    py::gil_scoped_release release;
-    in_parts(count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
-      sums[part] = range(job, begin, end);
-    });
-  }
-  std::uint32_t sum = 0;
-  for (const std::uint32_t one : sums) sum += one;
-  return sum;
+  py::gil_scoped_release release;
+  return run_encoding(job, range, threads);
 }
 
 std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std::uint64_t bucket_size, int bits,
@@ -302,24 +329,160 @@ std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std:
     }
   }
   const DecodeRange range = chosen->decode[type][bits - kMinBits];
-  const std::size_t parts = thread_count(threads, count);
-  std::vector<std::vector<std::uint32_t>> sums(parts, std::vector<std::uint32_t>(bodies.size(), 0));
+  bool padded = false;
+  std::vector<std::uint32_t> sums;
   {
     py::gil_scoped_release release;
-    in_parts(count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
-      range(job, begin, end, sums[part].data());
-    });
+    sums = run_decoding(job, range, threads, &padded);
   }
-  for (std::size_t part = 1; part < parts; ++part) {
-    for (std::size_t k = 0; k < bodies.size(); ++k) sums[0][k] += sums[part][k];
-  }
-  // What encode leaves zero must be zero, or the payload was not made by an encoder.
-  for (std::size_t k = 0; k < bodies.size(); ++k) {
-    for (std::uint64_t i = layout.used_size(); i < layout.body_size(); ++i) {
-      if (job.bodies[k][i] != 0) throw py::value_error("payload is damaged: its padding is not zero");
+  if (!padded) throw py::value_error("payload is damaged: its padding is not zero");
+  return sums;
+}
+
+// --- many payloads in one call --------------------------------------------------------------------------
+
+// A row of the table of segments, as codec/message.py makes it.
+struct Segment {
+  std::int64_t tensor;  // which of the arrays
+  std::int64_t start;   // the segment's first value in it
+  std::int64_t count;
+  std::int64_t dtype;  // index into kDtypes
+  std::int64_t bits;
+  std::int64_t norm;  // 0 max, 1 l2
+  std::int64_t bucket_size;
+  std::int64_t offset;  // of its payload in the message
+};
+constexpr py::ssize_t kColumns = sizeof(Segment) / sizeof(std::int64_t);
+constexpr std::uint64_t kHeaderSize = 32;
+constexpr std::uint64_t kWordSize = 4;
+
+using Table = py::array_t<std::int64_t, py::array::c_style>;
+using Headers = py::array_t<std::uint8_t, py::array::c_style>;
+using Seeds = py::array_t<std::uint64_t, py::array::c_style>;
+
+// Reads the table and compares every number in it with the buffers that it speaks of.
+struct CheckedTable {
+  std::vector<Segment> segments;
+  std::vector<Layout> layouts;
+  std::vector<std::uint8_t*> values;  // a segment's first value
+  const std::uint8_t* headers;
+
+  CheckedTable(const Table& table, const Headers& headers_array, const std::vector<py::array>& arrays,
+               bool writable, std::uint64_t message_size, std::uint64_t checksum_word)
+      : headers(headers_array.data()) {
+    if (table.ndim() != 2 || table.shape(1) != kColumns) throw py::value_error("table has the wrong shape");
+    const auto rows = static_cast<std::size_t>(table.shape(0));
+    if (headers_array.ndim() != 2 || static_cast<std::size_t>(headers_array.shape(0)) != rows ||
+        static_cast<std::uint64_t>(headers_array.shape(1)) != kHeaderSize) {
+      throw py::value_error("headers have the wrong shape");
+    }
+    if (checksum_word >= kHeaderSize / kWordSize) throw py::value_error("checksum_word is outside the header");
+    segments.resize(rows);
+    for (std::size_t i = 0; i < rows; ++i) {
+      std::memcpy(&segments[i], table.data(static_cast<py::ssize_t>(i), 0), sizeof(Segment));
+      const Segment& segment = segments[i];
+      if (segment.tensor < 0 || static_cast<std::size_t>(segment.tensor) >= arrays.size() || segment.dtype < 0 ||
+          static_cast<std::size_t>(segment.dtype) >= kDtypes.size() || segment.start < 0 || segment.count < 0 ||
+          segment.bits < kMinBits || segment.bits > kMaxBits || segment.norm < 0 || segment.norm > 1 ||
+          segment.bucket_size < 1 || segment.offset < 0) {
+        throw py::value_error("table row " + std::to_string(i) + " is out of range");
+      }
+      const py::array& array = arrays[static_cast<std::size_t>(segment.tensor)];
+      const std::size_t item_size = kItemSizes[static_cast<std::size_t>(segment.dtype)];
+      std::uint8_t* const base = contiguous_bytes(array, item_size, writable, "values", true);
+      if (segment.start > array.size() || segment.count > array.size() - segment.start) {
+        throw py::value_error("table row " + std::to_string(i) + " reaches beyond its array");
+      }
+      layouts.push_back(checked_layout(static_cast<std::uint64_t>(segment.count),
+                                       static_cast<std::uint64_t>(segment.bucket_size),
+                                       static_cast<int>(segment.bits)));
+      const std::uint64_t size = kHeaderSize + layouts[i].body_size();
+      const auto offset = static_cast<std::uint64_t>(segment.offset);
+      if (offset > message_size || size > message_size - offset) {
+        throw py::value_error("table row " + std::to_string(i) + " reaches beyond the message");
+      }
+      values.push_back(base + static_cast<std::size_t>(segment.start) * item_size);
     }
   }
-  return sums[0];
+};
+
+std::uint32_t load_word(const std::uint8_t* from) {
+  std::uint32_t word;
+  std::memcpy(&word, from, kWordSize);
+  return word;
+}
+
+void encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
+                     const Seeds& seeds, std::uint64_t first_word, std::uint64_t checksum_word,
+                     const py::array& message, std::int64_t threads) {
+  std::uint8_t* const out = contiguous_bytes(message, 1, true, "message");
+  const CheckedTable checked(table, headers, arrays, false, static_cast<std::uint64_t>(message.size()),
+                             checksum_word);
+  if (seeds.ndim() != 1 || static_cast<std::size_t>(seeds.size()) != checked.segments.size()) {
+    throw py::value_error("there must be one seed a table row");
+  }
+  const std::uint64_t* const seed = seeds.data();
+  const Kernels& kernels = *chosen;
+  py::gil_scoped_release release;
+  for (std::size_t i = 0; i < checked.segments.size(); ++i) {
+    const Segment& segment = checked.segments[i];
+    std::uint8_t* const payload = out + segment.offset;
+    const Encoding job{checked.values[i], checked.layouts[i], segment.norm == 0 ? Norm::kMax : Norm::kL2,
+                       seed[i],           first_word,         payload + kHeaderSize};
+    const std::uint32_t sum = run_encoding(job, kernels.encode[segment.dtype][segment.bits - kMinBits], threads);
+    std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
+    const std::uint32_t word = load_word(payload + checksum_word * kWordSize) + sum;
+    std::memcpy(payload + checksum_word * kWordSize, &word, kWordSize);
+  }
+}
+
+void decode_segments(const std::vector<py::array>& messages, const Table& table, const Headers& headers,
+                     std::uint64_t first_word, std::uint64_t checksum_word, float weight,
+                     const std::vector<py::array>& outs, std::int64_t threads) {
+  if (messages.empty()) throw py::value_error("no messages to decode");
+  std::vector<const std::uint8_t*> sources;
+  for (const py::array& message : messages) {
+    sources.push_back(contiguous_bytes(message, 1, false, "message"));
+    if (message.size() != messages[0].size()) throw py::value_error("messages differ in size");
+  }
+  const CheckedTable checked(table, headers, outs, true, static_cast<std::uint64_t>(messages[0].size()),
+                             checksum_word);
+  const Kernels& kernels = *chosen;
+  // What is wrong with which message, told once the GIL is held again.
+  const char* wrong = nullptr;
+  std::size_t wrong_message = 0;
+  {
+    py::gil_scoped_release release;
+    for (std::size_t i = 0; i < checked.segments.size() && wrong == nullptr; ++i) {
+      const Segment& segment = checked.segments[i];
+      const std::uint8_t* const header = checked.headers + i * kHeaderSize;
+      Decoding job{{}, checked.layouts[i], weight, first_word, checked.values[i]};
+      for (std::size_t k = 0; k < sources.size(); ++k) {
+        const std::uint8_t* const payload = sources[k] + segment.offset;
+        const std::uint64_t split = checksum_word * kWordSize;
+        if (std::memcmp(payload, header, split) != 0 ||
+            std::memcmp(payload + split + kWordSize, header + split + kWordSize,
+                        kHeaderSize - split - kWordSize) != 0) {
+          wrong = "holds another payload than was expected";
+          wrong_message = k;
+        }
+        job.bodies.push_back(payload + kHeaderSize);
+      }
+      if (wrong != nullptr) break;
+      bool padded = false;
+      const std::vector<std::uint32_t> sums =
+          run_decoding(job, kernels.decode[segment.dtype][segment.bits - kMinBits], threads, &padded);
+      for (std::size_t k = 0; k < sums.size(); ++k) {
+        const std::uint32_t own = load_word(header + checksum_word * kWordSize) + sums[k];
+        if (own != load_word(job.bodies[k] - kHeaderSize + checksum_word * kWordSize)) {
+          wrong = "is damaged: its checksum does not match its bytes";
+          wrong_message = k;
+        }
+      }
+      if (wrong == nullptr && !padded) wrong = "is damaged: its padding is not zero";
+    }
+  }
+  if (wrong != nullptr) throw py::value_error("message " + std::to_string(wrong_message) + " " + wrong);
 }
 
 }  // namespace
@@ -336,4 +499,10 @@ PYBIND11_MODULE(_native, module) {
              py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+  module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
+             py::arg("seeds"), py::arg("first_word"), py::arg("checksum_word"), py::arg("message"),
+             py::arg("threads"));
+  module.def("decode_segments", &decode_segments, py::arg("messages"), py::arg("table"), py::arg("headers"),
+             py::arg("first_word"), py::arg("checksum_word"), py::arg("weight"), py::arg("outs"),
+             py::arg("threads"));
 }

@@ -9,9 +9,10 @@ import numpy as np
 
 from hvd_quant import wire
 from hvd_quant.codec import _native
+from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
 from hvd_quant.schemes import QSGD
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
+__all__ = ["DTYPES", "decode_mean", "decode_messages", "empty", "encode", "encode_message", "threads"]
 
 
 def threads() -> int:
@@ -98,3 +99,62 @@ def decode_mean(
     for one, checksum in zip(headers, checksums, strict=True):
         wire.check_body(one, checksum)
     return out
+
+
+def empty(count: int, dtype: str, like: np.ndarray) -> np.ndarray:
+    """Room for a message, or for values."""
+    return np.empty(count, dtype)
+
+
+def encode_message(
+    values: Sequence[np.ndarray], layout: MessageLayout, seeds: np.ndarray, message: np.ndarray
+) -> None:
+    """Encode all segments of a message.
+
+    Args:
+        values: the contiguous arrays that the segments are ranges of, of any shape. Their items are what
+            the segments' dtypes say.
+        layout: of the message.
+        seeds: of the noise, one a segment, uint64.
+        message: where to; contiguous uint8 of shape (layout.size,).
+    """
+    message[:PREAMBLE_SIZE] = np.frombuffer(layout.preamble, np.uint8)
+    _native.encode_segments(
+        values,
+        layout.table,
+        layout.headers,
+        seeds,
+        first_word=wire.FIRST_BODY_WORD,
+        checksum_word=wire.CHECKSUM_WORD,
+        message=message,
+        threads=threads(),
+    )
+
+
+def decode_messages(
+    messages: Sequence[np.ndarray], layout: MessageLayout, out: Sequence[np.ndarray], factor: float = 1.0
+) -> None:
+    """Decode n messages of the same layout into ``factor`` times their mean.
+
+    Args:
+        messages: contiguous uint8 arrays of shape (layout.size,).
+        layout: of each of them.
+        out: where to: arrays as ``values`` of `encode_message`.
+        factor: multiplies the mean.
+
+    Raises:
+        ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
+    """
+    for number, message in enumerate(messages):
+        if message.size != layout.size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
+            raise ValueError(f"message {number} is not the one that was expected")
+    _native.decode_segments(
+        messages,
+        layout.table,
+        layout.headers,
+        first_word=wire.FIRST_BODY_WORD,
+        checksum_word=wire.CHECKSUM_WORD,
+        weight=factor / len(messages),
+        outs=out,
+        threads=threads(),
+    )

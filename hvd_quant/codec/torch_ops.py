@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from hvd_quant import wire
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
 from hvd_quant.schemes import QSGD
 
 # See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
@@ -68,6 +69,47 @@ def decode_mean(
     # As the native codec: the weight is rounded to float32 before it multiplies.
     weight = torch.tensor(factor / len(payloads), dtype=torch.float32, device=total.device)
     return total.mul_(weight).to(dtype)
+
+
+def encode_message(
+    values: Sequence[torch.Tensor], layout: MessageLayout, seeds: Sequence[int], message: torch.Tensor
+) -> None:
+    """Encode all segments of a message; see `hvd_quant.codec.native.encode_message`."""
+    preamble = torch.frombuffer(bytearray(layout.preamble), dtype=torch.uint8)
+    message[:PREAMBLE_SIZE].copy_(preamble, non_blocking=True)
+    for segment, offset, seed in zip(layout.segments, layout.offsets, seeds, strict=True):
+        part = values[segment.tensor].detach().reshape(-1)[segment.start : segment.start + segment.count]
+        message[offset : offset + segment.payload_size] = encode(part, segment.scheme, int(seed))
+
+
+def decode_messages(
+    messages: Sequence[torch.Tensor], layout: MessageLayout, out: Sequence[torch.Tensor], factor: float = 1.0
+) -> None:
+    """Decode n messages of the same layout; see `hvd_quant.codec.native.decode_messages`.
+
+    Raises:
+        ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
+    """
+    for number, message in enumerate(messages):
+        if (
+            message.numel() != layout.size
+            or message[:PREAMBLE_SIZE].cpu().numpy().tobytes() != layout.preamble
+        ):
+            raise ValueError(f"message {number} is not the one that was expected")
+    for segment, offset, header in zip(layout.segments, layout.offsets, layout.headers, strict=True):
+        payloads = [message[offset : offset + segment.payload_size] for message in messages]
+        for number, payload in enumerate(payloads):
+            differs = payload[: wire.HEADER_SIZE].cpu().numpy() != header
+            differs[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = False
+            if differs.any():
+                raise ValueError(f"message {number} holds another payload than was expected")
+        target = out[segment.tensor].view(-1)[segment.start : segment.start + segment.count]
+        target.copy_(decode_mean(payloads, dtype=target.dtype, factor=factor))
+
+
+def empty(count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
+    """Room for a message, or for values, on the device of ``like``."""
+    return torch.empty(count, dtype=getattr(torch, dtype), device=like.device)
 
 
 def _quantize(values: torch.Tensor, scheme: QSGD, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,8 @@ FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or
 SIZE = 4
 NBYTES = 8 * SIZE
 
+_NAMED_AT_MOST = 5  # different parameters in a message
+
 Description = Mapping[str, object]
 
 
@@ -97,16 +99,20 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
     return float(nearest) if nearest and close(factor, nearest) else factor
 
 
-def explain_mismatch(configs: Sequence[Description], tensors: Sequence[Description]) -> str:
+def explain_mismatch(
+    configs: Sequence[Description],
+    parameters: Sequence[Description],
+    gradients: Sequence[Sequence[Description]],
+) -> str:
     """Name the difference between ranks, in the same words on every rank.
 
     Args:
         configs: every rank's configuration, in rank order.
-        tensors: what every rank found the mismatch on: ``name``, ``shape``, ``dtype``, and ``named``, which
-            tells whether the name is a parameter's or just a place in the order of arrival.
+        parameters: every rank's parameters by name, each with its shape and dtype; none if names are unknown.
+        gradients: what every rank found the mismatch on: gradients' ``name``, ``shape``, ``dtype``, and
+            ``named``, which tells whether the name is a parameter's or a place in the order of arrival.
     """
-    differences = _differences(configs)
-    if differences:
+    if differences := _differences(configs):
         advice = "Give every rank the same compressor arguments."
         if differences.keys() == {"compressor"}:
             advice = "Create the same compressors, in the same order, on every rank."
@@ -116,18 +122,30 @@ def explain_mismatch(configs: Sequence[Description], tensors: Sequence[Descripti
             + ". "
             + advice
         )
-    named = all(tensor["named"] for tensor in tensors)
-    if named and not any(tensor["name"] != tensors[0]["name"] for tensor in tensors):
-        differences = _differences(tensors)
-        return f"parameter {tensors[0]['name']!r} differs between the ranks: " + "; ".join(
-            differences.values()
+    if differences := _differences(parameters):
+        some = list(differences.values())
+        more = f"; and {len(some) - _NAMED_AT_MOST} more" if len(some) > _NAMED_AT_MOST else ""
+        return (
+            "the ranks train different models: parameter "
+            + "; parameter ".join(some[:_NAMED_AT_MOST])
+            + more
+            + " (shape and dtype; null where there is none). Give every rank the same model."
         )
-    return (
-        "the ranks submitted their gradients in different orders, and the compressor was not told the "
-        "parameters' names. Pass named_parameters=model.named_parameters() to it, or use "
-        "hvd_quant.torch.DistributedOptimizer, which does so."
-        if not named
-        else "the ranks disagree about their gradients: " + "; ".join(_differences(tensors).values())
+    everything = [gradient for of_rank in gradients for gradient in of_rank]
+    if not all(gradient["named"] for gradient in everything):
+        return (
+            "the ranks submitted their gradients in different orders, and the compressor was not told the "
+            "parameters' names. Pass named_parameters=model.named_parameters() to it, or use "
+            "hvd_quant.torch.DistributedOptimizer, which does so."
+        )
+    if all(len(of_rank) == 1 for of_rank in gradients):
+        firsts = [of_rank[0] for of_rank in gradients]
+        if len({first["name"] for first in firsts}) == 1 and (differences := _differences(firsts)):
+            texts = "; ".join(differences.values())
+            return f"parameter {firsts[0]['name']!r} differs between the ranks: {texts}"
+    sets = [{"what has come": [gradient["name"] for gradient in of_rank]} for of_rank in gradients]
+    return "the ranks disagree about their gradients: " + (
+        "; ".join(_differences(sets).values()) or "they have sent different bytes under the same names"
     )
 
 

@@ -1,15 +1,14 @@
 """Compressors for ``hvd.DistributedOptimizer(compression=...)``.
 
 Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result. Quantized
-codes cannot be allreduced, so ``compress`` starts an exchange of its own and gives Horovod a control tensor
-to reduce (see `hvd_quant.exchange.control`); ``decompress`` checks that tensor, waits for the exchange, and
-returns the decoded mean.
+codes cannot be allreduced, so ``compress`` hands the gradient to an exchange of its own and gives Horovod a
+control tensor to reduce (see `hvd_quant.exchange.control`); ``decompress`` checks that tensor, waits for the
+exchange, and returns the decoded mean.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import time
@@ -19,25 +18,32 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from horovod.torch.compression import Compressor
 
 from hvd_quant import wire
 from hvd_quant.codec import flat_array, native, torch_ops
-from hvd_quant.exchange import control
-from hvd_quant.schemes import QSGD, check_integer
+from hvd_quant.exchange import control, cost
+from hvd_quant.exchange.algorithms import ALGORITHMS, Exchange, Work
+from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group
+from hvd_quant.exchange.transport import Buffer
+from hvd_quant.schemes import QSGD, check_choice, check_integer
 from hvd_quant.torch.identity import ParameterNames
+from hvd_quant.torch.transport import HorovodTransport
 
+FUSION_BYTES = 8 << 20
+EXCHANGES = ("auto", *ALGORITHMS)
 _DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-# How long to wait for the other ranks' configurations once a mismatch is known: they notice when they get to
-# the same step, but one of them may have died.
-_EXPLAIN_SECONDS = 60.0
-_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)  # of compressors, a process set
+# How long to wait for the other ranks to tell their configurations: one of them may not run this code, or
+# have died.
+_PATIENCE_SECONDS = 60.0
+_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
 
 
 @dataclass
@@ -49,15 +55,38 @@ class _Key:
 
 
 @dataclass
+class _Known:
+    """What stays the same about a gradient from step to step."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    entry: Entry
+    layout: bytes  # the digest of the fused bucket that it belongs to
+    fingerprint: int
+    control: torch.Tensor
+
+
+@dataclass
 class _Pending:
     """A gradient on its way, from ``compress`` to ``decompress``."""
 
     key: _Key
     gradient: torch.Tensor
-    handle: int
     fingerprint: int
-    quantized: bool
+    use: int
+    result: torch.Tensor | None = None
+    shipment: _Shipment | None = None
     abandoned: bool = False
+
+
+@dataclass
+class _Shipment:
+    """Gradients that travel together."""
+
+    exchange: Exchange
+    members: list[_Pending]
+    factor: float | None = None  # that the results have been multiplied by, once they are there
 
 
 class QuantizedCompressor(Compressor):
@@ -68,8 +97,12 @@ class QuantizedCompressor(Compressor):
         named_parameters: ``model.named_parameters()``. Without it a gradient is known by its place in the
             order of arrival, which all ranks must share; a disagreement is detected and is an error.
             `hvd_quant.torch.DistributedOptimizer` passes it by itself.
-        min_numel: gradients of fewer values are left to Horovod, uncompressed. (Their first time, they are
-            averaged by an allreduce of our own, so that ranks with another ``min_numel`` are found out.)
+        min_numel: gradients of fewer values are left to Horovod, uncompressed.
+        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
+            a part and sends that to all, which is less to receive from three ranks on, for a second
+            rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
+        fusion_bytes: gradients travel together in fused buckets of about so many bytes (before they are
+            encoded). A bucket is sent when its last gradient is there. 0 sends every gradient alone.
         process_set: the ranks that take part; give the optimizer the same.
         seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it.
 
@@ -83,10 +116,14 @@ class QuantizedCompressor(Compressor):
         *,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         min_numel: int = 1024,
+        exchange: str = "auto",
+        fusion_bytes: int = FUSION_BYTES,
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
         check_integer("min_numel", min_numel, 0, 2**63 - 1)
+        check_choice("exchange", exchange, EXCHANGES)
+        check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
         check_integer("seed", seed, 0, 2**64 - 1)
         if not isinstance(process_set, hvd.ProcessSet):
             raise TypeError(f"process_set must be a horovod.torch.ProcessSet, not {process_set!r}")
@@ -97,6 +134,8 @@ class QuantizedCompressor(Compressor):
             )
         self.scheme = scheme
         self.min_numel = int(min_numel)
+        self.exchange = exchange
+        self.fusion_bytes = int(fusion_bytes)
         self.process_set = process_set
         self.seed = int(seed)
         self.in_use = False  # by an optimizer of ours
@@ -105,12 +144,18 @@ class QuantizedCompressor(Compressor):
         # are not in a process set need not make its compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
         self._resets = 0  # in those names too: what was abandoned may still be on its way
+        self._transport: HorovodTransport | None = None  # once Horovod is needed
+        self._agreement: int | None = None  # a handle, while the ranks have not all told what they have
+        self._fusion = Fusion(self.fusion_bytes)
+        self._known: dict[str, _Known] = {}
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
-        self._announced: set[str] = set()  # small gradients that the ranks have agreed to leave alone
-        self._arrivals = {True: 0, False: 0}  # in this step: quantized ones, small ones
+        self._arrivals = 0  # of quantized gradients in this step
         self._pending: dict[str, _Pending] = {}
+        self._underway: list[Exchange] = []  # not yet at their last collective
         self._raw_bytes = 0
         self._wire_bytes = 0
+        self._received_bytes = 0
+        self._messages = 0
         if named_parameters is not None:
             self.bind(named_parameters)
 
@@ -138,7 +183,7 @@ class QuantizedCompressor(Compressor):
     # --- what Horovod calls -----------------------------------------------------------------------------
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Start the exchange of a gradient.
+        """Take a gradient for the exchange, and start that if its fused bucket is complete.
 
         Args:
             tensor: of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass untouched.
@@ -147,7 +192,9 @@ class QuantizedCompressor(Compressor):
             What Horovod is to reduce, and the context for `decompress`.
 
         Raises:
-            RuntimeError: Horovod is not initialised.
+            RankMismatchError: the ranks are configured differently.
+            RuntimeError: Horovod is not initialised, or the gradient was submitted before and is still on
+                its way.
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
         if tensor.dtype not in _DTYPES:
@@ -157,39 +204,38 @@ class QuantizedCompressor(Compressor):
                 f"a gradient of layout {tensor.layout} cannot be quantized: Horovod hands over sparse ones "
                 "with groups, where neither it nor we support them"
             )
-        if not hvd.is_initialized():
-            raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "the quantized exchange is not differentiable: pass tensor.detach() to hvd.allreduce, "
                 "or leave out compression= there"
             )
-        quantized = tensor.numel() >= self.min_numel
-        key = self._key(tensor, quantized)
+        if self._transport is None:
+            self._begin()
+        if self._agreement is not None:
+            self._check_agreement()
         raw_bytes = tensor.numel() * tensor.element_size()
         self._raw_bytes += raw_bytes
-        use = self._uses[key.text]
-        if quantized or key.named:  # the place of a small gradient without a name says little
-            self._uses[key.text] += 1
-        if not quantized and key.text in self._announced:
+        if tensor.numel() < self.min_numel:
             self._wire_bytes += raw_bytes
+            if (name := self._name(tensor)) is not None:
+                self._uses[name] += 1
             return tensor.contiguous(), None
 
-        name = f"hvd_quant.{self._number}.{self._resets}.{key.text}"
-        if quantized:
-            payload = self._encode(tensor, self._noise_seed(key, use))
-            handle = hvd.allgather_async(payload, name=name, process_set=self.process_set)
-            self._wire_bytes += payload.numel() + control.NBYTES
-        else:
-            handle = hvd.allreduce_async(
-                tensor.contiguous(), name=name, op=hvd.Average, process_set=self.process_set
+        key = self._key(tensor)
+        if key.text in self._pending:
+            raise RuntimeError(
+                f"gradient {key.text!r} was submitted again while it is on its way. If a step was left "
+                "between backward and step, call the compressor's reset() first, on every rank."
             )
-            self._announced.add(key.text)
-            self._wire_bytes += raw_bytes + control.NBYTES
-        own = control.fingerprint({**self._config(), **self._describe(key, tensor)})
-        self._pending[key.text] = _Pending(key, tensor, handle, own, quantized)
-        values = control.values(own, self.process_set.rank())
-        return torch.tensor(values, dtype=torch.float64, device=tensor.device), self._pending[key.text]
+        known = self._know(key, tensor)
+        pending = _Pending(key, tensor, known.fingerprint, self._uses[key.text])
+        self._uses[key.text] += 1
+        self._pending[key.text] = pending
+        for group in self._fusion.add(known.entry):
+            self._send(group)
+        self._advance(wait=False)
+        self._wire_bytes += control.NBYTES
+        return known.control.clone(), pending
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Finish the exchange of a gradient.
@@ -213,21 +259,29 @@ class QuantizedCompressor(Compressor):
                 f"reset() was called while gradient {ctx.key.text!r} was on its way: clear the optimizer's "
                 "state too, by optimizer.load_state_dict(optimizer.state_dict())"
             )
+        if self._fusion.waiting:  # nothing more will come before this result is used
+            for group in self._fusion.flush():
+                self._send(group)
         try:
-            factor = control.check(tensor.tolist(), ctx.fingerprint, self.process_set.size())
+            factor = control.check(tensor.tolist(), ctx.fingerprint, self._transport.size)
+            if ctx.shipment.factor is None:
+                self._receive(ctx.shipment, factor)
         except control.FingerprintMismatch:
-            message = self._explain_mismatch(ctx)
+            message = self._explain_mismatch([ctx])
             self.reset()
             raise control.RankMismatchError(message) from None
+        except ValueError as error:
+            message = f"{self._explain_mismatch(ctx.shipment.members)} ({error})"
+            self.reset()
+            raise control.RankMismatchError(message) from error
         except control.UnsupportedReductionError:
             self.reset()
             raise
-        if self._pending.get(ctx.key.text) is ctx:
-            del self._pending[ctx.key.text]
-        received = hvd.synchronize(ctx.handle)
-        if not ctx.quantized:
-            return received if factor == 1.0 else received.mul_(factor)
-        return self._decode_mean(received, ctx, factor)
+        del self._pending[ctx.key.text]
+        # All that travelled together were asked for with the same op; if not, put the difference right.
+        if factor != ctx.shipment.factor:
+            ctx.result.mul_(factor / ctx.shipment.factor)
+        return ctx.result
 
     # --- what users call --------------------------------------------------------------------------------
 
@@ -236,19 +290,22 @@ class QuantizedCompressor(Compressor):
 
         Returns:
             ``steps``, how often the gradient that came most often has come (small ones count where names are
-            known), those before a loaded state included; ``raw_bytes``, the gradients as they were;
-            ``wire_bytes``, what was handed to Horovod in their place (payloads, control tensors, uncompressed
-            small gradients); ``compression_ratio``, the former over the latter.
+            known), those before a loaded state included; ``messages``, how many fused buckets were sent;
+            ``raw_bytes``, the gradients as they were; ``wire_bytes``, what they were encoded into (messages,
+            control tensors, uncompressed small gradients); ``received_bytes``, what came from other ranks by
+            our own exchanges; ``compression_ratio``, raw over wire bytes.
         """
         return {
             "steps": max(self._uses.values(), default=0),
+            "messages": self._messages,
             "raw_bytes": self._raw_bytes,
             "wire_bytes": self._wire_bytes,
+            "received_bytes": self._received_bytes,
             "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
         }
 
     def reset(self) -> None:
-        """Forget what is on its way, and what the ranks have agreed on, but not the noise and the statistics.
+        """Forget what is on its way, but not the noise and the statistics.
 
         For a training loop that goes on after it left a step between ``backward`` and ``step``. All ranks
         must call it, as often as each other, and clear Horovod's optimizer as well:
@@ -257,17 +314,19 @@ class QuantizedCompressor(Compressor):
             >>> optimizer.load_state_dict(optimizer.state_dict())
             >>> optimizer.zero_grad()
         """
-        abandoned = list(self._pending.values())
-        self._pending.clear()
-        self._announced.clear()
-        self._resets += 1
-        for pending in abandoned:
+        shipments = {id(p.shipment): p.shipment for p in self._pending.values() if p.shipment is not None}
+        for pending in self._pending.values():
             pending.abandoned = True
+        self._pending.clear()
+        self._underway.clear()
+        self._fusion.forget()
+        self._known.clear()
+        self._resets += 1
+        for shipment in shipments.values():
             # Let Horovod forget what has arrived. The rest may never arrive: some rank may not have sent it.
             # After hvd.shutdown, Horovod knows none of it any more.
             with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-                if hvd.poll(pending.handle):
-                    hvd.synchronize(pending.handle)
+                shipment.exchange.abandon()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -278,7 +337,10 @@ class QuantizedCompressor(Compressor):
 
         Raises:
             ValueError: this is no such state.
+            RuntimeError: gradients are on their way.
         """
+        if self._pending:
+            raise RuntimeError("load a compressor's state between steps, not between backward and step")
         try:
             seed, uses = state["seed"], Counter(state["uses"])
             check_integer("seed", seed, 0, 2**64 - 1)
@@ -287,6 +349,7 @@ class QuantizedCompressor(Compressor):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error
         self.seed, self._uses = int(seed), uses
+        self._fusion.forget()  # fused buckets know the seed
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
@@ -296,30 +359,84 @@ class QuantizedCompressor(Compressor):
 
     # --- identity ---------------------------------------------------------------------------------------
 
-    def _key(self, tensor: torch.Tensor, quantized: bool) -> _Key:
-        if self._names is not None:
-            name = self._names.find(tensor) or self._names.find_sparse(tensor, self._pending)
-            if name is not None:
-                return _Key(name, named=True)
-        if not self._pending:
-            self._arrivals = {True: 0, False: 0}
-        place = self._arrivals[quantized]
-        self._arrivals[quantized] += 1
-        return _Key(f"#{place}" if quantized else f"#small.{place}", named=False)
+    def _name(self, tensor: torch.Tensor) -> str | None:
+        if self._names is None:
+            return None
+        return self._names.find(tensor) or self._names.find_sparse(tensor, self._pending)
 
-    def _noise_seed(self, key: _Key, use: int) -> int:
-        """64 bits that depend on seed, rank, step and tensor, and on nothing else."""
-        text = json.dumps([self.seed, self.process_set.rank(), use, key.text])
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    def _key(self, tensor: torch.Tensor) -> _Key:
+        if (name := self._name(tensor)) is not None:
+            return _Key(name, named=True)
+        if not self._pending:
+            self._arrivals = 0
+        self._arrivals += 1
+        return _Key(f"#{self._arrivals - 1}", named=False)
+
+    def _know(self, key: _Key, tensor: torch.Tensor) -> _Known:
+        known = self._known.get(key.text)
+        if (
+            known is None
+            or known.shape != tensor.shape
+            or known.dtype != tensor.dtype
+            or known.device != tensor.device
+        ):
+            entry = Entry(key.text, tensor.numel(), _DTYPES[tensor.dtype], self.scheme, str(tensor.device))
+            known = _Known(tensor.shape, tensor.dtype, tensor.device, entry, b"?", 0, torch.empty(0))
+            self._known[key.text] = known
+        group = self._fusion.group_of(known.entry)
+        layout = b"" if group.open else self._bucket(group).digest
+        if layout != known.layout:
+            description = {**self._config(), **self._describe(key, tensor), "layout": layout.hex()}
+            known.layout, known.fingerprint = layout, control.fingerprint(description)
+            values = control.values(known.fingerprint, self._transport.rank)
+            known.control = torch.tensor(values, dtype=torch.float64, device=tensor.device)
+        return known
 
     # --- agreement between ranks ------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Lay out the parameters, and compare notes with the other ranks, once."""
+        if not hvd.is_initialized():
+            raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
+        self._link = cost.link_from_environment(one_host=hvd.local_size() == hvd.size())
+        self._transport = HorovodTransport(self.process_set)
+        named = self._names.named_parameters() if self._names is not None else []
+        trained = [(name, p) for name, p in named if p.requires_grad and p.dtype in _DTYPES]
+        self._parameters = {name: [list(p.shape), _DTYPES[p.dtype]] for name, p in trained}
+        self._fusion.plan(
+            [
+                Entry(name, p.numel(), _DTYPES[p.dtype], self.scheme, str(p.device))
+                for name, p in reversed(trained)
+                if p.numel() >= self.min_numel
+            ]
+        )
+        own = control.fingerprint({**self._config(), "parameters": self._parameters})
+        self._agreement = hvd.allgather_async(
+            torch.tensor([own]), name=f"hvd_quant.{self._number}.agreement", process_set=self.process_set
+        )
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not hvd.poll(self._agreement) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
+    def _check_agreement(self) -> None:
+        """Look at what the ranks have told, if they all have. If not, some rank may not run this code."""
+        if not hvd.poll(self._agreement):
+            return
+        fingerprints = hvd.synchronize(self._agreement)
+        self._agreement = None
+        if (fingerprints != fingerprints[0]).any():
+            message = self._explain_mismatch([])
+            self._transport = None
+            raise control.RankMismatchError(message)
 
     def _config(self) -> control.Description:
         return {
             "scheme": type(self.scheme).__name__,
             **asdict(self.scheme),
             "min_numel": self.min_numel,
-            "exchange": "allgather",
+            "exchange": self.exchange,
+            "fusion_bytes": self.fusion_bytes,
+            "link": asdict(self._link),
             "wire version": wire.VERSION,
             "compressor": self._number,
             "resets": self._resets,
@@ -333,12 +450,13 @@ class QuantizedCompressor(Compressor):
             "dtype": _DTYPES[tensor.dtype],
         }
 
-    def _explain_mismatch(self, pending: _Pending) -> str:
+    def _explain_mismatch(self, pending: list[_Pending]) -> str:
         """Ask all ranks, which have all noticed, what they have. Patience is limited, lest one has died."""
-        own = [self._config(), self._describe(pending.key, pending.gradient)]
+        gradients = [self._describe(one.key, one.gradient) for one in pending]
+        own = [self._config(), self._parameters, gradients]
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
         handle = hvd.allgather_async(data, name="hvd_quant.mismatch", process_set=self.process_set)
-        deadline = time.monotonic() + _EXPLAIN_SECONDS
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while not hvd.poll(handle) and time.monotonic() < deadline:
             time.sleep(0.01)
         try:
@@ -348,35 +466,77 @@ class QuantizedCompressor(Compressor):
         if answers is None:
             return (
                 "the ranks are configured differently, and did not all answer when asked how. "
-                f"This one has {own[0]}, and noticed it at {own[1]}."
+                f"This one has {own[0]}, and noticed it at {own[2]}."
             )
         lines = bytes(answers.numpy()).decode().split("\n")[:-1]
-        configs, tensors = zip(*map(json.loads, lines), strict=True)
-        return control.explain_mismatch(configs, tensors)
+        return control.explain_mismatch(*zip(*map(json.loads, lines), strict=True))
 
-    # --- codec ------------------------------------------------------------------------------------------
+    # --- exchange ---------------------------------------------------------------------------------------
 
-    def _encode(self, tensor: torch.Tensor, seed: int) -> torch.Tensor:
-        if tensor.device.type == "cpu":
-            payload = native.encode(flat_array(tensor), self.scheme, seed, _DTYPES[tensor.dtype])
-            return torch.from_numpy(payload)
-        return torch_ops.encode(tensor.detach().reshape(-1), self.scheme, seed)
+    def _bucket(self, group: Group) -> FusedBucket:
+        return group.bucket(self._transport.size, self._transport.rank, self.seed)
 
-    def _decode_mean(self, received: torch.Tensor, pending: _Pending, factor: float) -> torch.Tensor:
-        gradient = pending.gradient
-        payloads = received.view(self.process_set.size(), -1)
-        if gradient.device.type != "cpu":
-            mean = torch_ops.decode_mean(list(payloads), dtype=gradient.dtype, factor=factor)
-            return mean.view(gradient.shape)
-        # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the caller's.
-        # Where NumPy would see a copy of it, a new one is made as well.
-        aligned = gradient.data_ptr() % gradient.element_size() == 0
-        in_place = pending.key.named and gradient.is_contiguous() and aligned and not gradient.is_neg()
-        mean = gradient if in_place else torch.empty(gradient.shape, dtype=gradient.dtype)
-        native.decode_mean(
-            list(payloads.numpy()), flat_array(mean), dtype=_DTYPES[gradient.dtype], factor=factor
+    def _send(self, group: Group) -> None:
+        """Encode a fused bucket and start its exchange."""
+        bucket = self._bucket(group)
+        members = [self._pending[entry.key] for entry in bucket.entries]
+        on_cpu = members[0].gradient.device.type == "cpu"
+        work = Work(
+            bucket,
+            [_values(member.gradient) for member in members],
+            np.array([member.use for member in members], np.uint64),
+            native if on_cpu else torch_ops,
+            self._transport,
+            f"hvd_quant.{self._number}.{self._resets}.{bucket.entries[0].key}",
         )
-        return mean
+        algorithm = self.exchange
+        if algorithm == "auto":
+            whole = bucket.whole
+            algorithm = cost.choose(self._link, bucket.size, whole.size, whole.count)
+        exchange = Exchange(work, algorithm)
+        self._wire_bytes += bucket.whole.size
+        self._messages += 1
+        shipment = _Shipment(exchange, members)
+        for member in members:
+            member.shipment = shipment
+        self._underway.append(exchange)
+
+    def _advance(self, *, wait: bool) -> None:
+        """Take exchanges to their last collective, in the order in which they began."""
+        while self._underway and self._underway[0].advance(wait=wait):
+            self._underway.pop(0)
+
+    def _receive(self, shipment: _Shipment, factor: float) -> None:
+        """Write the means of the gradients that travelled together."""
+        # First of all the others' earlier collectives, which were submitted before this one's last.
+        self._advance(wait=True)
+        for member in shipment.members:
+            gradient = member.gradient
+            # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the
+            # caller's.
+            in_place = member.key.named and _is_plain(gradient)
+            member.result = gradient if in_place else torch.empty_like(gradient, memory_format=_CONTIGUOUS)
+        shipment.exchange.finish([_values(member.result) for member in shipment.members], factor)
+        self._received_bytes += shipment.exchange.received_bytes
+        shipment.factor = factor
+
+
+_CONTIGUOUS = torch.contiguous_format
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether NumPy can see the tensor's own memory as it is."""
+    return tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _values(tensor: torch.Tensor) -> Buffer:
+    """The tensor as the codec of its device reads and writes it."""
+    if tensor.device.type != "cpu":
+        return tensor.detach()
+    if not _is_plain(tensor):
+        return flat_array(tensor)
+    tensor = tensor.detach()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class QSGDCompressor(QuantizedCompressor):

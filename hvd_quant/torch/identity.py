@@ -58,6 +58,10 @@ class ParameterNames:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """The pairs, in their order."""
+        return list(zip(self._names, self._parameters, strict=True))
+
     def watch(self) -> None:
         """Note which gradient autograd has just computed; Horovod's own hook runs right after ours."""
         weak_self = weakref.ref(self)  # a parameter must not keep its model alive through its hook

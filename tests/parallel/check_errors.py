@@ -73,7 +73,8 @@ def check_only_the_last_rank_differs():
     assert len(set(gathered(str(error)))) == 1
 
 
-def check_other_compression_on_one_rank_is_an_error_on_all():
+def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
+    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()  # on every rank: they are numbered
     compression = first_and_rest(hvd.Compression.fp16, compressor)
@@ -81,7 +82,8 @@ def check_other_compression_on_one_rank_is_an_error_on_all():
     assert "Mismatched" in str(error)  # Horovod's own words: one rank does not run our code
 
 
-def check_other_number_of_compressors():
+def check_other_number_of_compressors(monkeypatch):
+    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 5.0)
     if hvd.rank() == 0:
         extra = hq.QSGDCompressor()
     model = mlp()
@@ -95,7 +97,7 @@ def check_other_number_of_compressors():
 
 @pytest.mark.parametrize("min_numel", [0, 10_000])
 def check_order_that_differs_between_ranks(min_numel):
-    """Found out without names, and harmless with them."""
+    """Found out without names, and harmless with them; small gradients are Horovod's, by name."""
     model = Branches(3)
     order = first_and_rest([0, 1, 2], [2, 0, 1])
     optimizer = stock_optimizer_of(model, hq.QSGDCompressor(min_numel=min_numel))
@@ -105,9 +107,12 @@ def check_order_that_differs_between_ranks(min_numel):
         optimizer.step()
 
     error = error_of(step)
-    assert isinstance(error, hq.RankMismatchError)
-    assert "named_parameters=" in str(error)
-    assert len(set(gathered(str(error)))) == 1
+    if min_numel == 0:
+        assert isinstance(error, hq.RankMismatchError)
+        assert "named_parameters=" in str(error)
+        assert len(set(gathered(str(error)))) == 1
+    else:
+        assert error is None
 
     model = Branches(3)
     optimizer = optimizer_of(model, hq.QSGDCompressor(min_numel=min_numel))

@@ -94,21 +94,41 @@ def test_fingerprint_depends_on_every_field_but_not_on_their_order():
     assert control.fingerprint(base) == 40_048_406  # the same in every process and version
 
 
+def described(**fields):
+    return {"name": "w", "named": True, "shape": [3], "dtype": "float32", **fields}
+
+
 def test_explanation_names_the_field_the_values_and_the_ranks():
     configs = [{"bits": 4, "norm": "max"}, {"bits": 8, "norm": "max"}, {"bits": 4, "norm": "max"}]
-    tensors = [{"name": "w", "named": True, "shape": [3], "dtype": "float32"}] * 3
-    text = control.explain_mismatch(configs, tensors)
+    text = control.explain_mismatch(configs, [{}] * 3, [[described()]] * 3)
     assert "bits is 4 on ranks 0, 2, 8 on rank 1" in text
     assert "norm" not in text
 
 
+def test_explanation_of_different_models():
+    models = [{"w": [[3], "float32"], "b": [[1], "float32"]}, {"w": [[4], "float32"]}]
+    text = control.explain_mismatch([{}, {}], models, [[], []])
+    assert 'w is [[3], "float32"] on rank 0, [[4], "float32"] on rank 1' in text
+    assert 'b is [[1], "float32"] on rank 0, null on rank 1' in text
+    assert "more" not in text
+    models = [{f"p{i}": [[n], "float32"] for i in range(20)} for n in (1, 2)]
+    assert "and 15 more" in control.explain_mismatch([{}, {}], models, [[], []])
+
+
 def test_explanation_of_a_shape():
-    tensors = [{"name": "w", "named": True, "shape": [n], "dtype": "float32"} for n in (3, 4)]
-    text = control.explain_mismatch([{}, {}], tensors)
+    text = control.explain_mismatch([{}, {}], [{}, {}], [[described(shape=[n])] for n in (3, 4)])
     assert "'w'" in text
     assert "shape is [3] on rank 0, [4] on rank 1" in text
 
 
 def test_explanation_of_an_order_of_arrival():
-    tensors = [{"name": f"#{n}", "named": False, "shape": [3], "dtype": "float32"} for n in (3, 4)]
-    assert "named_parameters=" in control.explain_mismatch([{}, {}], tensors)
+    gradients = [[described(name=f"#{n}", named=False)] for n in (3, 4)]
+    assert "named_parameters=" in control.explain_mismatch([{}, {}], [{}, {}], gradients)
+
+
+def test_explanation_of_what_travelled_together():
+    gradients = [[described(), described(name="b")], [described()]]
+    text = control.explain_mismatch([{}, {}], [{}, {}], gradients)
+    assert 'what has come is ["w", "b"] on rank 0, ["w"] on rank 1' in text
+    gradients = [[described(), described(name="b")]] * 2
+    assert "different bytes under the same names" in control.explain_mismatch([{}] * 2, [{}] * 2, gradients)
