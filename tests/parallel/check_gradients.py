@@ -9,8 +9,7 @@ from common import backward, gathered, local_gradients, mlp, own_randn, same_eve
 from horovod.torch.mpi_ops import _handle_map
 
 import hvd_quant.torch as hq
-from hvd_quant import QSGD, decode, encode
-from hvd_quant.torch.compressor import _Key
+from hvd_quant import QSGD
 
 
 def optimizer_of(model, compression, **options):
