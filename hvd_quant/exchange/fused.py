@@ -166,6 +166,11 @@ class Group:
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
+    def current_bucket(self) -> FusedBucket | None:
+        """What `bucket` has made, unless the entries have changed since."""
+        return self._bucket
+
+    @property
     def complete(self) -> bool:
         """Whether everything has come that is expected."""
         return not self.open and len(self.arrived) == len(self.entries)
@@ -235,22 +240,24 @@ class Fusion:
         self._group_of[entry.key] = group
         return group
 
-    def add(self, entry: Entry) -> list[Group]:
+    def add(self, entry: Entry, group: Group) -> list[Group]:
         """Note that a gradient has come.
+
+        Args:
+            entry: its own.
+            group: the one that `group_of` gave for it.
 
         Returns:
             The groups that are to be sent now.
         """
-        former = self._group_of.get(entry.key)
-        group = self.group_of(entry)
         group.arrived.add(entry.key)
         self._waiting[id(group)] = group
         if group.open and group.nbytes >= self.fusion_bytes:
             self._close(group)
-        ready = [group] if group.complete else []
-        if former is not None and former is not group and former.arrived and former.complete:
-            ready.append(former)
-        return [self._take(group) for group in ready]
+        if not group.complete:
+            return []
+        self._take(group)
+        return [group]
 
     @property
     def waiting(self) -> bool:

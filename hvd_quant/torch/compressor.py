@@ -46,41 +46,53 @@ _PATIENCE_SECONDS = 60.0
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
 
 
-@dataclass
-class _Key:
-    """What a gradient is called on every rank: its parameter's name, or its place in the order of arrival."""
-
-    text: str
-    named: bool
-
-
-@dataclass
+@dataclass(slots=True)
 class _Known:
-    """What stays the same about a gradient from step to step."""
+    """What stays the same about a gradient from step to step.
 
+    It is called by its parameter's name, or by its place in the order of arrival.
+    """
+
+    key: str
+    named: bool
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     entry: Entry
-    layout: bytes  # the digest of the fused bucket that it belongs to
-    fingerprint: int
-    control: torch.Tensor
+    bucket: FusedBucket | None = None  # that it belongs to; None while that is open
+    fingerprint: int = -1
+    control: torch.Tensor | None = None  # what Horovod is to reduce
+    values: np.ndarray | None = None  # of the control tensor
+    memory: np.ndarray | None = None  # of the control tensor on a CPU, which Horovod overwrites
+    reduced: list[float] | None = None  # the control tensor as it came back last, and the factor in it
+    factor: float = 1.0
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a gradient is what it was last time."""
+        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
+
+    def fresh_control(self) -> torch.Tensor:
+        """The control tensor, as it was before Horovod reduced it."""
+        if self.memory is None:
+            return self.control.clone()
+        self.memory[:] = self.values
+        return self.control
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pending:
     """A gradient on its way, from ``compress`` to ``decompress``."""
 
-    key: _Key
+    known: _Known
     gradient: torch.Tensor
-    fingerprint: int
     use: int
+    in_place: bool = False  # whether the mean is to overwrite the gradient
     result: torch.Tensor | None = None
     shipment: _Shipment | None = None
     abandoned: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class _Shipment:
     """Gradients that travel together."""
 
@@ -148,6 +160,7 @@ class QuantizedCompressor(Compressor):
         self._agreement: int | None = None  # a handle, while the ranks have not all told what they have
         self._fusion = Fusion(self.fusion_bytes)
         self._known: dict[str, _Known] = {}
+        self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
         self._arrivals = 0  # of quantized gradients in this step
         self._pending: dict[str, _Pending] = {}
@@ -174,6 +187,7 @@ class QuantizedCompressor(Compressor):
         if self._names is None:
             self._names = names
             names.watch()
+            self._watching = True
 
     @property
     def bound(self) -> bool:
@@ -213,29 +227,36 @@ class QuantizedCompressor(Compressor):
             self._begin()
         if self._agreement is not None:
             self._check_agreement()
-        raw_bytes = tensor.numel() * tensor.element_size()
+        name = self._name(tensor)
+        raw_bytes = tensor.nbytes
         self._raw_bytes += raw_bytes
         if tensor.numel() < self.min_numel:
             self._wire_bytes += raw_bytes
-            if (name := self._name(tensor)) is not None:
+            if name is not None:
                 self._uses[name] += 1
             return tensor.contiguous(), None
 
-        key = self._key(tensor)
-        if key.text in self._pending:
+        key = name or self._place()
+        if key in self._pending:
             raise RuntimeError(
-                f"gradient {key.text!r} was submitted again while it is on its way. If a step was left "
-                "between backward and step, call the compressor's reset() first, on every rank."
+                f"gradient {key!r} was submitted again while it is on its way. If a step was left between "
+                "backward and step, call the compressor's reset() first, on every rank."
             )
-        known = self._know(key, tensor)
-        pending = _Pending(key, tensor, known.fingerprint, self._uses[key.text])
-        self._uses[key.text] += 1
-        self._pending[key.text] = pending
-        for group in self._fusion.add(known.entry):
-            self._send(group)
-        self._advance(wait=False)
+        known = self._known.get(key)
+        if known is None or not known.fits(tensor):
+            known = self._meet(key, name is not None, tensor)
+        group = self._fusion.group_of(known.entry)
+        if known.control is None or known.bucket is not group.current_bucket:
+            self._describe_to_others(known, group)
+        use = self._uses[key]
+        self._uses[key] = use + 1
+        self._pending[key] = pending = _Pending(known, tensor, use)
+        for ready in self._fusion.add(known.entry, group):
+            self._send(ready)
+        if self._underway:
+            self._advance(wait=False)
         self._wire_bytes += control.NBYTES
-        return known.control.clone(), pending
+        return known.fresh_control(), pending
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Finish the exchange of a gradient.
@@ -256,14 +277,16 @@ class QuantizedCompressor(Compressor):
             return tensor
         if ctx.abandoned:
             raise RuntimeError(
-                f"reset() was called while gradient {ctx.key.text!r} was on its way: clear the optimizer's "
+                f"reset() was called while gradient {ctx.known.key!r} was on its way: clear the optimizer's "
                 "state too, by optimizer.load_state_dict(optimizer.state_dict())"
             )
+        if self._watching:  # the first step is complete
+            self._watching = self._names.watch_no_more()
         if self._fusion.waiting:  # nothing more will come before this result is used
             for group in self._fusion.flush():
                 self._send(group)
         try:
-            factor = control.check(tensor.tolist(), ctx.fingerprint, self._transport.size)
+            factor = self._factor(ctx.known, tensor.tolist())
             if ctx.shipment.factor is None:
                 self._receive(ctx.shipment, factor)
         except control.FingerprintMismatch:
@@ -277,7 +300,7 @@ class QuantizedCompressor(Compressor):
         except control.UnsupportedReductionError:
             self.reset()
             raise
-        del self._pending[ctx.key.text]
+        del self._pending[ctx.known.key]
         # All that travelled together were asked for with the same op; if not, put the difference right.
         if factor != ctx.shipment.factor:
             ctx.result.mul_(factor / ctx.shipment.factor)
@@ -364,32 +387,17 @@ class QuantizedCompressor(Compressor):
             return None
         return self._names.find(tensor) or self._names.find_sparse(tensor, self._pending)
 
-    def _key(self, tensor: torch.Tensor) -> _Key:
-        if (name := self._name(tensor)) is not None:
-            return _Key(name, named=True)
+    def _place(self) -> str:
         if not self._pending:
             self._arrivals = 0
         self._arrivals += 1
-        return _Key(f"#{self._arrivals - 1}", named=False)
+        return f"#{self._arrivals - 1}"
 
-    def _know(self, key: _Key, tensor: torch.Tensor) -> _Known:
-        known = self._known.get(key.text)
-        if (
-            known is None
-            or known.shape != tensor.shape
-            or known.dtype != tensor.dtype
-            or known.device != tensor.device
-        ):
-            entry = Entry(key.text, tensor.numel(), _DTYPES[tensor.dtype], self.scheme, str(tensor.device))
-            known = _Known(tensor.shape, tensor.dtype, tensor.device, entry, b"?", 0, torch.empty(0))
-            self._known[key.text] = known
-        group = self._fusion.group_of(known.entry)
-        layout = b"" if group.open else self._bucket(group).digest
-        if layout != known.layout:
-            description = {**self._config(), **self._describe(key, tensor), "layout": layout.hex()}
-            known.layout, known.fingerprint = layout, control.fingerprint(description)
-            values = control.values(known.fingerprint, self._transport.rank)
-            known.control = torch.tensor(values, dtype=torch.float64, device=tensor.device)
+    def _meet(self, key: str, named: bool, tensor: torch.Tensor) -> _Known:
+        """Note a gradient that is new, or has changed."""
+        entry = Entry(key, tensor.numel(), _DTYPES[tensor.dtype], self.scheme, str(tensor.device))
+        known = _Known(key, named, tensor.shape, tensor.dtype, tensor.device, entry)
+        self._known[key] = known
         return known
 
     # --- agreement between ranks ------------------------------------------------------------------------
@@ -442,17 +450,36 @@ class QuantizedCompressor(Compressor):
             "resets": self._resets,
         }
 
-    def _describe(self, key: _Key, tensor: torch.Tensor) -> control.Description:
+    def _describe(self, known: _Known) -> control.Description:
         return {
-            "name": key.text,
-            "named": key.named,
-            "shape": list(tensor.shape),
-            "dtype": _DTYPES[tensor.dtype],
+            "name": known.key,
+            "named": known.named,
+            "shape": list(known.shape),
+            "dtype": _DTYPES[known.dtype],
         }
+
+    def _describe_to_others(self, known: _Known, group: Group) -> None:
+        """Make the control tensor of a gradient that travels in the group."""
+        known.bucket = None if group.open else self._bucket(group)
+        layout = known.bucket.digest.hex() if known.bucket is not None else "open"
+        description = {**self._config(), **self._describe(known), "layout": layout}
+        known.fingerprint = control.fingerprint(description)
+        known.reduced = None
+        known.values = np.array(control.values(known.fingerprint, self._transport.rank))
+        memory = known.values.copy()
+        known.control = torch.from_numpy(memory).to(known.device)
+        known.memory = memory if known.device.type == "cpu" else None
+
+    def _factor(self, known: _Known, reduced: list[float]) -> float:
+        """What the reduced control tensor says; nearly always what it said in the step before."""
+        if reduced != known.reduced:
+            known.factor = control.check(reduced, known.fingerprint, self._transport.size)
+            known.reduced = reduced
+        return known.factor
 
     def _explain_mismatch(self, pending: list[_Pending]) -> str:
         """Ask all ranks, which have all noticed, what they have. Patience is limited, lest one has died."""
-        gradients = [self._describe(one.key, one.gradient) for one in pending]
+        gradients = [self._describe(one.known) for one in pending]
         own = [self._config(), self._parameters, gradients]
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
         handle = hvd.allgather_async(data, name="hvd_quant.mismatch", process_set=self.process_set)
@@ -481,9 +508,16 @@ class QuantizedCompressor(Compressor):
         bucket = self._bucket(group)
         members = [self._pending[entry.key] for entry in bucket.entries]
         on_cpu = members[0].gradient.device.type == "cpu"
+        values = []
+        for member in members:
+            plain = _is_plain(member.gradient)
+            values.append(_values(member.gradient, plain))
+            # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the
+            # caller's.
+            member.in_place = member.known.named and plain
         work = Work(
             bucket,
-            [_values(member.gradient) for member in members],
+            values,
             np.array([member.use for member in members], np.uint64),
             native if on_cpu else torch_ops,
             self._transport,
@@ -510,18 +544,17 @@ class QuantizedCompressor(Compressor):
         """Write the means of the gradients that travelled together."""
         # First of all the others' earlier collectives, which were submitted before this one's last.
         self._advance(wait=True)
-        for member in shipment.members:
-            gradient = member.gradient
-            # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the
-            # caller's.
-            in_place = member.key.named and _is_plain(gradient)
-            member.result = gradient if in_place else torch.empty_like(gradient, memory_format=_CONTIGUOUS)
-        shipment.exchange.finish([_values(member.result) for member in shipment.members], factor)
+        out = []
+        for member, values in zip(shipment.members, shipment.exchange.work.values, strict=True):
+            if member.in_place:
+                member.result = member.gradient
+                out.append(values)
+            else:
+                member.result = torch.empty_like(member.gradient, memory_format=torch.contiguous_format)
+                out.append(_values(member.result, plain=True))
+        shipment.exchange.finish(out, factor)
         self._received_bytes += shipment.exchange.received_bytes
         shipment.factor = factor
-
-
-_CONTIGUOUS = torch.contiguous_format
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -529,13 +562,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
 
 
-def _values(tensor: torch.Tensor) -> Buffer:
-    """The tensor as the codec of its device reads and writes it."""
+def _values(tensor: torch.Tensor, plain: bool) -> Buffer:
+    """The tensor as the codec of its device reads and, if it is plain, writes it."""
     if tensor.device.type != "cpu":
         return tensor.detach()
-    if not _is_plain(tensor):
+    if not plain:
         return flat_array(tensor)
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 

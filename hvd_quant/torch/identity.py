@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class ParameterNames:
@@ -47,6 +48,7 @@ class ParameterNames:
         # next last time, so that it is no search at all.
         self._successor = [*range(1, len(pairs)), 0]
         self._last = len(pairs) - 1
+        self._hooks: dict[int, RemovableHandle] = {}
         self._accumulated = 0  # the parameter whose gradient autograd was the last to compute
 
     def __eq__(self, other: object) -> bool:
@@ -72,7 +74,23 @@ class ParameterNames:
 
         for i, parameter in enumerate(self._parameters):
             if parameter.requires_grad and parameter.is_leaf:
-                parameter.register_post_accumulate_grad_hook(lambda _, index=i: note(index))
+                self._hooks[i] = parameter.register_post_accumulate_grad_hook(lambda _, index=i: note(index))
+
+    def watch_no_more(self) -> bool:
+        """Stop watching, for it takes time, if every gradient is known by now and none is sparse.
+
+        Returns:
+            Whether some gradients have not come yet, so that this is to be asked again.
+        """
+        gradients = [self._parameters[i].grad for i in self._hooks]
+        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+            return False
+        if any(gradient is None for gradient in gradients):
+            return True
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        return False
 
     def find(self, gradient: torch.Tensor) -> str | None:
         """The name of the parameter whose ``.grad`` this very tensor is, or None."""
