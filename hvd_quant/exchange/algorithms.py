@@ -78,7 +78,7 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     whole = work.bucket.whole
     message = work.room("message", whole.size, "uint8")
     work.codec.encode_message(work.values, whole, work.bucket.seeds(whole, "whole", work.uses), message)
-    messages = yield work.transport.allgather(message, work.name)
+    messages = yield work.transport.allgather(message, [whole.size] * work.bucket.size, work.name)
     return [(whole, messages)]
 
 
@@ -106,7 +106,7 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
         work.codec.encode_message([mean], flat, bucket.seeds(own, "mean", work.uses), message)
     except ValueError as error:
         damage, message = error, message[:0]  # no mean: nobody takes an empty message for one
-    messages = yield work.transport.allgather(message, f"{work.name}.gather")
+    messages = yield work.transport.allgather(message, sizes, f"{work.name}.gather")
     if damage is not None:
         raise damage
     return [(chunk, [part]) for chunk, part in zip(chunks, messages, strict=True)]

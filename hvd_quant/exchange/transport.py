@@ -26,7 +26,8 @@ class Transport(Protocol):
     """Asynchronous collectives over the ranks of a group.
 
     A collective matches those of the same name on the other ranks. Sizes may differ from what the receiver
-    expects: it gets what was sent. The sender's buffer must stay as it is until `Handle.wait` has returned.
+    expects, which is no error here: it gets what was sent, or, where the transport cannot tell whose that is,
+    nothing from anyone. The sender's buffer must stay as it is until `Handle.wait` has returned.
     """
 
     @property
@@ -37,8 +38,8 @@ class Transport(Protocol):
     def size(self) -> int:
         """Ranks in the group."""
 
-    def allgather(self, message: Buffer, name: str) -> Handle:
-        """Send ``message`` to every rank."""
+    def allgather(self, message: Buffer, sizes: Sequence[int], name: str) -> Handle:
+        """Send ``message`` to every rank, which expects ``sizes`` bytes of the ranks."""
 
     def alltoall(self, message: Buffer, sizes: Sequence[int], name: str) -> Handle:
         """Send consecutive parts of ``message``, of ``sizes`` bytes, to the ranks in their order."""

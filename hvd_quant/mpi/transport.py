@@ -1,0 +1,100 @@
+"""Bytes between ranks by MPI's point-to-point messages."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from mpi4py import MPI
+
+COLLECTIVES = 3  # of one transport at most
+# A message of more bytes goes in parts, because counts are 32-bit integers before MPI 4. A part of exactly so
+# many is followed by another, which may be empty.
+_PART = 2**30
+
+# Ranks may share a core: who waits lets others work.
+yield_cpu: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+class _Handle:
+    """Sends a part to each rank and receives one from each, of whatever size it is."""
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        tag: int,
+        parts: Sequence[np.ndarray],
+        rooms: dict[str, np.ndarray],
+    ) -> None:
+        self._comm, self._tag, self._rooms = comm, tag, rooms
+        self._status = MPI.Status()
+        self._received: list[list[np.ndarray]] = [[] for _ in parts]
+        self._received[comm.rank].append(parts[comm.rank])
+        # Each rank begins with the one after it, lest all send to the same one at once.
+        others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+        self._awaited = dict.fromkeys(reversed(others))
+        self._requests = [
+            comm.Isend([parts[other][start : start + _PART], MPI.BYTE], other, tag)
+            for other in others
+            for start in range(0, len(parts[other]) + 1, _PART)
+        ]
+
+    def ready(self) -> bool:
+        for source in list(self._awaited):
+            while (message := self._comm.Improbe(source, self._tag, self._status)) is not None:
+                part = self._room(source, self._status.Get_count(MPI.BYTE))
+                self._requests.append(message.Irecv([part, MPI.BYTE]))
+                self._received[source].append(part)
+                if len(part) < _PART:
+                    del self._awaited[source]
+                    break
+        return not self._awaited and MPI.Request.Testall(self._requests)
+
+    def wait(self) -> list[np.ndarray]:
+        while not self.ready():
+            yield_cpu()
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._received]
+
+    def _room(self, source: int, size: int) -> np.ndarray:
+        """The memory that the same part came into last time, if it has the size."""
+        key = f"received {self._tag % COLLECTIVES} {source} {len(self._received[source])}"
+        if key not in self._rooms or len(self._rooms[key]) != size:
+            self._rooms[key] = np.empty(size, np.uint8)
+        return self._rooms[key]
+
+
+class MpiTransport:
+    """See `hvd_quant.exchange.transport.Transport`: the up to `COLLECTIVES` collectives of one exchange.
+
+    Collectives match in the order in which they begin, whatever their names, so that ranks that disagree
+    about the exchange meet none the less. Buffers are NumPy arrays.
+
+    Args:
+        comm: for the use of transports alone.
+        number: of the exchange on ``comm``, the same on all ranks.
+        rooms: memory to receive into, kept from one exchange to the next.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, number: int, rooms: dict[str, np.ndarray]) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self.collectives = 0  # begun so far
+        self._comm, self._rooms = comm, rooms
+        tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # lasting for so many exchanges
+        self._first_tag = COLLECTIVES * (number % tags)
+
+    def allgather(self, message: np.ndarray, sizes: Sequence[int], name: str) -> _Handle:
+        """See `hvd_quant.exchange.transport.Transport`."""
+        return self._begin([message] * self.size)
+
+    def alltoall(self, message: np.ndarray, sizes: Sequence[int], name: str) -> _Handle:
+        """See `hvd_quant.exchange.transport.Transport`."""
+        ends = itertools.accumulate(sizes)
+        return self._begin([message[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+
+    def _begin(self, parts: Sequence[np.ndarray]) -> _Handle:
+        tag = self._first_tag + self.collectives
+        self.collectives += 1
+        return _Handle(self._comm, tag, parts, self._rooms)
