@@ -322,8 +322,8 @@ class Lab:
                     where.net("tc", f"qdisc add dev {device} root handle 1: {netem}")
                     parent = "parent 1:1"
                 if rate:
-                    # A burst passes unshaped after a pause. Training sends after pauses, so it is small (1 ms at
-                    # this rate), but enough for one stream to reach the rate. The limit is a queue of 20 ms.
+                    # A burst passes unshaped after a pause. Training sends after pauses, so it is small (1 ms
+                    # at this rate), but enough for one stream to reach it. The limit is a queue of 20 ms.
                     burst = max(16 * 1024, min(rate // 8 // 1000, 256 * 1024))
                     limit = burst + max(256 * 1024, rate // 8 // 50)
                     shape = f"tbf rate {rate}bit burst {burst} limit {limit}"

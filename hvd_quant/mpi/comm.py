@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -21,11 +21,7 @@ from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.mpi.transport import MpiTransport, yield_cpu
 from hvd_quant.schemes import QSGD, check_choice, check_integer
 
-if TYPE_CHECKING:
-    import torch
-
-    Array = np.ndarray | torch.Tensor
-
+Array = Any  # np.ndarray | torch.Tensor: torch is the caller's to import
 AVERAGE = "average"  # MPI has no such op
 EXCHANGES = ("auto", *ALGORITHMS)
 _LATENCY = 3e-4  # seconds a collective: nothing is negotiated before it, unlike with Horovod

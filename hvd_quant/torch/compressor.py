@@ -294,7 +294,7 @@ class QuantizedCompressor(Compressor):
             self.reset()
             raise control.RankMismatchError(message) from None
         except ValueError as error:
-            message = f"{self._explain_mismatch(ctx.shipment.members)} ({error})"
+            message = self._explain_mismatch(ctx.shipment.members)
             self.reset()
             raise control.RankMismatchError(message) from error
         except control.UnsupportedReductionError:

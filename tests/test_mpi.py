@@ -1,0 +1,101 @@
+"""Runs tests/mpi on several ranks, through mpirun, and the example."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SECONDS = 200  # for one launch; far above what it takes, so that only a hang gets there
+
+
+def mpirun(ranks, *arguments):
+    """Run Python on several ranks and return its completed process."""
+    pytest.importorskip("mpi4py")
+    if shutil.which("mpirun") is None:
+        pytest.skip("there is no mpirun")
+    environment = {
+        **os.environ,
+        # There may be more ranks than cores: waiting must not keep others from working.
+        "OMP_NUM_THREADS": "1",
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    # "-m mpi4py" ends all ranks when one fails.
+    command = ["mpirun", "--oversubscribe", "-np", str(ranks), sys.executable, "-m", "mpi4py", *arguments]
+    try:
+        return subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"hung for {SECONDS} s:\n{(error.stdout or b'').decode()[-8000:]}")
+
+
+# More ranks than need torch or Horovod, whose import is slow, and with many ranks only what depends on that.
+@pytest.mark.parametrize(
+    ("ranks", "files", "options"),
+    [
+        (2, ["check_allreduce", "check_errors", "check_torch", "check_horovod"], []),
+        (3, ["check_allreduce", "check_errors", "check_torch"], []),
+        (4, ["check_allreduce", "check_errors"], []),
+        (
+            8,
+            ["check_allreduce", "check_errors"],
+            ["-k", "near or other_orders or side_by_side or calls or stats"],
+        ),
+    ],
+)
+def test_checks_on_every_rank(ranks, files, options):
+    pytest_options = (
+        "-x",
+        "-q",
+        "--color=no",
+        "--timeout=120",
+        # The other method cannot interrupt a call of MPI.
+        "--timeout-method=thread",
+        "-o",
+        "python_files=check_*.py",
+        "-o",
+        "python_functions=check_*",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+    )
+    paths = [str(HERE / "mpi" / f"{file}.py") for file in files]
+    done = mpirun(ranks, "-m", "pytest", *pytest_options, *options, *paths)
+    assert done.returncode == 0, done.stdout[-12000:]  # the worst of all ranks'
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+def test_the_example(exchange):
+    example = HERE.parent / "examples" / "mpi_allreduce.py"
+    done = mpirun(3, str(example), "--values", "100000", "--exchange", exchange)
+    assert done.returncode == 0, done.stdout
+    assert "every rank holds the same bits" in done.stdout
+    assert "within the exact variance" in done.stdout
+
+
+@pytest.mark.parametrize("broken", ["import mpi4py", "from mpi4py import MPI"])
+def test_a_missing_mpi4py_is_explained(broken):
+    """Whether mpi4py itself is missing, or the MPI library that it loads."""
+    missing = {"import mpi4py": "mpi4py", "from mpi4py import MPI": "mpi4py.MPI"}[broken]
+    script = f"import sys; sys.modules[{missing!r}] = None; import hvd_quant.mpi"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "ImportError: hvd_quant.mpi needs mpi4py 4 and an MPI library" in done.stderr
+
+
+def test_the_plug_imports_no_other_framework():
+    pytest.importorskip("mpi4py")
+    script = "import sys, hvd_quant.mpi; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "tensorflow", "horovod"} & {name.split(".")[0] for name in done.stdout.split()}

@@ -1,0 +1,241 @@
+"""Several payloads in one message: the same bytes as one by one, and nothing trusted."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_quant import QSGD, encode, wire
+from hvd_quant.codec import _native, native, torch_ops
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
+
+PREAMBLE = b"preamble"
+
+
+def layout_of(*segments):
+    return MessageLayout([Segment(*segment) for segment in segments], PREAMBLE)
+
+
+def values_of(layout, seed=0):
+    """Arrays that the segments are ranges of, and tensors over the same memory."""
+    rng = np.random.default_rng(seed)
+    ends = {}
+    for segment in layout.segments:
+        ends[segment.tensor] = max(ends.get(segment.tensor, 0), segment.start + segment.count)
+    arrays = [
+        rng.standard_normal(ends.get(i, 0)).astype(np.float32) for i in range(max(ends, default=-1) + 1)
+    ]
+    return arrays, [torch.from_numpy(array) for array in arrays]
+
+
+def native_message(layout, arrays, seeds=None):
+    message = np.full(layout.size, 0xAB, np.uint8)
+    seeds = np.arange(len(layout.segments), dtype=np.uint64) if seeds is None else seeds
+    native.encode_message(arrays, layout, seeds, message)
+    return message
+
+
+QUITE_GENERAL = layout_of(
+    (1, 0, 1000, "float32", QSGD(bits=4)),
+    (0, 512, 513, "float32", QSGD(bits=3, norm="l2", bucket_size=100)),
+    (0, 0, 512, "float32", QSGD(bits=8)),
+    (2, 5, 0, "float32", QSGD(bits=2)),
+    (2, 0, 7, "float32", QSGD(bits=5, bucket_size=1)),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    counts=st.lists(st.integers(0, 3000), max_size=6),
+    bits=st.integers(2, 8),
+    norm=st.sampled_from(["max", "l2"]),
+    bucket_size=st.sampled_from([1, 100, 512, 5000]),
+)
+def test_payloads_are_those_of_encode(counts, bits, norm, bucket_size):
+    scheme = QSGD(bits=bits, norm=norm, bucket_size=bucket_size)
+    layout = layout_of(*((i, 0, count, "float32", scheme) for i, count in enumerate(counts)))
+    arrays, _ = values_of(layout)
+    message = native_message(layout, arrays)
+    assert message[:PREAMBLE_SIZE].tobytes() == PREAMBLE
+    expected = [encode(array, scheme, seed=seed) for seed, array in enumerate(arrays)]
+    assert message[PREAMBLE_SIZE:].tobytes() == b"".join(payload.tobytes() for payload in expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_both_backends_read_both_backends_messages(dtype, factor):
+    layout = layout_of(
+        (0, 0, 700, dtype, QSGD(bits=4)), (1, 0, 900, dtype, QSGD(bits=7, norm="l2", bucket_size=33))
+    )
+    tensors = [torch.randn(700).to(getattr(torch, dtype)), torch.randn(30, 30).to(getattr(torch, dtype))]
+
+    def arrays(tensors):
+        return [(t.view(torch.int16) if dtype == "bfloat16" else t).numpy() for t in tensors]
+
+    one = native_message(layout, arrays(tensors))
+    two = torch.empty(layout.size, dtype=torch.uint8)
+    torch_ops.encode_message(tensors, layout, [5, 6], two)
+    by_native, by_torch = ([torch.full_like(t, float("nan")) for t in tensors] for _ in range(2))
+    native.decode_messages([one, two.numpy()], layout, arrays(by_native), factor)
+    torch_ops.decode_messages([torch.from_numpy(one), two], layout, by_torch, factor)
+    for a, b, exact in zip(by_native, by_torch, tensors, strict=True):
+        assert torch.equal(a, b)
+        assert not a.isnan().any()
+        assert (a.double() - factor * exact.double()).abs().max() < factor * exact.abs().max()
+
+
+def test_only_the_segments_are_written():
+    layout = layout_of((0, 100, 50, "float32", QSGD()), (0, 200, 50, "float32", QSGD()))
+    message = native_message(layout, [np.ones(300, np.float32)])
+    out = np.full(300, 7.0, np.float32)
+    native.decode_messages([message], layout, [out])
+    written = np.zeros(300, bool)
+    written[100:150] = written[200:250] = True
+    assert np.all((out == 7.0) == ~written)
+
+
+def test_flattened_reads_the_same_message():
+    arrays, _ = values_of(QUITE_GENERAL)
+    message = native_message(QUITE_GENERAL, arrays)
+    apart = [np.zeros_like(array) for array in arrays]
+    native.decode_messages([message], QUITE_GENERAL, apart)
+    flat = np.empty(QUITE_GENERAL.count, np.float32)
+    native.decode_messages([message], QUITE_GENERAL.flattened(), [flat])
+    expected = [apart[s.tensor][s.start : s.start + s.count] for s in QUITE_GENERAL.segments]
+    assert np.array_equal(flat, np.concatenate(expected))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_every_changed_byte_is_found(backend):
+    arrays, _ = values_of(QUITE_GENERAL)
+    message = native_message(QUITE_GENERAL, arrays)
+    out = [np.zeros_like(array) for array in arrays]
+    rng = np.random.default_rng(1)
+    places = {
+        *range(PREAMBLE_SIZE + wire.HEADER_SIZE),
+        *rng.integers(0, message.size, 60).tolist(),
+        message.size - 1,
+    }
+    codec = native if backend == "native" else torch_ops
+    buffers = (lambda array: array) if backend == "native" else torch.from_numpy
+    for place in places:
+        damaged = message.copy()
+        damaged[place] ^= 1 << int(rng.integers(8))
+        both = [buffers(message), buffers(damaged)]
+        with pytest.raises(ValueError, match=r"message|payload"):
+            codec.decode_messages(both, QUITE_GENERAL, list(map(buffers, out)))
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, QUITE_GENERAL.size - 1, QUITE_GENERAL.size + 1])
+def test_other_sizes_are_refused(size):
+    arrays, tensors = values_of(QUITE_GENERAL)
+    message = np.resize(native_message(QUITE_GENERAL, arrays), size)
+    with pytest.raises(ValueError, match="message 0 is not the one that was expected"):
+        native.decode_messages([message], QUITE_GENERAL, arrays)
+    with pytest.raises(ValueError, match="message 0 is not the one that was expected"):
+        torch_ops.decode_messages([torch.from_numpy(message)], QUITE_GENERAL, tensors)
+
+
+def test_a_message_of_another_layout_is_refused():
+    layout = layout_of((0, 0, 1000, "float32", QSGD(bits=4)))
+    other = layout_of((0, 0, 1000, "float32", QSGD(bits=4, norm="l2")))
+    message = native_message(other, [np.ones(1000, np.float32)])
+    assert message.size == layout.size
+    with pytest.raises(ValueError, match="another payload than was expected"):
+        native.decode_messages([message], layout, [np.empty(1000, np.float32)])
+
+
+def test_a_preamble_has_its_size():
+    with pytest.raises(ValueError, match="8 bytes"):
+        MessageLayout([], b"short")
+
+
+# --- the native functions, called with nonsense ---------------------------------------------------------
+
+
+def arguments(**changes):
+    layout = layout_of((0, 0, 100, "float32", QSGD()))
+    return {
+        "table": layout.table.copy(),
+        "headers": layout.headers,
+        "first_word": wire.FIRST_BODY_WORD,
+        "checksum_word": wire.CHECKSUM_WORD,
+        "threads": 1,
+        **changes,
+    }
+
+
+COLUMNS = ("tensor", "start", "count", "dtype", "bits", "norm", "bucket_size", "offset")
+BAD_ROWS = [
+    (column, value)
+    for column, bad in {
+        "tensor": (-1, 1, 2**62),
+        "start": (-1, 1, 101, 2**62),
+        "count": (-1, 101, 2**62, 2**63 - 1),
+        "dtype": (-1, 1, 4, 2**62),
+        "bits": (-1, 0, 1, 9, 2**32 + 4),
+        "norm": (-1, 2),
+        "bucket_size": (-1, 0),
+        "offset": (-1, 9, 2**62, 2**63 - 1),
+    }.items()
+    for value in bad
+]
+
+
+@pytest.mark.parametrize(("column", "value"), BAD_ROWS)
+def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
+    table = arguments()["table"]
+    table[0, COLUMNS.index(column)] = value
+    size = layout_of((0, 0, 100, "float32", QSGD())).size
+    array, message = np.ones(100, np.float32), np.zeros(size, np.uint8)
+    with pytest.raises(ValueError, match=r"table row 0|wrong size|count is too large"):
+        _native.encode_segments(
+            [array], seeds=np.zeros(1, np.uint64), message=message, **arguments(table=table)
+        )
+    with pytest.raises(ValueError, match=r"table row 0|wrong size|count is too large"):
+        _native.decode_segments([message], outs=[array], weight=1.0, **arguments(table=table))
+    assert np.all(array == 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"table": np.zeros((1, 7), np.int64)}, "table has the wrong shape"),
+        ({"table": np.zeros(8, np.int64)}, "table has the wrong shape"),
+        ({"headers": np.zeros((2, 32), np.uint8)}, "headers have the wrong shape"),
+        ({"headers": np.zeros((1, 31), np.uint8)}, "headers have the wrong shape"),
+        ({"checksum_word": 8}, "checksum_word is outside"),
+    ],
+)
+def test_tables_of_the_wrong_shape_are_refused(changes, says):
+    array, message = np.ones(100, np.float32), np.zeros(500, np.uint8)
+    with pytest.raises(ValueError, match=says):
+        _native.encode_segments(
+            [array], seeds=np.zeros(1, np.uint64), message=message, **arguments(**changes)
+        )
+    with pytest.raises(ValueError, match=says):
+        _native.decode_segments([message], outs=[array], weight=1.0, **arguments(**changes))
+
+
+def test_arrays_that_cannot_be_used_are_refused():
+    message = np.zeros(500, np.uint8)
+    seeds = np.zeros(1, np.uint64)
+    for array in (np.ones(200, np.float32)[::2], np.ones(100), np.ones(100, np.float16)):
+        with pytest.raises(ValueError, match=r"contiguous|wrong size"):
+            _native.encode_segments([array], seeds=seeds, message=message, **arguments())
+    array = np.ones(100, np.float32)
+    with pytest.raises(ValueError, match="one seed"):
+        _native.encode_segments([array], seeds=np.zeros(2, np.uint64), message=message, **arguments())
+    message.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        _native.encode_segments([array], seeds=seeds, message=message, **arguments())
+    array.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        _native.decode_segments([message], outs=[array], weight=1.0, **arguments())
+    with pytest.raises(ValueError, match="no messages"):
+        _native.decode_segments([], outs=[np.ones(100, np.float32)], weight=1.0, **arguments())
+    with pytest.raises(ValueError, match="differ in size"):
+        _native.decode_segments(
+            [message, message[:-8]], outs=[np.ones(100, np.float32)], weight=1.0, **arguments()
+        )
