@@ -55,24 +55,24 @@ def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> A
         raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
     check_integer("seed", seed, 0, 2**64 - 1)
     backend = _backend(backend, x)
-    is_tensor = _is_tensor(x)
-    if not is_tensor and not isinstance(x, np.ndarray):
+    tensor_given = is_tensor(x)
+    if not tensor_given and not isinstance(x, np.ndarray):
         raise TypeError(f"x must be a NumPy array or a torch tensor, not {type(x).__name__}")
-    if is_tensor and str(x.layout) != "torch.strided":
+    if tensor_given and str(x.layout) != "torch.strided":
         raise TypeError(f"x must be a dense tensor, not of layout {x.layout}")
-    if not is_tensor:
+    if not tensor_given:
         x = x.astype(x.dtype.newbyteorder("="), copy=False)
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in native.DTYPES:
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
     if backend == "native":
         payload = native.encode(flat_array(x), scheme, seed, dtype)
-        return _tensor(payload) if is_tensor else payload
+        return _tensor(payload) if tensor_given else payload
     from hvd_quant.codec import torch_ops
 
-    tensor = x.detach() if is_tensor else _tensor(_writable(x))
+    tensor = x.detach() if tensor_given else _tensor(_writable(x))
     payload = torch_ops.encode(tensor.reshape(-1), scheme, int(seed))
-    return payload if is_tensor else payload.numpy()
+    return payload if tensor_given else payload.numpy()
 
 
 def decode(payload: Array | bytes, backend: str = "auto") -> Array:
@@ -91,8 +91,8 @@ def decode(payload: Array | bytes, backend: str = "auto") -> Array:
     """
     if isinstance(payload, (bytes, bytearray, memoryview)):
         payload = np.frombuffer(payload, np.uint8)
-    is_tensor = _is_tensor(payload)
-    if not is_tensor and not isinstance(payload, np.ndarray):
+    tensor_given = is_tensor(payload)
+    if not tensor_given and not isinstance(payload, np.ndarray):
         raise TypeError(f"payload must be bytes, an array or a tensor, not {type(payload).__name__}")
     if str(payload.dtype).removeprefix("torch.") != "uint8" or payload.ndim != 1:
         raise TypeError(
@@ -100,22 +100,23 @@ def decode(payload: Array | bytes, backend: str = "auto") -> Array:
         )
     if _backend(backend, payload) == "native":
         values = native.decode_mean([flat_array(payload)])
-        return _tensor(values) if is_tensor else values
+        return _tensor(values) if tensor_given else values
     from hvd_quant.codec import torch_ops
 
-    tensor = payload.contiguous() if is_tensor else _tensor(_writable(payload))
+    tensor = payload.contiguous() if tensor_given else _tensor(_writable(payload))
     values = torch_ops.decode_mean([tensor])
-    return values if is_tensor else values.numpy()
+    return values if tensor_given else values.numpy()
 
 
-def _is_tensor(x: object) -> bool:
+def is_tensor(x: object) -> bool:
+    """Whether x is a torch tensor, found out without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
 def _backend(backend: str, x: Any) -> str:
     check_choice("backend", backend, BACKENDS)
-    on_cpu = not _is_tensor(x) or x.device.type == "cpu"
+    on_cpu = not is_tensor(x) or x.device.type == "cpu"
     if backend == "auto":
         return "native" if on_cpu else "torch"
     if backend == "native" and not on_cpu:
@@ -140,7 +141,7 @@ def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
 
     bfloat16, which NumPy lacks, comes as its 16-bit patterns.
     """
-    if _is_tensor(x):
+    if is_tensor(x):
         import torch
 
         x = x.detach().reshape(-1).resolve_neg().contiguous()

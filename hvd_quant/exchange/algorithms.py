@@ -113,6 +113,7 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
 
 
 ALGORITHMS: dict[str, Algorithm] = {"allgather": allgather, "scatter_allgather": scatter_allgather}
+EXCHANGES = ("auto", *ALGORITHMS)  # as users name them
 
 
 class Exchange:

@@ -112,18 +112,15 @@ def explain_mismatch(
         gradients: what every rank found the mismatch on: gradients' ``name``, ``shape``, ``dtype``, and
             ``named``, which tells whether the name is a parameter's or a place in the order of arrival.
     """
-    if differences := _differences(configs):
+    if found := differences(configs):
         advice = "Give every rank the same compressor arguments."
-        if differences.keys() == {"compressor"}:
+        if found.keys() == {"compressor"}:
             advice = "Create the same compressors, in the same order, on every rank."
         return (
-            "hvd_quant is configured differently on the ranks: "
-            + "; ".join(differences.values())
-            + ". "
-            + advice
+            "hvd_quant is configured differently on the ranks: " + "; ".join(found.values()) + ". " + advice
         )
-    if differences := _differences(parameters):
-        some = list(differences.values())
+    if found := differences(parameters):
+        some = list(found.values())
         more = f"; and {len(some) - _NAMED_AT_MOST} more" if len(some) > _NAMED_AT_MOST else ""
         return (
             "the ranks train different models: parameter "
@@ -140,16 +137,16 @@ def explain_mismatch(
         )
     if all(len(of_rank) == 1 for of_rank in gradients):
         firsts = [of_rank[0] for of_rank in gradients]
-        if len({first["name"] for first in firsts}) == 1 and (differences := _differences(firsts)):
-            texts = "; ".join(differences.values())
+        if len({first["name"] for first in firsts}) == 1 and (found := differences(firsts)):
+            texts = "; ".join(found.values())
             return f"parameter {firsts[0]['name']!r} differs between the ranks: {texts}"
     sets = [{"what has come": [gradient["name"] for gradient in of_rank]} for of_rank in gradients]
     return "the ranks disagree about their gradients: " + (
-        "; ".join(_differences(sets).values()) or "they have sent different bytes under the same names"
+        "; ".join(differences(sets).values()) or "they have sent different bytes under the same names"
     )
 
 
-def _differences(by_rank: Sequence[Description]) -> dict[str, str]:
+def differences(by_rank: Sequence[Description]) -> dict[str, str]:
     """For every field that is not the same everywhere, its values and the ranks that have them."""
     found = {}
     for field in dict.fromkeys(field for description in by_rank for field in description):

@@ -20,8 +20,7 @@ class Link:
     """What lies between the ranks.
 
     Args:
-        latency: seconds that a collective takes however small it is. With Horovod, most of that is its own
-            cycle of negotiation.
+        latency: seconds that a collective takes however small it is.
         bandwidth: bytes a second that a rank can receive.
         codec_rate: values a second that a rank can encode or decode.
     """
@@ -31,8 +30,9 @@ class Link:
     codec_rate: float = 2e9
 
 
-NETWORK = Link(latency=2e-3, bandwidth=125e6)  # 1 Gbit/s
-SHARED_MEMORY = Link(latency=2e-3, bandwidth=2e9)
+# Bandwidths that are assumed where nothing is stated.
+NETWORK = 125e6  # 1 Gbit/s
+SHARED_MEMORY = 2e9
 
 
 def seconds(exchange: str, link: Link, size: int, payload_bytes: int, count: int) -> float:
@@ -60,23 +60,23 @@ def choose(link: Link, size: int, payload_bytes: int, count: int) -> str:
     )
 
 
-def link_from_environment(one_host: bool) -> Link:
-    """The link that ``HVD_QUANT_BANDWIDTH`` (Gbit/s) states, or the one that is assumed without it.
+def link_from_environment(one_host: bool, latency: float) -> Link:
+    """The link of the bandwidth that ``HVD_QUANT_BANDWIDTH`` (Gbit/s) states, or of an assumed one.
 
     Args:
         one_host: whether all ranks are on one machine.
+        latency: of the transport's collectives, in seconds.
 
     Raises:
         ValueError: the variable is no positive number.
     """
-    default = SHARED_MEMORY if one_host else NETWORK
     text = os.environ.get("HVD_QUANT_BANDWIDTH")
     if text is None:
-        return default
+        return Link(latency, SHARED_MEMORY if one_host else NETWORK)
     try:
         gigabits = float(text)
     except ValueError:
         gigabits = 0.0
     if not 0.0 < gigabits < float("inf"):
         raise ValueError(f"HVD_QUANT_BANDWIDTH must be a positive number of Gbit/s, not {text!r}")
-    return Link(default.latency, gigabits * 1e9 / 8, default.codec_rate)
+    return Link(latency, gigabits * 1e9 / 8)

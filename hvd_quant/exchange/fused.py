@@ -67,6 +67,7 @@ class FusedBucket:
         self.entries = tuple(entries)
         self.size, self.rank = size, rank
         self._seed = seed
+        self.times_sent = 0
         self.buffers: dict[str, Buffer] = {}  # what an exchange needs in every step
         self._base_seeds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -14,16 +14,15 @@ import numpy as np
 from mpi4py import MPI
 
 from hvd_quant import wire
-from hvd_quant.codec import _is_tensor, flat_array, native
+from hvd_quant.codec import flat_array, is_tensor, native
 from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.algorithms import ALGORITHMS, Exchange, Work
+from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
-from hvd_quant.mpi.transport import MpiTransport, yield_cpu
+from hvd_quant.mpi.transport import MpiTransport
 from hvd_quant.schemes import QSGD, check_choice, check_integer
 
 Array = Any  # np.ndarray | torch.Tensor: torch is the caller's to import
 AVERAGE = "average"  # MPI has no such op
-EXCHANGES = ("auto", *ALGORITHMS)
 _LATENCY = 3e-4  # seconds a collective: nothing is negotiated before it, unlike with Horovod
 # How long to wait for the other ranks to tell what they have called, once the calls turned out to differ.
 _PATIENCE_SECONDS = 60.0
@@ -99,7 +98,7 @@ class Request:
             RankMismatchError: the ranks have called with different arguments.
         """
         while not self.Test():
-            yield_cpu()
+            pass  # MPI yields the core by itself, where it is told to
         return True
 
     def test(self) -> tuple[bool, None]:
@@ -153,12 +152,12 @@ class QuantizedComm:
         self.scheme = scheme
         self.exchange = exchange
         self.seed = int(seed)
+        neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        one_host = neighbours.size == self.size
+        neighbours.Free()
+        self._link = cost.link_from_environment(one_host, _LATENCY)
         self._comm: MPI.Intracomm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        neighbours = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        link = cost.link_from_environment(one_host=neighbours.size == self.size)
-        neighbours.Free()
-        self._link = replace(link, latency=_LATENCY)
         self._idle: dict[Entry, list[FusedBucket]] = {}  # the most recently used ones last
         self._idle_bytes = 0
         self._requests: list[Request] = []  # that were not over when last looked at
@@ -178,7 +177,7 @@ class QuantizedComm:
             "link": asdict(self._link),
             "wire version": wire.VERSION,
         }
-        if differences := control._differences(self._comm.allgather(own)):
+        if differences := control.differences(self._comm.allgather(own)):
             self._comm.Free()
             raise control.RankMismatchError(
                 "hvd_quant is configured differently on the ranks: "
@@ -269,7 +268,6 @@ class QuantizedComm:
         requests = [request for request in self._requests if not request._over]
         while any(request._steps is not None for request in requests):
             _progress()
-            yield_cpu()
         self._idle.clear()
         self._comm.Free()
         for request in requests:
@@ -311,13 +309,15 @@ class QuantizedComm:
         try:
             exchange.finish([out], factor)
         except ValueError as error:
-            explanation = yield from self._explain(transport, call)
-            raise control.RankMismatchError(f"in call {number}, {explanation} ({error})") from error
+            explanation = yield from self._explain(transport, call, error)
+            raise control.RankMismatchError(f"in call {number}, {explanation}") from error
         finally:
             self._received_bytes += exchange.received_bytes
         self._put_back(bucket)
 
-    def _explain(self, transport: MpiTransport, call: control.Description) -> Generator[None, None, str]:
+    def _explain(
+        self, transport: MpiTransport, call: control.Description, error: ValueError
+    ) -> Generator[None, None, str]:
         """Ask all ranks, which have all noticed, what they have called. Patience is limited."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         answers: list[np.ndarray] = []
@@ -329,19 +329,19 @@ class QuantizedComm:
                 if time.monotonic() > deadline:
                     _abandoned.append(handle)
                     return (
-                        "the ranks' arguments differ, and they did not all answer when asked for them. This "
-                        f"one has {call}"
+                        f"what the ranks have sent does not fit together ({error}), and they did not all "
+                        f"answer when asked for their arguments. This one has {call}."
                     )
                 yield
             answers = handle.wait()
         calls = [json.loads(answer.tobytes()) for answer in answers]
-        if differences := control._differences(calls):
+        if differences := control.differences(calls):
             return (
                 "the ranks' arguments differ: "
                 + "; ".join(differences.values())
                 + ". Make the same calls, in the same order, on every rank."
             )
-        return "the ranks have sent different bytes for the same arguments"
+        return f"the ranks' arguments are the same, but not all that they have sent is of use: {error}"
 
     def _bucket(self, entry: Entry) -> FusedBucket:
         """A fused bucket that no other call is using."""
@@ -371,25 +371,25 @@ def _values(name: str, buffer: Array, *, written: bool) -> tuple[np.ndarray, str
     Raises:
         TypeError, ValueError: it is not as `QuantizedComm.Allreduce` says.
     """
-    is_tensor = _is_tensor(buffer)
-    if not is_tensor and not isinstance(buffer, np.ndarray):
+    tensor = is_tensor(buffer)
+    if not tensor and not isinstance(buffer, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, not {type(buffer).__name__}")
-    if is_tensor and (buffer.device.type != "cpu" or str(buffer.layout) != "torch.strided"):
+    if tensor and (buffer.device.type != "cpu" or str(buffer.layout) != "torch.strided"):
         raise TypeError(f"{name} must be a dense tensor on the CPU, not {buffer.layout} on {buffer.device}")
     dtype = str(buffer.dtype).removeprefix("torch.")
     if dtype not in native.DTYPES:
         raise TypeError(
             f"{name} must be of dtype {', '.join(native.DTYPES)}, in this machine's byte order, not {dtype}"
         )
-    if is_tensor:
+    if tensor:
         plain = buffer.is_contiguous() and not buffer.is_neg()
         plain &= buffer.data_ptr() % buffer.element_size() == 0
     else:
         plain = buffer.flags.c_contiguous and buffer.flags.aligned
     if not plain:
         raise ValueError(f"{name} must be contiguous in C order, and aligned; pass a contiguous copy")
-    if is_tensor and buffer.grad_fn is not None:
+    if tensor and buffer.grad_fn is not None:
         raise ValueError(f"{name} is part of an autograd graph, through which nothing flows: detach() it")
-    if written and not is_tensor and not buffer.flags.writeable:
+    if written and not tensor and not buffer.flags.writeable:
         raise ValueError(f"{name} is read-only")
     return flat_array(buffer), dtype

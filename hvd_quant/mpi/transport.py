@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from mpi4py import MPI
@@ -14,9 +12,6 @@ COLLECTIVES = 3  # of one transport at most
 # A message of more bytes goes in parts, because counts are 32-bit integers before MPI 4. A part of exactly so
 # many is followed by another, which may be empty.
 _PART = 2**30
-
-# Ranks may share a core: who waits lets others work.
-yield_cpu: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class _Handle:
@@ -55,7 +50,7 @@ class _Handle:
 
     def wait(self) -> list[np.ndarray]:
         while not self.ready():
-            yield_cpu()
+            pass
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._received]
 
     def _room(self, source: int, size: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from horovod.torch.compression import Compressor
 from hvd_quant import wire
 from hvd_quant.codec import flat_array, native, torch_ops
 from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.algorithms import ALGORITHMS, Exchange, Work
+from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import QSGD, check_choice, check_integer
@@ -33,13 +33,13 @@ from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.transport import HorovodTransport
 
 FUSION_BYTES = 8 << 20
-EXCHANGES = ("auto", *ALGORITHMS)
 _DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+_LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
 # How long to wait for the other ranks to tell their configurations: one of them may not run this code, or
 # have died.
 _PATIENCE_SECONDS = 60.0
@@ -406,7 +406,7 @@ class QuantizedCompressor(Compressor):
         """Lay out the parameters, and compare notes with the other ranks, once."""
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
-        self._link = cost.link_from_environment(one_host=hvd.local_size() == hvd.size())
+        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
         self._transport = HorovodTransport(self.process_set)
         named = self._names.named_parameters() if self._names is not None else []
         trained = [(name, p) for name, p in named if p.requires_grad and p.dtype in _DTYPES]
@@ -515,13 +515,17 @@ class QuantizedCompressor(Compressor):
             # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the
             # caller's.
             member.in_place = member.known.named and plain
+        # Horovod remembers collectives by their names, and then does not notice that a rank has called
+        # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
+        bucket.times_sent += 1
+        name = f"hvd_quant.{self._number}.{self._resets}.{bucket.entries[0].key}.{bucket.times_sent}"
         work = Work(
             bucket,
             values,
             np.array([member.use for member in members], np.uint64),
             native if on_cpu else torch_ops,
             self._transport,
-            f"hvd_quant.{self._number}.{self._resets}.{bucket.entries[0].key}",
+            name,
         )
         algorithm = self.exchange
         if algorithm == "auto":

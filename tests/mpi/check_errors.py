@@ -26,8 +26,7 @@ def difference(field, odd, odd_one, others):
 
 def same_mismatch(error):
     assert isinstance(error, hm.RankMismatchError)
-    messages = WORLD.allgather(str(error))
-    assert len({message.split(" (message ")[0] for message in messages}) == 1
+    assert len(set(WORLD.allgather(str(error)))) == 1
     return str(error)
 
 
@@ -224,6 +223,33 @@ def check_send_buffers_may_be_read_only():
 def check_arguments_that_are_refused(comm, scheme, options, error, text):
     with pytest.raises(error, match=text):
         hm.QuantizedComm(comm, scheme, **options)
+
+
+def check_a_bandwidth_that_is_refused(monkeypatch):
+    monkeypatch.setenv("HVD_QUANT_BANDWIDTH", "fast")
+    with pytest.raises(ValueError, match="HVD_QUANT_BANDWIDTH must be a positive number"):
+        hm.QuantizedComm(WORLD, SCHEME)
+
+
+@exchanges
+def check_damage_that_every_rank_notices(exchange, monkeypatch):
+    """The arguments are the same, but a rank has sent other bytes: its codec is broken."""
+    encode_message = comm_module.native.encode_message
+
+    def broken(values, layout, seeds, message):
+        encode_message(values, layout, seeds, message)
+        message[-1] ^= 1
+
+    x, good = own_values(3000), own_values(200)
+    with hm.QuantizedComm(WORLD, SCHEME, exchange=exchange) as comm:
+        with monkeypatch.context() as patch:
+            if WORLD.rank == LAST:
+                patch.setattr(comm_module.native, "encode_message", broken)
+            error = error_of(lambda: comm.Allreduce(MPI.IN_PLACE, x))
+        assert isinstance(error, hm.RankMismatchError)
+        assert "arguments are the same" in str(error)
+        comm.Allreduce(MPI.IN_PLACE, good)
+    assert same_everywhere(good)
 
 
 def check_communicators_that_are_refused():

@@ -165,16 +165,19 @@ def test_digests_tell_everything_apart_that_ranks_must_agree_on():
 # --- which exchange -------------------------------------------------------------------------------------
 
 
+SLOW, FAST = (cost.Link(2e-3, bandwidth) for bandwidth in (cost.NETWORK, cost.SHARED_MEMORY))
+
+
 def test_two_ranks_take_the_allgather_and_many_do_not():
-    assert cost.choose(cost.NETWORK, 2, 4 << 20, 8 << 20) == "allgather"
+    assert cost.choose(SLOW, 2, 4 << 20, 8 << 20) == "allgather"
     for ranks in (4, 8, 64):
-        assert cost.choose(cost.NETWORK, ranks, 4 << 20, 8 << 20) == "scatter_allgather"
-        assert cost.choose(cost.NETWORK, ranks, 1000, 2000) == "allgather"  # latency is all there is
+        assert cost.choose(SLOW, ranks, 4 << 20, 8 << 20) == "scatter_allgather"
+        assert cost.choose(SLOW, ranks, 1000, 2000) == "allgather"  # latency is all there is
 
 
 @given(ranks=st.integers(1, 64), payload=st.integers(0, 2**40), count=st.integers(0, 2**40))
 def test_the_choice_is_what_the_model_says(ranks, payload, count):
-    for link in (cost.NETWORK, cost.SHARED_MEMORY):
+    for link in (SLOW, FAST):
         choice = cost.choose(link, ranks, payload, count)
         for other in ("allgather", "scatter_allgather"):
             assert cost.seconds(choice, link, ranks, payload, count) <= cost.seconds(
@@ -184,11 +187,11 @@ def test_the_choice_is_what_the_model_says(ranks, payload, count):
 
 def test_link_from_environment(monkeypatch):
     monkeypatch.delenv("HVD_QUANT_BANDWIDTH", raising=False)
-    assert cost.link_from_environment(one_host=False) == cost.NETWORK
-    assert cost.link_from_environment(one_host=True) == cost.SHARED_MEMORY
+    assert cost.link_from_environment(False, 2e-3) == SLOW
+    assert cost.link_from_environment(True, 2e-3) == FAST
     monkeypatch.setenv("HVD_QUANT_BANDWIDTH", "25")
-    assert cost.link_from_environment(one_host=False).bandwidth == 25e9 / 8
+    assert cost.link_from_environment(False, 2e-3) == cost.Link(2e-3, 25e9 / 8)
     for bad in ("", "fast", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("HVD_QUANT_BANDWIDTH", bad)
         with pytest.raises(ValueError, match="HVD_QUANT_BANDWIDTH must be a positive number of Gbit/s"):
-            cost.link_from_environment(one_host=False)
+            cost.link_from_environment(False, 2e-3)

@@ -92,6 +92,10 @@ def test_equal_names_are_refused():
         ({"min_numel": -1}, ValueError, "min_numel must be from 0"),
         ({"min_numel": 1.5}, TypeError, "min_numel must be an integer"),
         ({"seed": -1}, ValueError, "seed must be from 0"),
+        ({"exchange": "ring"}, ValueError, "exchange must be 'auto' or 'allgather' or 'scatter_allgather'"),
+        ({"exchange": None}, TypeError, "exchange must be"),
+        ({"fusion_bytes": -1}, ValueError, "fusion_bytes must be from 0"),
+        ({"fusion_bytes": 1e6}, TypeError, "fusion_bytes must be an integer"),
         ({"process_set": [0, 1]}, TypeError, r"horovod\.torch\.ProcessSet"),
         ({"named_parameters": [3]}, ValueError, "pairs of name and parameter"),
         ({"bitz": 4}, TypeError, "bitz"),
@@ -131,8 +135,10 @@ def test_state():
 def test_statistics_before_the_first_step():
     assert hq.QSGDCompressor().stats() == {
         "steps": 0,
+        "messages": 0,
         "raw_bytes": 0,
         "wire_bytes": 0,
+        "received_bytes": 0,
         "compression_ratio": 1.0,
     }
 
