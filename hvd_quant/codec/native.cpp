@@ -412,6 +412,22 @@ std::uint32_t load_word(const std::uint8_t* from) {
   return word;
 }
 
+// Of segment i in a step: base[i], which says whose noise it is, mixed with uses[tensors[i]], which says when.
+Seeds step_seeds(const Seeds& base, const py::array_t<std::int64_t, py::array::c_style>& tensors,
+                 const Seeds& uses) {
+  if (base.ndim() != 1 || tensors.ndim() != 1 || uses.ndim() != 1 || base.size() != tensors.size()) {
+    throw py::value_error("seeds have the wrong shape");
+  }
+  Seeds mixed(base.size());
+  std::uint64_t* const out = mixed.mutable_data();
+  for (py::ssize_t i = 0; i < base.size(); ++i) {
+    const std::int64_t tensor = tensors.data()[i];
+    if (tensor < 0 || tensor >= uses.size()) throw py::value_error("seeds are of a tensor that is not there");
+    out[i] = mix64(base.data()[i] ^ mix64(uses.data()[tensor] + 1));
+  }
+  return mixed;
+}
+
 void encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
                      const Seeds& seeds, std::uint64_t first_word, std::uint64_t checksum_word,
                      const py::array& message, std::int64_t threads) {
@@ -499,6 +515,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+  module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
              py::arg("seeds"), py::arg("first_word"), py::arg("checksum_word"), py::arg("message"),
              py::arg("threads"));

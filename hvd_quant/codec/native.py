@@ -12,7 +12,16 @@ from hvd_quant.codec import _native
 from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
 from hvd_quant.schemes import QSGD
 
-__all__ = ["DTYPES", "decode_mean", "decode_messages", "empty", "encode", "encode_message", "threads"]
+__all__ = [
+    "DTYPES",
+    "decode_mean",
+    "decode_messages",
+    "empty",
+    "encode",
+    "encode_message",
+    "step_seeds",
+    "threads",
+]
 
 
 def threads() -> int:
@@ -104,6 +113,20 @@ def decode_mean(
 def empty(count: int, dtype: str, like: np.ndarray) -> np.ndarray:
     """Room for a message, or for values."""
     return np.empty(count, dtype)
+
+
+def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.ndarray:
+    """Seeds for `encode_message`.
+
+    Args:
+        base: whose noise each segment has, uint64 of shape (segments,).
+        tensors: the tensor of each segment, int64 of shape (segments,).
+        uses: how often each tensor has been encoded before, uint64 of shape (tensors,).
+
+    Returns:
+        uint64 of shape (segments,), without a pattern in them.
+    """
+    return _native.step_seeds(base, tensors, uses)
 
 
 def encode_message(

@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import QSGD
@@ -69,7 +70,7 @@ class FusedBucket:
         self._seed = seed
         self.times_sent = 0
         self.buffers: dict[str, Buffer] = {}  # what an exchange needs in every step
-        self._base_seeds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._base_seeds: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
     @cached_property
     def digest(self) -> bytes:
@@ -133,7 +134,7 @@ class FusedBucket:
         Returns:
             uint64 of shape (segments,).
         """
-        cache = f"{stage} {layout.preamble.hex()}"
+        cache = (stage, layout.preamble)
         if cache not in self._base_seeds:
             keys = [
                 digest(self._seed, self.rank, stage, self.entries[s.tensor].key, s.start)
@@ -142,14 +143,7 @@ class FusedBucket:
             base = np.frombuffer(b"".join(keys), "<u8").astype(np.uint64)
             self._base_seeds[cache] = base, np.array([s.tensor for s in layout.segments], np.int64)
         base, tensors = self._base_seeds[cache]
-        return mix64(base ^ mix64(uses[tensors] + np.uint64(1)))
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, a bijection of uint64 that leaves no pattern."""
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
+        return native.step_seeds(base, tensors, uses)
 
 
 class Group:

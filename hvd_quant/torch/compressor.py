@@ -32,7 +32,7 @@ from hvd_quant.schemes import QSGD, check_choice, check_integer
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.transport import HorovodTransport
 
-FUSION_BYTES = 8 << 20
+FUSION_BYTES = 16 << 20
 _DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",

@@ -1,4 +1,4 @@
-"""Rank-side programs of faults that end the job; run by tests/test_parallel.py as ``faults.py FAULT EXCHANGE``."""
+"""Programs of faults that end the job; tests/test_parallel.py runs them as ``faults.py FAULT EXCHANGE``."""
 
 import os
 import sys

@@ -218,6 +218,16 @@ def test_tables_of_the_wrong_shape_are_refused(changes, says):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments(**changes))
 
 
+def test_seeds_of_tensors_that_are_not_there_are_refused():
+    seeds = np.zeros(2, np.uint64)
+    assert len(set(native.step_seeds(seeds, np.array([0, 1]), np.array([5, 6], np.uint64)).tolist())) == 2
+    for tensors in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="not there"):
+            native.step_seeds(seeds, np.array(tensors), seeds)
+    with pytest.raises(ValueError, match="wrong shape"):
+        native.step_seeds(seeds, np.array([0]), seeds)
+
+
 def test_arrays_that_cannot_be_used_are_refused():
     message = np.zeros(500, np.uint8)
     seeds = np.zeros(1, np.uint64)

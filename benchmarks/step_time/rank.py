@@ -1,0 +1,304 @@
+"""One rank of a launch of `benchmarks.step_time`: trains one library's rows in turn, and times each step.
+
+Every row has a copy of the model with an optimizer of its own. In each round every row takes a step, in an
+order that changes from round to round: what disturbs the machine disturbs all rows alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+WARM_UP = 3  # rounds that do not count: fused buckets, caches and PowerSGD need them to settle
+AT_LEAST = 5  # rounds that do, however long they take
+OVERHEAD_STEPS = 10
+OURS = "hvd_quant 4 bits"
+GRACE = "GRACE QSGD int8"
+LEARNING_RATE = 1e-5  # small: the model is to stay as it is
+
+
+class Loss(nn.Module):
+    """Squared output, a row of input."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x).square().sum() / len(x)
+
+
+class ManySmall(nn.Module):
+    """320 matrices and hardly any computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList(torch.randn(64, 64) / 8 for _ in range(320))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([matrix.square().sum() for matrix in self.matrices]).sum()
+
+
+def make_model(kind: str, generator: torch.Generator) -> tuple[nn.Module, torch.Tensor]:
+    """A model whose output is its loss, the same on all ranks, and a batch, which need not be."""
+    torch.manual_seed(0)
+    if kind == "linear":
+        network = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+        return Loss(network), torch.randn(8, 1024, generator=generator)
+    if kind == "transformer":
+        layer = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True, norm_first=True)
+        network = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
+        return Loss(network), torch.randn(2, 16, 512, generator=generator)
+    return ManySmall(), torch.empty(0)
+
+
+@dataclass
+class Row:
+    """A way to train."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    compressor: Any = None  # ours
+
+    def step(self, x: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.model(x).backward()
+        self.optimizer.step()
+
+
+def twin(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of the model with gradients, but, to save memory, no parameters of its own; an optimizer."""
+    other = copy.deepcopy(model)
+    for parameter, original in zip(other.parameters(), model.parameters(), strict=True):
+        parameter.data = original.data
+    return other, torch.optim.SGD(other.parameters(), lr=LEARNING_RATE)
+
+
+class Horovod:
+    """Rows that exchange by Horovod."""
+
+    def __init__(self) -> None:
+        import horovod.torch as hvd
+
+        hvd.init()
+        self.hvd, self.rank, self.size = hvd, hvd.rank(), hvd.size()
+        self.barrier = hvd.barrier
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """The greatest of all ranks, item by item."""
+        return self.hvd.allreduce(torch.tensor(values, dtype=torch.float64), op=self.hvd.Max).tolist()
+
+    def rows(self, model: nn.Module) -> dict[str, Row]:
+        import hvd_quant.torch as hq
+
+        ours = {
+            "hvd_quant 2 bits": {"bits": 2},
+            OURS: {"bits": 4},
+            "hvd_quant 8 bits": {"bits": 8},
+            "4 bits, no fusion": {"bits": 4, "fusion_bytes": 0},
+            "4 bits, no overlap": {"bits": 4, "fusion_bytes": 1 << 40},  # one bucket, complete at the end
+            "4 bits, allgather": {"bits": 4, "exchange": "allgather"},
+            "4 bits, scatter-allgather": {"bits": 4, "exchange": "scatter_allgather"},
+        }
+        compressions = {
+            "Horovod fp32": self.hvd.Compression.none,
+            "Horovod fp16": self.hvd.Compression.fp16,
+            **{name: hq.QSGDCompressor(**options) for name, options in ours.items()},
+        }
+        rows = {"compute alone": Row(*twin(model))}
+        for name, compression in compressions.items():
+            own, optimizer = twin(model)
+            named = [(f"{name}.{path}", parameter) for path, parameter in own.named_parameters()]
+            optimizer = hq.DistributedOptimizer(optimizer, named, compression)
+            rows[name] = Row(own, optimizer, compression if name in ours else None)
+        if (grace := self._grace()) is not None:
+            own, optimizer = twin(model)
+            named = [(f"GRACE.{path}", parameter) for path, parameter in own.named_parameters()]
+            optimizer = self.hvd.DistributedOptimizer(optimizer, grace=grace, named_parameters=named)
+            rows[GRACE] = Row(own, optimizer)
+        return rows
+
+    def _grace(self) -> Any:
+        """GRACE (github.com/sands-lab/grace), if it is there, with the Horovod that it has patched."""
+        try:
+            from grace_dl.torch.helper import grace_from_params
+        except ImportError:
+            return None
+        if "grace" not in inspect.signature(self.hvd.DistributedOptimizer).parameters:
+            return None
+        options = {"compressor": "qsgd", "quantum_num": 127, "memory": "none", "communicator": "allgather"}
+        return grace_from_params({**options, "world_size": self.size})
+
+
+class DDP:
+    """Rows that exchange by torch's DistributedDataParallel, over Gloo; otherwise as `Horovod`."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")  # where to is in the environment
+        self.dist, self.rank, self.size = dist, dist.get_rank(), dist.get_world_size()
+        self.barrier = dist.barrier
+
+    def maximum(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        self.dist.all_reduce(tensor, self.dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def rows(self, model: nn.Module) -> dict[str, Row]:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+        rank_4 = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=4, start_powerSGD_iter=2, warm_start=True
+        )
+        hooks: dict[str, tuple[Any, Callable[..., Any]] | None] = {
+            "DDP fp32": None,
+            "DDP fp16 hook": (None, default_hooks.fp16_compress_hook),
+            "DDP PowerSGD rank 4": (rank_4, powerSGD_hook.powerSGD_hook),
+        }
+        rows = {"compute alone, beside DDP": Row(*twin(model))}
+        for name, hook in hooks.items():
+            own, optimizer = twin(model)
+            # Over Gloo, PowerSGD of several buckets can mix up its allreduces, and abort: give it one.
+            cap = 1024 if "PowerSGD" in name else None
+            wrapped = nn.parallel.DistributedDataParallel(own, bucket_cap_mb=cap)
+            if hook:
+                wrapped.register_comm_hook(*hook)
+            rows[name] = Row(wrapped, optimizer)
+        return rows
+
+
+def measure(
+    library: Horovod | DDP,
+    rows: dict[str, Row],
+    x: torch.Tensor,
+    steps: int,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Figures of every row; seconds of a step are those of the rank that took longest, from a barrier on."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    before: dict[str, dict[str, float]] = {}
+    begin = time.perf_counter()
+    for number in range(-WARM_UP, steps):
+        if number == 0:
+            before = {name: row.compressor.stats() for name, row in rows.items() if row.compressor}
+        for name in random.Random(number).sample(list(rows), len(rows)):
+            tell(f"{name}, " + (f"step {number + 1} of {steps}" if number >= 0 else "warming up"))
+            library.barrier()
+            start = time.perf_counter()
+            rows[name].step(x)
+            times[name].append(time.perf_counter() - start)
+        if number + 1 >= AT_LEAST and library.maximum([time.perf_counter() - begin])[0] > seconds:
+            break
+    figures: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        counted = times[name][WARM_UP:]
+        figures[name] = {"seconds": library.maximum(counted)}
+        if row.compressor:
+            after = row.compressor.stats()
+            received, buckets = (
+                (after[key] - before[name][key]) / len(counted) for key in ("received_bytes", "messages")
+            )
+            figures[name] |= {
+                "received_bytes": library.maximum([received])[0],
+                "payload_bytes": payload_bytes(row),
+                "buckets": buckets,
+            }
+    if OURS in rows:
+        tell(f"{OURS}, CPU time of its own")
+        own = own_cpu_seconds(library, rows[OURS], x)
+        figures[OURS]["own_seconds"] = library.maximum([own])[0]
+    return figures
+
+
+def payload_bytes(row: Row) -> int:
+    """What the gradients of a step become, those that are too small to be quantized left out."""
+    from hvd_quant import wire
+
+    compressor = row.compressor
+    counts = [parameter.numel() for parameter in row.model.parameters()]
+    return sum(wire.payload_size(compressor.scheme, n) for n in counts if n >= compressor.min_numel)
+
+
+def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
+    """CPU time that a fused bucket costs this rank's training thread, the codec and Horovod's calls apart.
+
+    Steps after the timed ones, because the clocks cost time
+    too.
+    """
+    import horovod.torch as hvd
+
+    from hvd_quant.codec import native
+
+    spent = {"all": 0.0, "codec": 0.0, "wire": 0.0}
+
+    def timed(function: Callable[..., Any], account: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            begin = time.thread_time()
+            try:
+                return function(*args, **options)
+            finally:
+                spent[account] += time.thread_time() - begin
+
+        return call
+
+    watched = [
+        (row.compressor, "compress", "all"),
+        (row.compressor, "decompress", "all"),
+        (native, "encode_message", "codec"),
+        (native, "decode_messages", "codec"),
+        (hvd, "synchronize", "wire"),
+        (hvd, "allgather_async", "wire"),
+        (hvd, "alltoall_async", "wire"),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in watched]
+    buckets = row.compressor.stats()["messages"]
+    try:
+        for (owner, name, account), original in zip(watched, originals, strict=True):
+            setattr(owner, name, timed(original, account))
+        for _ in range(OVERHEAD_STEPS):
+            library.barrier()
+            row.step(x)
+    finally:
+        for (owner, name, _), original in zip(watched, originals, strict=True):
+            setattr(owner, name, original)
+    if not spent["codec"]:
+        raise RuntimeError("the codec has not been called where it was watched: adapt own_cpu_seconds")
+    own = spent["all"] - spent["codec"] - spent["wire"]
+    return own / (row.compressor.stats()["messages"] - buckets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", choices=("horovod", "ddp"))
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path, help="where rank 0 writes progress and figures.json")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="begin no further round after these")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    library = Horovod() if args.library == "horovod" else DDP()
+    model, x = make_model(args.model, torch.Generator().manual_seed(library.rank))
+    progress = args.folder / "progress"
+    tell = progress.write_text if library.rank == 0 else lambda text: None
+    figures = measure(library, library.rows(model), x, args.steps, args.seconds, tell)
+    if library.rank == 0:
+        (args.folder / "figures.json").write_text(json.dumps(figures))
+    library.barrier()
+
+
+if __name__ == "__main__":
+    main()
