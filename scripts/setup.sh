@@ -181,7 +181,7 @@ build_horovod() {
 }
 
 install_hvd_quant() {
-  HVD_QUANT_WERROR=1 pip install --no-build-isolation --editable '.[cli,plot,test]'
+  HVD_QUANT_WERROR=1 pip install --no-build-isolation --editable '.[cli,mpi,plot,test]'
 }
 
 # --- the steps ------------------------------------------------------------------------------------------

@@ -65,6 +65,28 @@ def test_watched_parameters_do_not_outlive_their_model():
     assert [reference() for reference in gone] == [None, None]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_watching_ends_with_the_first_step_where_no_gradient_is_sparse():
+    pairs = with_gradients(2)
+    names = ParameterNames(pairs)
+    names.watch()
+    pairs[0][1].grad = None
+    assert names.watch_no_more()  # one has not come yet
+    (pairs[0][1] + pairs[1][1]).sum().backward()
+    assert not names.watch_no_more()
+    names._accumulated = -1
+    (pairs[0][1] + pairs[1][1]).sum().backward()
+    assert names._accumulated == -1
+
+    pairs = with_gradients(2)
+    names = ParameterNames(pairs)
+    names.watch()
+    pairs[0][1].grad = torch.sparse_coo_tensor([[1]], [1.0], (3,))
+    assert not names.watch_no_more()  # and goes on watching
+    (pairs[1][1] * 2).sum().backward()
+    assert names._accumulated == 1
+
+
 @pytest.mark.parametrize("pairs", [[torch.zeros(3)], [("a",)], [(1, torch.zeros(3))], [("a", 3)], ["ab"]])
 def test_what_is_no_named_parameter_is_refused(pairs):
     with pytest.raises(ValueError, match="pairs of name and parameter"):
