@@ -146,6 +146,7 @@ def main() -> int:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cases", nargs="+", metavar="CASE", help="as linear/1gbit/2; * stands for anything")
+    what.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
     what.add_argument("--all", action="store_true", help="every model, rate and number of hosts; hours")
     parser.add_argument("--steps", type=int, default=20, help="of each row that count (default: 20)")
     parser.add_argument(
@@ -168,24 +169,29 @@ def main() -> int:
                 parser.error(f"{pattern} is none of the cases: {' '.join(ALL)}")
     if args.steps < 2 or args.seconds < 0 or args.timeout <= 0:
         parser.error("--steps must be 2 or more, --seconds and --timeout positive")
-    if reason := missing():
+    if args.read:
+        written = json.loads(args.read.read_text())
+        cases = [Case(case["case"], case["rows"], case["failures"]) for case in written["cases"]]
+        here = written["machine"]
+    elif reason := missing():
         parser.error(reason)
-
-    cases = [Case(name) for name in names]
-    for number, case in enumerate(cases, 1):
-        progress(f"{number} of {len(cases)}: {case.name}")
-        run(case, args)
+    else:
+        here = report.machine()
+        cases = [Case(name) for name in names]
+        for number, case in enumerate(cases, 1):
+            progress(f"{number} of {len(cases)}: {case.name}")
+            run(case, args)
     goals = report.goals(cases)
     if args.json:
         result = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": report.machine(),
+            "machine": here,
             "controller": args.controller,
             "cases": [case.as_dict() for case in cases],
             "goals": goals,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    report.print_all(cases, goals, args.markdown)
+    report.print_all(cases, goals, here, args.markdown)
     if args.plot:
         report.plot(cases, args.plot)
     return int(any(case.failures for case in cases))

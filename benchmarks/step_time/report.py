@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.netlab import parse_rate
+from hvd_quant.exchange import cost
 
 COMPUTE, FP32, FP16, OURS = "compute alone", "Horovod fp32", "Horovod fp16", "hvd_quant 4 bits"
 EXCHANGES = ALLGATHER, SCATTER = "4 bits, allgather", "4 bits, scatter-allgather"
@@ -169,8 +170,10 @@ def floor_cell(case: Case) -> str:
     return f"{1e3 * case.median(COMPUTE):.1f} + {1e3 * case.wire:.1f} = {1e3 * case.floor:.1f}"
 
 
-def print_all(cases: Sequence[Case], checks: Sequence[dict[str, Any]], markdown: bool) -> None:
-    here = machine()
+def print_all(
+    cases: Sequence[Case], checks: Sequence[dict[str, Any]], here: dict[str, Any], markdown: bool
+) -> None:
+    """Everything as text; ``here`` is the `machine` that it was measured on."""
     versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "horovod", "hvd_quant"))
     print(f"{here['cpu']}, {here['cores']} cores, one thread a rank; {versions}.")
     print("Milliseconds a step: median (quartiles).\n")
@@ -210,6 +213,7 @@ def print_all(cases: Sequence[Case], checks: Sequence[dict[str, Any]], markdown:
     if rows:
         print("What a rank receives in a step, and CPU time of a fused bucket, its codec's apart.\n")
         print_table(header, rows, markdown)
+    print_model(cases, markdown)
     if not any(GRACE in case.rows for case in cases):
         print("- GRACE was not there to compare with (it needs grace_dl and the Horovod that this patches).")
     for case in cases:
@@ -218,6 +222,33 @@ def print_all(cases: Sequence[Case], checks: Sequence[dict[str, Any]], markdown:
     for check in checks:
         met = "met" if check["met"] else "NOT MET"
         print(f"- {met}: {check['case']}: {check['goal']}: {check['measured']:.3g}")
+
+
+def print_model(cases: Sequence[Case], markdown: bool) -> None:
+    """What exchange="auto" goes by, beside what was measured."""
+    rows = []
+    for case in cases:
+        if case.rate == "unshaped" or not all(row in case.rows for row in EXCHANGES):
+            continue
+        link = cost.Link(2e-3, parse_rate(case.rate) / 8)
+        cells = []
+        for row, exchange in ((ALLGATHER, "allgather"), (SCATTER, "scatter_allgather")):
+            payload, buckets = (case.rows[row][key] for key in ("payload_bytes", "buckets"))
+            count = payload / (4 / 8 + 4 / 512)  # values of 4 bits, and a norm for 512 of them
+            model = buckets * cost.seconds(exchange, link, case.ranks, payload / buckets, count / buckets)
+            model += count / link.codec_rate  # the first encoding
+            cells += [f"{1e3 * model:.0f}", f"{1e3 * (case.median(row) - case.median(COMPUTE)):.0f}"]
+        rows.append([f"{case.model}, {case.title}", *cells])
+    if rows:
+        print("The cost model, and a step less compute alone; milliseconds.\n")
+        header = (
+            "",
+            "allgather, model",
+            "measured",
+            "scatter-allgather, model",
+            "measured",
+        )
+        print_table(header, rows, markdown)
 
 
 # --- picture --------------------------------------------------------------------------------------------
