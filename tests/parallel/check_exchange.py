@@ -159,6 +159,20 @@ def check_grouped_allreduce_and_mixed_ops():
     assert_mean(total, gathered(tensors[1]), SCHEME, factor=hvd.size())
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_every_call_has_its_own_op_and_noise(exchange):
+    x = own_randn(5000)
+    compressor = hq.QSGDCompressor(bits=4, exchange=exchange)
+    results = []
+    for op in (hvd.Average, hvd.Sum, hvd.Average):
+        result = hvd.allreduce(x, compression=compressor, name="x", op=op)
+        results.append(result / (hvd.size() if op == hvd.Sum else 1))
+    for i, result in enumerate(results):
+        exact = torch.stack(gathered(x)).mean(0)
+        assert (result - exact).abs().max() <= 3 * x.abs().max() / 7 * roundings(exchange)
+        assert not torch.equal(result, results[i - 1])
+
+
 def check_gradients_of_several_dtypes_travel_together():
     torch.manual_seed(1)
     model = torch.nn.ModuleList(

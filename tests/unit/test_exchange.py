@@ -249,6 +249,40 @@ def test_damage_is_found_and_nobody_hangs(exchange, stage, damage):
             one.finish([np.empty_like(value) for value in one.work.values])
 
 
+def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
+    """The memory still holds that one, encoded, under the right preamble."""
+    ranks = 3
+    gradients = randn(ranks, [5000])
+    buckets = [FusedBucket(entries_of([5000], QSGD()), ranks, rank, 0) for rank in range(ranks)]
+    for step in range(2):
+        network = Network(ranks)
+        if step == 1:
+            post = network.post
+
+            def spoiled_post(name, rank, parts, post=post):
+                """What goes to rank 1 arrives damaged."""
+                if name.endswith(".scatter") and rank != 1:
+                    parts = [part[:-8] if to == 1 else part for to, part in enumerate(parts)]
+                return post(name, rank, parts)
+
+            network.post = spoiled_post
+        exchanges = [
+            Exchange(
+                Work(bucket, gradient, np.array([step], np.uint64), native, transport, "x"),
+                "scatter_allgather",
+            )
+            for bucket, gradient, transport in zip(buckets, gradients, network.ranks, strict=True)
+        ]
+        for one in exchanges:
+            one.advance(wait=False)
+        for one in exchanges:
+            if step == 0:
+                one.finish([np.empty(5000, np.float32)])
+            else:
+                with pytest.raises(ValueError, match="is not the one that was expected"):
+                    one.finish([np.empty(5000, np.float32)])
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("difference", ["bits", "shape", "name", "number"])
 def test_ranks_that_differ_all_find_out(exchange, difference):
