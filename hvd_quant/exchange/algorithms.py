@@ -153,7 +153,7 @@ class Exchange:
             self._failure = error
 
     def finish(self, out: Sequence[Buffer], factor: float = 1.0) -> None:
-        """Wait for the end, and write ``factor`` times the ranks' mean.
+        """Wait for the end, and write ``factor`` times the ranks' mean. Can be called again.
 
         Args:
             out: where to, in the order of the bucket's entries.
@@ -168,7 +168,6 @@ class Exchange:
             raise self._failure
         for layout, messages in self._encoded:
             self.work.codec.decode_messages(messages, layout, out, factor)
-        self._encoded = []
 
     def ready(self) -> bool:
         """Whether `finish` would not wait for another rank."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,14 +61,13 @@ class FusedBucket:
         entries: the gradients.
         size: ranks that take part.
         rank: this one.
-        seed: of the noise.
+        seed: of the noise; anything that JSON can hold.
     """
 
-    def __init__(self, entries: Sequence[Entry], size: int, rank: int, seed: int) -> None:
+    def __init__(self, entries: Sequence[Entry], size: int, rank: int, seed: object) -> None:
         self.entries = tuple(entries)
         self.size, self.rank = size, rank
         self._seed = seed
-        self.times_sent = 0
         self.buffers: dict[str, Buffer] = {}  # what an exchange needs in every step
         self._base_seeds: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -147,39 +146,59 @@ class FusedBucket:
 
 
 class Group:
-    """Entries that are to travel together, and those of them that have come."""
+    """Entries that are to travel together, and those of them that have come.
 
-    def __init__(self, entries: Sequence[Entry] = ()) -> None:
-        self.entries = {entry.key: entry for entry in entries}
+    Args:
+        name: the same on all ranks, whatever each of them has in the group: so ranks that disagree meet.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entries: dict[str, Entry] = {}
+        self.nbytes = 0  # of the gradients as they are
         self.arrived: set[str] = set()
         self.open = False  # more entries may join
+        self.times_sent = 0
+        self._splits = 0
         self._bucket: FusedBucket | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the gradients as they are."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
-    @property
-    def current_bucket(self) -> FusedBucket | None:
-        """What `bucket` has made, unless the entries have changed since."""
-        return self._bucket
 
     @property
     def complete(self) -> bool:
         """Whether everything has come that is expected."""
         return not self.open and len(self.arrived) == len(self.entries)
 
-    def replace(self, entries: Sequence[Entry]) -> None:
-        """Have other entries from now on."""
-        self.entries = {entry.key: entry for entry in entries}
+    def put(self, entry: Entry) -> None:
+        """Add an entry at the end, or put it in the place of the one with its key."""
+        former = self.entries.get(entry.key)
+        self.nbytes += entry.nbytes - (former.nbytes if former is not None else 0)
+        self.entries[entry.key] = entry
         self._bucket = None
 
-    def bucket(self, size: int, rank: int, seed: int) -> FusedBucket:
+    def take_out(self, keys: Iterable[str]) -> list[Entry]:
+        """Remove entries."""
+        entries = [self.entries.pop(key) for key in keys]
+        self.nbytes -= sum(entry.nbytes for entry in entries)
+        self._bucket = None
+        return entries
+
+    def split(self) -> Group:
+        """Keep what has arrived, and return a group of the others."""
+        others = Group(f"{self.name}.{self._splits}")
+        self._splits += 1
+        for entry in self.take_out([key for key in self.entries if key not in self.arrived]):
+            others.put(entry)
+        return others
+
+    def bucket(self, size: int, rank: int, seed: object) -> FusedBucket:
         """The fused bucket of the entries."""
         if self._bucket is None:
             self._bucket = FusedBucket(list(self.entries.values()), size, rank, seed)
         return self._bucket
+
+    def forget(self) -> None:
+        """Drop what has come, and the fused bucket with its memory."""
+        self.arrived.clear()
+        self._bucket = None
 
 
 class Fusion:
@@ -188,7 +207,7 @@ class Fusion:
     Gradients known in advance (`plan`) and those that came in an earlier step have their bucket. Others join
     the open one, which is closed when it is full. What is sent incomplete, because a result was asked for,
     is split from then on into what had come and what had not: so buckets fit themselves to the training's
-    habits, in the same way on all ranks.
+    habits, in the same way on all ranks, as long as these ask for results after the same gradients have come.
 
     Args:
         fusion_bytes: a bucket is full when its gradients have so many bytes.
@@ -198,61 +217,60 @@ class Fusion:
         self.fusion_bytes = fusion_bytes
         self._group_of: dict[str, Group] = {}
         self._open: dict[str, Group] = {}  # by device
-        self._waiting: dict[int, Group] = {}  # groups of which some have come, by id, in order
+        self._waiting: dict[str, Group] = {}  # groups of which some have come, by name, in order
+        self._groups = 0
 
     def plan(self, entries: Sequence[Entry]) -> None:
         """Lay out gradients that are expected, in the order in which they are expected."""
         for device in dict.fromkeys(entry.device for entry in entries):
-            for group in self._cut(entry for entry in entries if entry.device == device):
-                self._group_of.update(dict.fromkeys(group.entries, group))
+            group = None
+            for entry in entries:
+                if entry.device != device:
+                    continue
+                if group is None or group.nbytes >= self.fusion_bytes:
+                    group = self._new_group()
+                group.put(entry)
+                self._group_of[entry.key] = group
 
-    def _cut(self, entries: Iterator[Entry]) -> Iterator[Group]:
-        members: list[Entry] = []
-        nbytes = 0
-        for entry in entries:
-            members.append(entry)
-            nbytes += entry.nbytes
-            if nbytes >= self.fusion_bytes:
-                yield Group(members)
-                members, nbytes = [], 0
-        if members:
-            yield Group(members)
+    def _new_group(self) -> Group:
+        self._groups += 1
+        return Group(str(self._groups - 1))
 
     def group_of(self, entry: Entry) -> Group:
-        """The group that the entry belongs to: the open one, from now on, if it is new or has changed."""
+        """The group that the entry belongs to: the open one, from now on, if it is new or on a new device.
+
+        An entry that has changed otherwise keeps its place, because changed ones may come in another order on
+        every rank.
+        """
         group = self._group_of.get(entry.key)
         if group is not None:
             known = group.entries[entry.key]
             if known is entry or known == entry:
                 return group
-        if group is not None:
-            group.replace([other for other in group.entries.values() if other.key != entry.key])
+            if known.device == entry.device:
+                group.put(entry)
+                return group
+            group.take_out([entry.key])
         group = self._open.get(entry.device)
         if group is None:
-            group = self._open[entry.device] = Group()
+            group = self._open[entry.device] = self._new_group()
             group.open = True
-        group.replace([*group.entries.values(), entry])
+        group.put(entry)
         self._group_of[entry.key] = group
         return group
 
-    def add(self, entry: Entry, group: Group) -> list[Group]:
+    def add(self, entry: Entry) -> Group | None:
         """Note that a gradient has come.
 
-        Args:
-            entry: its own.
-            group: the one that `group_of` gave for it.
-
         Returns:
-            The groups that are to be sent now.
+            The group that is to be sent now, if there is one.
         """
+        group = self.group_of(entry)
         group.arrived.add(entry.key)
-        self._waiting[id(group)] = group
+        self._waiting[group.name] = group
         if group.open and group.nbytes >= self.fusion_bytes:
             self._close(group)
-        if not group.complete:
-            return []
-        self._take(group)
-        return [group]
+        return self._take(group) if group.complete else None
 
     @property
     def waiting(self) -> bool:
@@ -265,9 +283,8 @@ class Fusion:
         for group in groups:
             self._close(group)
             if not group.complete:
-                missing = Group([e for e in group.entries.values() if e.key not in group.arrived])
-                self._group_of.update(dict.fromkeys(missing.entries, missing))
-                group.replace([e for e in group.entries.values() if e.key in group.arrived])
+                others = group.split()
+                self._group_of.update(dict.fromkeys(others.entries, others))
         return [self._take(group) for group in groups]
 
     def _close(self, group: Group) -> None:
@@ -277,12 +294,12 @@ class Fusion:
 
     def _take(self, group: Group) -> Group:
         group.arrived.clear()
-        self._waiting.pop(id(group), None)
+        group.times_sent += 1
+        del self._waiting[group.name]
         return group
 
     def forget(self) -> None:
         """Drop what has come, and every fused bucket with its memory; the layout stays."""
         for group in [*self._waiting.values(), *self._group_of.values()]:
-            group.arrived.clear()
-            group.replace(list(group.entries.values()))
+            group.forget()
         self._waiting.clear()

@@ -59,10 +59,10 @@ class _Known:
     dtype: torch.dtype
     device: torch.device
     entry: Entry
-    bucket: FusedBucket | None = None  # that it belongs to; None while that is open
-    fingerprint: int = -1
-    control: torch.Tensor | None = None  # what Horovod is to reduce
-    values: np.ndarray | None = None  # of the control tensor
+    description: control.Description
+    fingerprint: int
+    control: torch.Tensor  # what Horovod is to reduce
+    values: np.ndarray  # of the control tensor
     memory: np.ndarray | None = None  # of the control tensor on a CPU, which Horovod overwrites
     reduced: list[float] | None = None  # the control tensor as it came back last, and the factor in it
     factor: float = 1.0
@@ -79,7 +79,7 @@ class _Known:
         return self.control
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pending:
     """A gradient on its way, from ``compress`` to ``decompress``."""
 
@@ -245,13 +245,10 @@ class QuantizedCompressor(Compressor):
         known = self._known.get(key)
         if known is None or not known.fits(tensor):
             known = self._meet(key, name is not None, tensor)
-        group = self._fusion.group_of(known.entry)
-        if known.control is None or known.bucket is not group.current_bucket:
-            self._describe_to_others(known, group)
         use = self._uses[key]
         self._uses[key] = use + 1
         self._pending[key] = pending = _Pending(known, tensor, use)
-        for ready in self._fusion.add(known.entry, group):
+        if (ready := self._fusion.add(known.entry)) is not None:
             self._send(ready)
         if self._underway:
             self._advance(wait=False)
@@ -280,8 +277,6 @@ class QuantizedCompressor(Compressor):
                 f"reset() was called while gradient {ctx.known.key!r} was on its way: clear the optimizer's "
                 "state too, by optimizer.load_state_dict(optimizer.state_dict())"
             )
-        if self._watching:  # the first step is complete
-            self._watching = self._names.watch_no_more()
         if self._fusion.waiting:  # nothing more will come before this result is used
             for group in self._fusion.flush():
                 self._send(group)
@@ -301,9 +296,11 @@ class QuantizedCompressor(Compressor):
             self.reset()
             raise
         del self._pending[ctx.known.key]
-        # All that travelled together were asked for with the same op; if not, put the difference right.
         if factor != ctx.shipment.factor:
-            ctx.result.mul_(factor / ctx.shipment.factor)
+            self._decode_again(ctx, factor)
+        if self._watching and not self._pending:  # the first step is complete
+            self._names.watch_no_more()
+            self._watching = False
         return ctx.result
 
     # --- what users call --------------------------------------------------------------------------------
@@ -330,12 +327,14 @@ class QuantizedCompressor(Compressor):
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
 
-        For a training loop that goes on after it left a step between ``backward`` and ``step``. All ranks
-        must call it, as often as each other, and clear Horovod's optimizer as well:
+        For a training loop that goes on after it left a step between ``backward`` and ``step``, and cannot
+        finish that by ``optimizer.synchronize()``. All ranks must call it, as often as each other, clear
+        Horovod's optimizer as well, and wait for what Horovod has under way:
 
             >>> compressor.reset()
             >>> optimizer.load_state_dict(optimizer.state_dict())
             >>> optimizer.zero_grad()
+            >>> hvd.barrier()
         """
         shipments = {id(p.shipment): p.shipment for p in self._pending.values() if p.shipment is not None}
         for pending in self._pending.values():
@@ -395,8 +394,28 @@ class QuantizedCompressor(Compressor):
 
     def _meet(self, key: str, named: bool, tensor: torch.Tensor) -> _Known:
         """Note a gradient that is new, or has changed."""
-        entry = Entry(key, tensor.numel(), _DTYPES[tensor.dtype], self.scheme, str(tensor.device))
-        known = _Known(key, named, tensor.shape, tensor.dtype, tensor.device, entry)
+        description = {
+            "name": key,
+            "named": named,
+            "shape": list(tensor.shape),
+            "dtype": _DTYPES[tensor.dtype],
+        }
+        fingerprint = control.fingerprint({**self._config(), **description})
+        values = np.array(control.values(fingerprint, self._transport.rank))
+        memory = values.copy()
+        known = _Known(
+            key,
+            named,
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+            Entry(key, tensor.numel(), _DTYPES[tensor.dtype], self.scheme, str(tensor.device)),
+            description,
+            fingerprint,
+            torch.from_numpy(memory).to(tensor.device),
+            values,
+            memory if tensor.device.type == "cpu" else None,
+        )
         self._known[key] = known
         return known
 
@@ -409,15 +428,23 @@ class QuantizedCompressor(Compressor):
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
         self._transport = HorovodTransport(self.process_set)
         named = self._names.named_parameters() if self._names is not None else []
-        trained = [(name, p) for name, p in named if p.requires_grad and p.dtype in _DTYPES]
-        self._parameters = {name: [list(p.shape), _DTYPES[p.dtype]] for name, p in trained}
-        self._fusion.plan(
-            [
-                Entry(name, p.numel(), _DTYPES[p.dtype], self.scheme, str(p.device))
-                for name, p in reversed(trained)
-                if p.numel() >= self.min_numel
+        self._parameters = {
+            name: [
+                list(p.shape),
+                str(p.dtype).removeprefix("torch."),
+                *([] if p.requires_grad else ["frozen"]),
             ]
-        )
+            for name, p in named
+        }
+        quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in _DTYPES]
+        for trained in (True, False):  # frozen ones apart: they may be trained later
+            self._fusion.plan(
+                [
+                    Entry(name, p.numel(), _DTYPES[p.dtype], self.scheme, str(p.device))
+                    for name, p in reversed(quantized)
+                    if p.requires_grad == trained
+                ]
+            )
         own = control.fingerprint({**self._config(), "parameters": self._parameters})
         self._agreement = hvd.allgather_async(
             torch.tensor([own]), name=f"hvd_quant.{self._number}.agreement", process_set=self.process_set
@@ -450,26 +477,6 @@ class QuantizedCompressor(Compressor):
             "resets": self._resets,
         }
 
-    def _describe(self, known: _Known) -> control.Description:
-        return {
-            "name": known.key,
-            "named": known.named,
-            "shape": list(known.shape),
-            "dtype": _DTYPES[known.dtype],
-        }
-
-    def _describe_to_others(self, known: _Known, group: Group) -> None:
-        """Make the control tensor of a gradient that travels in the group."""
-        known.bucket = None if group.open else self._bucket(group)
-        layout = known.bucket.digest.hex() if known.bucket is not None else "open"
-        description = {**self._config(), **self._describe(known), "layout": layout}
-        known.fingerprint = control.fingerprint(description)
-        known.reduced = None
-        known.values = np.array(control.values(known.fingerprint, self._transport.rank))
-        memory = known.values.copy()
-        known.control = torch.from_numpy(memory).to(known.device)
-        known.memory = memory if known.device.type == "cpu" else None
-
     def _factor(self, known: _Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
         if reduced != known.reduced:
@@ -479,17 +486,17 @@ class QuantizedCompressor(Compressor):
 
     def _explain_mismatch(self, pending: list[_Pending]) -> str:
         """Ask all ranks, which have all noticed, what they have. Patience is limited, lest one has died."""
-        gradients = [self._describe(one.known) for one in pending]
+        gradients = [one.known.description for one in pending]
         own = [self._config(), self._parameters, gradients]
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
-        handle = hvd.allgather_async(data, name="hvd_quant.mismatch", process_set=self.process_set)
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not hvd.poll(handle) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        try:
+        answers = None
+        # An earlier mismatch that was never explained still has the name, or Horovod has been shut down.
+        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
+            handle = hvd.allgather_async(data, name="hvd_quant.mismatch", process_set=self.process_set)
+            while not hvd.poll(handle) and time.monotonic() < deadline:
+                time.sleep(0.01)
             answers = hvd.synchronize(handle) if hvd.poll(handle) else None
-        except hvd.HorovodInternalError:
-            answers = None
         if answers is None:
             return (
                 "the ranks are configured differently, and did not all answer when asked how. "
@@ -501,7 +508,8 @@ class QuantizedCompressor(Compressor):
     # --- exchange ---------------------------------------------------------------------------------------
 
     def _bucket(self, group: Group) -> FusedBucket:
-        return group.bucket(self._transport.size, self._transport.rank, self.seed)
+        # The rank in Horovod, not in the process set: sets side by side must not share their noise.
+        return group.bucket(self._transport.size, self._transport.rank, (self.seed, hvd.rank()))
 
     def _send(self, group: Group) -> None:
         """Encode a fused bucket and start its exchange."""
@@ -517,8 +525,7 @@ class QuantizedCompressor(Compressor):
             member.in_place = member.known.named and plain
         # Horovod remembers collectives by their names, and then does not notice that a rank has called
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
-        bucket.times_sent += 1
-        name = f"hvd_quant.{self._number}.{self._resets}.{bucket.entries[0].key}.{bucket.times_sent}"
+        name = f"hvd_quant.{self._number}.{self._resets}.{group.name}.{group.times_sent}"
         work = Work(
             bucket,
             values,
@@ -559,6 +566,13 @@ class QuantizedCompressor(Compressor):
         shipment.exchange.finish(out, factor)
         self._received_bytes += shipment.exchange.received_bytes
         shipment.factor = factor
+
+    def _decode_again(self, ctx: _Pending, factor: float) -> None:
+        """Write the mean of one gradient whose factor is not that of those it travelled with."""
+        members = ctx.shipment.members
+        results = [torch.empty_like(one.result, memory_format=torch.contiguous_format) for one in members]
+        ctx.shipment.exchange.finish([_values(result, plain=True) for result in results], factor)
+        ctx.result.copy_(results[members.index(ctx)])
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -76,21 +76,14 @@ class ParameterNames:
             if parameter.requires_grad and parameter.is_leaf:
                 self._hooks[i] = parameter.register_post_accumulate_grad_hook(lambda _, index=i: note(index))
 
-    def watch_no_more(self) -> bool:
-        """Stop watching, for it takes time, if every gradient is known by now and none is sparse.
-
-        Returns:
-            Whether some gradients have not come yet, so that this is to be asked again.
-        """
+    def watch_no_more(self) -> None:
+        """Stop watching, for it takes time, unless some gradient is sparse."""
         gradients = [self._parameters[i].grad for i in self._hooks]
         if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-            return False
-        if any(gradient is None for gradient in gradients):
-            return True
+            return
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        return False
 
     def find(self, gradient: torch.Tensor) -> str | None:
         """The name of the parameter whose ``.grad`` this very tensor is, or None."""

@@ -157,6 +157,8 @@ def check_grouped_allreduce_and_mixed_ops():
     )
     assert_mean(mean, gathered(tensors[0]), SCHEME)
     assert_mean(total, gathered(tensors[1]), SCHEME, factor=hvd.size())
+    assert same_everywhere(mean)
+    assert same_everywhere(total)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -239,6 +241,59 @@ def check_different_gradients_travel_together(exchange):
     error = error_of(reduce)
     assert isinstance(error, hq.RankMismatchError)
     assert len(set(gathered(str(error)))) == 1
+
+
+def check_ranks_that_have_different_gradients_when_a_result_is_asked_for():
+    """Under named parameters, too: they meet, and find out, instead of waiting for each other."""
+    model = Branches(3)
+    compressor = hq.QSGDCompressor(min_numel=0, named_parameters=model.named_parameters())
+    model(own_randn(8, 40), [0, 1, 2]).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.dim() > 1]
+    mine = gradients[:2] if hvd.rank() == 0 else gradients[:1] + gradients[2:]
+
+    def reduce():
+        sent = [compressor.compress(gradient) for gradient in mine]
+        handle = hvd.allreduce_async(sent[0][0], name="common")
+        compressor.decompress(hvd.synchronize(handle), sent[0][1])
+
+    error = error_of(reduce)
+    assert isinstance(error, hq.RankMismatchError)
+    assert "what has come is" in str(error)
+    assert len(set(gathered(str(error)))) == 1
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_a_model_that_changes_its_dtype(exchange):
+    """After that, Horovod's hooks are gone, and it submits all gradients in an order of each rank's own."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(7)))
+    optimizer = optimizer_of(model, hq.QSGDCompressor(exchange=exchange, fusion_bytes=20_000))
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        model.to(dtype)
+        for step in range(2):
+            optimizer.zero_grad()
+            model(own_randn(8, 40, seed=step).to(dtype)).square().mean().backward()
+            optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_a_step_that_is_left_and_finished_later(exchange):
+    """The way that the documentation recommends after an exception between backward and step."""
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=8, exchange=exchange, min_numel=0))
+    for step in range(4):
+        optimizer.zero_grad()
+        local = gathered(local_gradients(model, step))
+        if step == 2:
+            model[2](own_randn(4, 64)).sum().backward()  # of half of the parameters, and then something fails
+            optimizer.synchronize()
+            optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        assert_means(model, local, exchange)
+        with optimizer.skip_synchronize():
+            optimizer.step()
 
 
 def check_synchronize_without_backward_and_step_twice():

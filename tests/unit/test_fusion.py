@@ -15,7 +15,8 @@ def entry(key, count=100, **fields):
 
 
 def add(fusion, one):
-    return [list(group.entries) for group in fusion.add(one, fusion.group_of(one))]
+    group = fusion.add(one)
+    return [list(group.entries)] if group is not None else []
 
 
 def flush(fusion):
@@ -59,12 +60,36 @@ def test_one_by_one():
             assert (add(fusion, entry(key)) or flush(fusion)) == [[key]]
 
 
-def test_a_gradient_that_changes_leaves_its_bucket():
+def test_a_gradient_that_changes_keeps_its_place():
+    """Changed ones may come in another order on every rank, and must end in the same buckets."""
+    for order in ("abc", "cba", "bac"):
+        fusion = Fusion(800)
+        fusion.plan([entry(key) for key in "abc"])
+        sent = [group for key in order for group in add(fusion, entry(key, 300))]
+        assert sorted(sent) == [["a", "b"], ["c"]]
+
+
+def test_a_gradient_that_changes_its_device_leaves_its_bucket():
     fusion = Fusion(800)
     fusion.plan([entry("a"), entry("b")])
-    assert add(fusion, entry("a", 300)) == [["a"]]  # full by itself
+    assert add(fusion, entry("a", device="cuda:0")) == []
     assert add(fusion, entry("b")) == [["b"]]
-    assert add(fusion, entry("a", 300)) == [["a"]]
+    assert flush(fusion) == [["a"]]
+
+
+def test_names_of_buckets_do_not_depend_on_what_has_come():
+    """So that ranks that disagree meet under one name, and find out."""
+
+    def names(first, second):
+        fusion = Fusion(10_000)
+        fusion.plan([entry(key) for key in "abcd"])
+        found = []
+        for step in (first, second):
+            groups = [fusion.add(entry(key)) for key in step]
+            found.append([group.name for group in [*filter(None, groups), *fusion.flush()]])
+        return found
+
+    assert names("ab", "cd") == names("a", "bcd") == [["0"], ["0.0"]]
 
 
 def test_devices_are_kept_apart():
