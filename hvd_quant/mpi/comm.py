@@ -34,11 +34,31 @@ _LAYOUT_BYTES = 1 << 16  # what a fused bucket counts for, however small its buf
 _underway: list[Request] = []
 _abandoned: list[Any] = []  # what MPI may still read
 _lock = threading.RLock()
+_busy = False  # under the lock: a signal's handler or a finalizer may call from within a call
 
 
 def _progress() -> None:
+    global _busy
     with _lock:
-        _underway[:] = [request for request in _underway if not request._advance()]
+        if _busy:
+            return
+        _busy = True
+        try:
+            _underway[:] = [request for request in _underway if not request._advance()]
+        finally:
+            _busy = False
+
+
+def _meet(comm: MPI.Intracomm) -> None:
+    """A barrier, in which requests go on, before calls in which they would not."""
+    barrier = comm.Ibarrier()
+    while not barrier.Test():
+        _progress()
+
+
+def _check_mpi() -> None:
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise RuntimeError("MPI is not initialised, or no longer: call MPI.Init() first")
 
 
 class Request:
@@ -72,6 +92,7 @@ class Request:
         except BaseException as error:
             self._steps, self._error = None, error
             if not isinstance(error, Exception):  # an interrupt, of whatever this request is waited with
+                _abandoned.append(error)  # whose traceback keeps what MPI may still read
                 raise
         return self._steps is None
 
@@ -82,6 +103,7 @@ class Request:
             RankMismatchError: the ranks have called with different arguments.
         """
         if self._steps is not None:
+            _check_mpi()
             _progress()
         if self._steps is None and self._error is not None:
             self._reported = True
@@ -138,8 +160,7 @@ class QuantizedComm:
     def __init__(self, comm: MPI.Intracomm, scheme: QSGD, *, exchange: str = "auto", seed: int = 0) -> None:
         if not isinstance(comm, MPI.Comm):
             raise TypeError(f"comm must be a communicator of mpi4py, not {comm!r}")
-        if not MPI.Is_initialized() or MPI.Is_finalized():
-            raise RuntimeError("MPI is not initialised, or no longer: call MPI.Init() first")
+        _check_mpi()
         if comm == MPI.COMM_NULL:
             raise ValueError("comm is MPI.COMM_NULL: this rank is in no communicator, or it has been freed")
         if comm.Is_inter():
@@ -152,6 +173,7 @@ class QuantizedComm:
         self.scheme = scheme
         self.exchange = exchange
         self.seed = int(seed)
+        _meet(comm)
         neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
         one_host = neighbours.size == self.size
         neighbours.Free()
@@ -199,6 +221,9 @@ class QuantizedComm:
             recvbuf: where to; of the same dtype and as many values.
             op: ``MPI.SUM`` or ``hvd_quant.mpi.AVERAGE``.
 
+        Sums are computed in float32. What that cannot hold makes its bucket non-finite, as NaN and Inf do.
+        After an interrupt (Ctrl-C) within a call, do not go on with the communicator.
+
         Raises:
             RankMismatchError: the ranks have called with different arguments; on every rank, and later
                 calls are not affected.
@@ -217,9 +242,10 @@ class QuantizedComm:
         Raises:
             TypeError, ValueError: an argument is refused; nothing has been sent.
         """
+        _check_mpi()
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this QuantizedComm has been freed; make another one")
-        if op not in (MPI.SUM, AVERAGE):
+        if not isinstance(op, (MPI.Op, str)) or op not in (MPI.SUM, AVERAGE):
             raise ValueError(
                 "op must be MPI.SUM or hvd_quant.mpi.AVERAGE: there is no other of values quantized apart"
             )
@@ -233,9 +259,9 @@ class QuantizedComm:
             if values.size != out.size:
                 raise ValueError(f"sendbuf has {values.size} values, and recvbuf has room for {out.size}")
         op_name = AVERAGE if op == AVERAGE else "MPI.SUM"
+        call = {"op": op_name, "shape": shape, "dtype": dtype}
+        request = Request(self._exchange(values, out, 1 if op_name == AVERAGE else self.size, call))
         with _lock:
-            call = {"op": op_name, "shape": shape, "dtype": dtype}
-            request = Request(self._exchange(values, out, 1 if op_name == AVERAGE else self.size, call))
             self._requests = [*(one for one in self._requests if not one._over), request]
             if not request._advance():
                 _underway.append(request)
@@ -263,12 +289,13 @@ class QuantizedComm:
         Raises:
             RankMismatchError: of a call that nobody has waited for.
         """
-        if self._comm == MPI.COMM_NULL:
+        if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
             return
         requests = [request for request in self._requests if not request._over]
         while any(request._steps is not None for request in requests):
             _progress()
         self._idle.clear()
+        _meet(self._comm)
         self._comm.Free()
         for request in requests:
             request.Wait()  # raises its error, if it has one
@@ -356,9 +383,11 @@ class QuantizedComm:
         entry = bucket.entries[0]
         self._idle[entry] = [*self._idle.pop(entry, ()), bucket]
         self._idle_bytes += _kept_bytes(bucket)
-        while self._idle_bytes > _IDLE_BYTES and len(self._idle) > 1:
-            oldest = self._idle.pop(next(iter(self._idle)))
-            self._idle_bytes -= sum(map(_kept_bytes, oldest))
+        while self._idle_bytes > _IDLE_BYTES and self._idle_bytes > _kept_bytes(bucket):
+            oldest = next(iter(self._idle))
+            self._idle_bytes -= _kept_bytes(self._idle[oldest].pop(0))
+            if not self._idle[oldest]:
+                del self._idle[oldest]
 
 
 def _kept_bytes(bucket: FusedBucket) -> int:
@@ -372,8 +401,10 @@ def _values(name: str, buffer: Array, *, written: bool) -> tuple[np.ndarray, str
         TypeError, ValueError: it is not as `QuantizedComm.Allreduce` says.
     """
     tensor = is_tensor(buffer)
-    if not tensor and not isinstance(buffer, np.ndarray):
+    if not tensor and (not isinstance(buffer, np.ndarray) or isinstance(buffer, np.ma.MaskedArray)):
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, not {type(buffer).__name__}")
+    if not tensor:
+        buffer = np.asarray(buffer)  # subclasses may copy where arrays do not
     if tensor and (buffer.device.type != "cpu" or str(buffer.layout) != "torch.strided"):
         raise TypeError(f"{name} must be a dense tensor on the CPU, not {buffer.layout} on {buffer.device}")
     dtype = str(buffer.dtype).removeprefix("torch.")
