@@ -318,11 +318,11 @@ def check_an_interrupt_is_not_taken_for_a_result(monkeypatch):
 def check_requests_go_on_while_a_communicator_is_made_and_freed():
     """One rank waits for its request only after the other ranks have, in calls that block."""
     x = np.ones(100_000, np.float32)
-    comm = QuantizedComm(WORLD, QSGD(), exchange="scatter_allgather")
+    comm = hm.QuantizedComm(WORLD, hvd_quant.QSGD(), exchange="scatter_allgather")
     request = comm.Iallreduce(MPI.IN_PLACE, x)
     if WORLD.rank:
         request.Wait()
-    QuantizedComm(WORLD, QSGD()).Free()
+    hm.QuantizedComm(WORLD, hvd_quant.QSGD()).Free()
     request.Wait()
     comm.Free()
     assert np.all(x == WORLD.size)
