@@ -414,7 +414,9 @@ class _Namespaces:
 
 def _environment(env: Mapping[str, str] | None) -> dict[str, str]:
     """The environment of commands in a lab: this process's own, with defaults below it and `env` above."""
-    merged = {**_DEFAULTS, **os.environ, "PATH": _PATH, "TMPDIR": "/run/netlab/tmp", **(env or {})}
+    # As the first shell below sshd, bash would read ~/.bashrc, which may change PATH.
+    own = {"PATH": _PATH, "TMPDIR": "/run/netlab/tmp", "SHLVL": "1"}
+    merged = {**_DEFAULTS, **os.environ, **own, **(env or {})}
     return {**merged, "PATH": f"/run/netlab/bin:{merged['PATH']}"}
 
 
