@@ -202,7 +202,9 @@ def test_nothing_is_left_after_an_exception():
 def test_nothing_is_left_after_a_signal(signal_sent):
     options = ["--quiet", "--launcher", "mpirun", "--rate", "1gbit"]
     command = [sys.executable, "-m", "benchmarks.netlab", *options, "--", "sleep", "1004"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    # Jobs in the background of a shell ignore Ctrl-C, and so would the lab in tests that are run there.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, **heed) as process:
         wait_for(
             lambda: len([line for line in commands_in(networks_of(process.pid)) if line == "sleep 1004"]) == 2
         )
