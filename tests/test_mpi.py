@@ -1,12 +1,12 @@
 """Runs tests/mpi on several ranks, through mpirun, and the example."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launch import launch
 
 HERE = Path(__file__).parent
 SECONDS = 200  # for one launch; far above what it takes, so that only a hang gets there
@@ -17,27 +17,10 @@ def mpirun(ranks, *arguments):
     pytest.importorskip("mpi4py")
     if shutil.which("mpirun") is None:
         pytest.skip("there is no mpirun")
-    environment = {
-        **os.environ,
-        # There may be more ranks than cores: waiting must not keep others from working.
-        "OMP_NUM_THREADS": "1",
-        "OMPI_MCA_mpi_yield_when_idle": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
     # "-m mpi4py" ends all ranks when one fails.
     command = ["mpirun", "--oversubscribe", "-np", str(ranks), sys.executable, "-m", "mpi4py", *arguments]
-    try:
-        return subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired as error:
-        pytest.fail(f"hung for {SECONDS} s:\n{(error.stdout or b'').decode()[-8000:]}")
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return launch(command, SECONDS, **as_root)
 
 
 # torch and Horovod are slow to import: with 2 ranks only. With 8, only what depends on their number.

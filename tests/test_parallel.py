@@ -1,11 +1,11 @@
 """Runs tests/parallel on several ranks, under both of Horovod's controllers, through horovodrun itself."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launch import launch
 
 HERE = Path(__file__).parent
 SECONDS = 300  # for one launch; far above what it takes, so that only a hang gets there
@@ -18,24 +18,10 @@ def horovodrun(ranks, controller, *command):
     """Run a command on several ranks and return its completed process."""
     launcher = Path(sys.executable).with_name("horovodrun")
     environment = {
-        **os.environ,
         "PATH": f"{launcher.parent}:{os.environ['PATH']}",
-        # There may be more ranks than cores: waiting must not keep others from working.
-        "OMP_NUM_THREADS": "1",
-        "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
-    try:
-        return subprocess.run(
-            [launcher, f"--{controller}", "-np", str(ranks), *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired as error:
-        pytest.fail(f"hung for {SECONDS} s:\n{(error.stdout or b'').decode()[-8000:]}")
+    return launch([launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
 
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
