@@ -24,6 +24,7 @@ WARM_UP = 3  # rounds that do not count: fused buckets, caches and PowerSGD need
 AT_LEAST = 5  # rounds that do, however long they take
 OVERHEAD_STEPS = 10
 OURS = "hvd_quant 4 bits"
+NO_FUSION = "4 bits, no fusion"
 GRACE = "GRACE QSGD int8"
 LEARNING_RATE = 1e-5  # small: the model is to stay as it is
 
@@ -106,7 +107,8 @@ class Horovod:
             "hvd_quant 2 bits": {"bits": 2},
             OURS: {"bits": 4},
             "hvd_quant 8 bits": {"bits": 8},
-            "4 bits, no fusion": {"bits": 4, "fusion_bytes": 0},
+            NO_FUSION: {"bits": 4, "fusion_bytes": 0},
+            "4 bits, buckets of 4 MiB": {"bits": 4, "fusion_bytes": 4 << 20},
             "4 bits, no overlap": {"bits": 4, "fusion_bytes": 1 << 40},  # one bucket, complete at the end
             "4 bits, allgather": {"bits": 4, "exchange": "allgather"},
             "4 bits, scatter-allgather": {"bits": 4, "exchange": "scatter_allgather"},
@@ -215,28 +217,33 @@ def measure(
                 "received_bytes": library.maximum([received])[0],
                 "payload_bytes": payload_bytes(row),
                 "buckets": buckets,
+                "gradients": len(quantized(row)),
             }
-    if OURS in rows:
-        tell(f"{OURS}, CPU time of its own")
-        own = own_cpu_seconds(library, rows[OURS], x)
-        figures[OURS]["own_seconds"] = library.maximum([own])[0]
+    for name in (OURS, NO_FUSION):
+        if name in rows:
+            tell(f"{name}, CPU time of its own")
+            own = own_cpu_seconds(library, rows[name], x)
+            figures[name]["own_seconds"] = library.maximum([own])[0]
     return figures
 
 
+def quantized(row: Row) -> list[int]:
+    """How many values each of the gradients has that are large enough to be quantized."""
+    counts = [parameter.numel() for parameter in row.model.parameters()]
+    return [count for count in counts if count >= row.compressor.min_numel]
+
+
 def payload_bytes(row: Row) -> int:
-    """What the gradients of a step become, those that are too small to be quantized left out."""
+    """What these gradients become in a step."""
     from hvd_quant import wire
 
-    compressor = row.compressor
-    counts = [parameter.numel() for parameter in row.model.parameters()]
-    return sum(wire.payload_size(compressor.scheme, n) for n in counts if n >= compressor.min_numel)
+    return sum(wire.payload_size(row.compressor.scheme, count) for count in quantized(row))
 
 
 def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
     """CPU time that a fused bucket costs this rank's training thread, the codec and Horovod's calls apart.
 
-    Steps after the timed ones, because the clocks cost time
-    too.
+    Steps after the timed ones, because the clocks cost time too.
     """
     import horovod.torch as hvd
 

@@ -16,6 +16,7 @@ from hvd_quant.exchange import cost
 
 COMPUTE, FP32, FP16, OURS = "compute alone", "Horovod fp32", "Horovod fp16", "hvd_quant 4 bits"
 EXCHANGES = ALLGATHER, SCATTER = "4 bits, allgather", "4 bits, scatter-allgather"
+NO_FUSION = "4 bits, no fusion"
 OWN = "4 bits, "  # how our ablations' names begin
 GRACE = "GRACE QSGD int8"
 
@@ -195,11 +196,12 @@ def print_all(
             f"{row['received_bytes'] / row['payload_bytes']:.2f}",
             f"{case.share:.2f}",
             f"{row['buckets']:g}",
+            f"{row['gradients'] / row['buckets']:g}",
             f"{1e3 * row['own_seconds']:.2f}" if "own_seconds" in row else "",
         ]
         for case in reversed(distinct.values())
         for name, row in case.rows.items()
-        if name in (OURS, *EXCHANGES)
+        if name in (OURS, NO_FUSION, *EXCHANGES)
     ]
     header = (
         "",
@@ -208,6 +210,7 @@ def print_all(
         "payloads",
         "2 (n - 1) / n",
         "buckets",
+        "gradients in a bucket",
         "own CPU, ms a bucket",
     )
     if rows:

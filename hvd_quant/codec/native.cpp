@@ -272,9 +272,9 @@ std::uint32_t run_encoding(const Encoding& job, EncodeRange range, std::int64_t 
   return sum;
 }
 
-// The payloads' checksums; says in `padded` whether what encode leaves zero is zero in all of them.
+// The payloads' checksums, which count its padding as zero; in `ill_padded` one of which it is not, or their number.
 std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, std::int64_t threads,
-                                        bool* padded) {
+                                        std::size_t* ill_padded) {
   const Layout& layout = job.layout;
   const std::size_t parts = thread_count(threads, layout.count);
   std::vector<std::vector<std::uint32_t>> sums(parts, std::vector<std::uint32_t>(job.bodies.size(), 0));
@@ -284,9 +284,11 @@ std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, 
   for (std::size_t part = 1; part < parts; ++part) {
     for (std::size_t k = 0; k < job.bodies.size(); ++k) sums[0][k] += sums[part][k];
   }
-  *padded = true;
-  for (const std::uint8_t* body : job.bodies) {
-    for (std::uint64_t i = layout.used_size(); i < layout.body_size(); ++i) *padded &= body[i] == 0;
+  *ill_padded = job.bodies.size();
+  for (std::size_t k = 0; k < job.bodies.size(); ++k) {
+    for (std::uint64_t i = layout.used_size(); i < layout.body_size(); ++i) {
+      if (job.bodies[k][i] != 0) *ill_padded = k;
+    }
   }
   return sums[0];
 }
@@ -329,13 +331,13 @@ std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std:
     }
   }
   const DecodeRange range = chosen->decode[type][bits - kMinBits];
-  bool padded = false;
+  std::size_t ill_padded = 0;
   std::vector<std::uint32_t> sums;
   {
     py::gil_scoped_release release;
-    sums = run_decoding(job, range, threads, &padded);
+    sums = run_decoding(job, range, threads, &ill_padded);
   }
-  if (!padded) throw py::value_error("payload is damaged: its padding is not zero");
+  if (ill_padded != job.bodies.size()) throw py::value_error("payload is damaged: its padding is not zero");
   return sums;
 }
 
@@ -485,9 +487,9 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
         job.bodies.push_back(payload + kHeaderSize);
       }
       if (wrong != nullptr) break;
-      bool padded = false;
+      std::size_t ill_padded = 0;
       const std::vector<std::uint32_t> sums =
-          run_decoding(job, kernels.decode[segment.dtype][segment.bits - kMinBits], threads, &padded);
+          run_decoding(job, kernels.decode[segment.dtype][segment.bits - kMinBits], threads, &ill_padded);
       for (std::size_t k = 0; k < sums.size(); ++k) {
         const std::uint32_t own = load_word(header + checksum_word * kWordSize) + sums[k];
         if (own != load_word(job.bodies[k] - kHeaderSize + checksum_word * kWordSize)) {
@@ -495,7 +497,10 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
           wrong_message = k;
         }
       }
-      if (wrong == nullptr && !padded) wrong = "is damaged: its padding is not zero";
+      if (ill_padded != sources.size()) {
+        wrong = "is damaged: its padding is not zero";
+        wrong_message = ill_padded;
+      }
     }
   }
   if (wrong != nullptr) throw py::value_error("message " + std::to_string(wrong_message) + " " + wrong);

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import with_checksum
 
 from hvd_quant import QSGD, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
@@ -125,6 +126,19 @@ def test_every_changed_byte_is_found(backend):
         both = [buffers(message), buffers(damaged)]
         with pytest.raises(ValueError, match=r"message|payload"):
             codec.decode_messages(both, QUITE_GENERAL, list(map(buffers, out)))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_message_with_damaged_padding_is_named(number):
+    layout = layout_of((0, 0, 3, "float32", QSGD()), (1, 0, 8, "float32", QSGD()))
+    arrays, _ = values_of(layout)
+    messages = [native_message(layout, arrays) for _ in range(3)]
+    first = slice(layout.offsets[0], layout.offsets[1])
+    payload = bytearray(messages[number][first].tobytes())
+    payload[-1] = 1  # two of its last eight bytes are padding
+    messages[number][first] = np.frombuffer(with_checksum(bytes(payload)), np.uint8)
+    with pytest.raises(ValueError, match=f"message {number} is damaged: its padding is not zero"):
+        native.decode_messages(messages, layout, arrays)
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, QUITE_GENERAL.size - 1, QUITE_GENERAL.size + 1])
