@@ -6,8 +6,9 @@
 
 A case is MODEL/RATE/HOSTS, with one rank a host, or two ranks on the only one:
 
-- models: linear, 8 x Linear(1024), 8.4 M parameters; transformer, an encoder of 25 M parameters in 96
-  tensors; small, 320 matrices of 64 x 64;
+- models: linear, 8 x Linear(1024), 8.4 M parameters; device, the same where another device computes: the
+  processor sleeps for 2 ms a layer; transformer, an encoder of 25 M parameters in 96 tensors; small, 320
+  matrices of 64 x 64;
 - rates of every host's link: 100mbit, 1gbit, 10gbit, unshaped;
 - hosts: 1, 2, 4, 8.
 
@@ -38,19 +39,23 @@ from benchmarks.step_time import report
 from benchmarks.step_time.report import Case, progress
 
 RANK = Path(__file__).with_name("rank.py")
+MODELS = ("linear", "device", "transformer", "small")
 RATES = ("100mbit", "1gbit", "10gbit", "unshaped")
 DEFAULT = [
     *(f"linear/{rate}/2" for rate in RATES),
-    *("linear/1gbit/4", "linear/1gbit/8", "transformer/1gbit/2", "transformer/1gbit/4", "small/unshaped/1"),
+    *(
+        "linear/1gbit/4",
+        "linear/1gbit/8",
+        "device/1gbit/2",
+        "device/1gbit/4",
+        "transformer/1gbit/2",
+        "transformer/1gbit/4",
+        "small/unshaped/1",
+    ),
 ]
 ALL = [
-    *(
-        f"{model}/{rate}/{n}"
-        for model in ("linear", "transformer", "small")
-        for n in (2, 4, 8)
-        for rate in RATES
-    ),
-    *(f"{model}/unshaped/1" for model in ("linear", "transformer", "small")),
+    *(f"{model}/{rate}/{n}" for model in MODELS for n in (2, 4, 8) for rate in RATES),
+    *(f"{model}/unshaped/1" for model in MODELS),
 ]
 ENVIRONMENT = {
     # Every row has tensors of its own: with Horovod's default, they would push each other out of its cache.

@@ -26,6 +26,7 @@ OVERHEAD_STEPS = 10
 OURS = "hvd_quant 4 bits"
 NO_FUSION = "4 bits, no fusion"
 GRACE = "GRACE QSGD int8"
+DEVICE_SECONDS = 2e-3  # of a layer's backward
 LEARNING_RATE = 1e-5  # small: the model is to stay as it is
 
 
@@ -51,12 +52,41 @@ class ManySmall(nn.Module):
         return torch.stack([matrix.square().sum() for matrix in self.matrices]).sum()
 
 
+class Device(nn.Module):
+    """The linear model where another device computes: this processor sleeps until gradients are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = _Elsewhere.apply(x, layer.weight, layer.bias)
+        return x
+
+
+class _Elsewhere(torch.autograd.Function):
+    """What a layer does to its input and to time; its gradients are its parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        time.sleep(DEVICE_SECONDS)
+        return gradient, *(parameter.clone() for parameter in ctx.saved_tensors)
+
+
 def make_model(kind: str, generator: torch.Generator) -> tuple[nn.Module, torch.Tensor]:
     """A model whose output is its loss, the same on all ranks, and a batch, which need not be."""
     torch.manual_seed(0)
     if kind == "linear":
         network = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
         return Loss(network), torch.randn(8, 1024, generator=generator)
+    if kind == "device":
+        return Device(), torch.zeros((), requires_grad=True)
     if kind == "transformer":
         layer = nn.TransformerEncoderLayer(512, 8, 2048, dropout=0.0, batch_first=True, norm_first=True)
         network = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
@@ -267,6 +297,7 @@ def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
         (native, "encode_message", "codec"),
         (native, "decode_messages", "codec"),
         (hvd, "synchronize", "wire"),
+        (hvd, "poll", "wire"),
         (hvd, "allgather_async", "wire"),
         (hvd, "alltoall_async", "wire"),
     ]

@@ -120,7 +120,7 @@ class Exchange:
     """Drives an exchange; starts it when made."""
 
     def __init__(self, work: Work, algorithm: str) -> None:
-        self.work = work
+        self.work, self.algorithm = work, algorithm
         self.received_bytes = 0  # from other ranks
         self._generator = ALGORITHMS[algorithm](work)
         self._encoded: Encoded = []
@@ -150,7 +150,7 @@ class Exchange:
         except StopIteration as stop:
             self._encoded = stop.value
         except ValueError as error:
-            self._failure = error
+            self._failure, self.stages_left = error, 0
 
     def finish(self, out: Sequence[Buffer], factor: float = 1.0) -> None:
         """Wait for the end, and write ``factor`` times the ranks' mean. Can be called again.

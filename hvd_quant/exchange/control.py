@@ -116,6 +116,8 @@ def explain_mismatch(
         advice = "Give every rank the same compressor arguments."
         if found.keys() == {"compressor"}:
             advice = "Create the same compressors, in the same order, on every rank."
+        if found.keys() == {"resets"}:
+            advice = "Call the compressor's reset() on every rank."
         return (
             "hvd_quant is configured differently on the ranks: " + "; ".join(found.values()) + ". " + advice
         )
@@ -128,22 +130,36 @@ def explain_mismatch(
             + more
             + " (shape and dtype; null where there is none). Give every rank the same model."
         )
+    orders = [dict(enumerate(of_rank)) for of_rank in parameters]
+    if found := differences(orders):
+        return (
+            "the ranks list their parameters in different orders: number "
+            + next(iter(found.values()))
+            + ". Give named_parameters in the same order on every rank."
+        )
     everything = [gradient for of_rank in gradients for gradient in of_rank]
     if not all(gradient["named"] for gradient in everything):
         return (
-            "the ranks submitted their gradients in different orders, and the compressor was not told the "
-            "parameters' names. Pass named_parameters=model.named_parameters() to it, or use "
+            "the ranks submitted their gradients in different orders, or different ones, and the compressor "
+            "was not told the parameters' names. Pass it named_parameters=model.named_parameters(), or use "
             "hvd_quant.torch.DistributedOptimizer, which does so."
         )
-    if all(len(of_rank) == 1 for of_rank in gradients):
-        firsts = [of_rank[0] for of_rank in gradients]
-        if len({first["name"] for first in firsts}) == 1 and (found := differences(firsts)):
+    names = [[gradient["name"] for gradient in of_rank] for of_rank in gradients]
+    everywhere = set.intersection(*map(set, names))
+    some = [[name for name in of_rank if name not in everywhere][:_NAMED_AT_MOST] for of_rank in names]
+    if found := differences([{"what others lack": of_rank} for of_rank in some]):
+        return (
+            "the ranks had different gradients on their way when the first result was asked for: "
+            + "; ".join(found.values())
+            + ". Submit the same gradients on every rank before any result is used."
+        )
+    for of_ranks in zip(
+        *(sorted(of_rank, key=lambda one: one["name"]) for of_rank in gradients), strict=True
+    ):
+        if found := differences(of_ranks):
             texts = "; ".join(found.values())
-            return f"parameter {firsts[0]['name']!r} differs between the ranks: {texts}"
-    sets = [{"what has come": [gradient["name"] for gradient in of_rank]} for of_rank in gradients]
-    return "the ranks disagree about their gradients: " + (
-        "; ".join(differences(sets).values()) or "they have sent different bytes under the same names"
-    )
+            return f"parameter {of_ranks[0]['name']!r} differs between the ranks: {texts}"
+    return "the ranks have sent different bytes about the same gradients"
 
 
 def differences(by_rank: Sequence[Description]) -> dict[str, str]:

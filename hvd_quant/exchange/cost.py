@@ -60,23 +60,32 @@ def choose(link: Link, size: int, payload_bytes: int, count: int) -> str:
     )
 
 
-def link_from_environment(one_host: bool, latency: float) -> Link:
-    """The link of the bandwidth that ``HVD_QUANT_BANDWIDTH`` (Gbit/s) states, or of an assumed one.
-
-    Args:
-        one_host: whether all ranks are on one machine.
-        latency: of the transport's collectives, in seconds.
+def stated_bandwidth() -> float | None:
+    """What ``HVD_QUANT_BANDWIDTH`` (Gbit/s) states, in bytes a second; None if it is not set.
 
     Raises:
-        ValueError: the variable is no positive number.
+        ValueError: it is no positive number.
     """
     text = os.environ.get("HVD_QUANT_BANDWIDTH")
     if text is None:
-        return Link(latency, SHARED_MEMORY if one_host else NETWORK)
+        return None
     try:
         gigabits = float(text)
     except ValueError:
         gigabits = 0.0
     if not 0.0 < gigabits < float("inf"):
         raise ValueError(f"HVD_QUANT_BANDWIDTH must be a positive number of Gbit/s, not {text!r}")
-    return Link(latency, gigabits * 1e9 / 8)
+    return gigabits * 1e9 / 8
+
+
+def link_from_environment(one_host: bool, latency: float) -> Link:
+    """The link of the `stated_bandwidth`, or of an assumed one.
+
+    Args:
+        one_host: whether all ranks are on one machine.
+        latency: of the transport's collectives, in seconds.
+
+    Raises:
+        ValueError: as `stated_bandwidth`.
+    """
+    return Link(latency, stated_bandwidth() or (SHARED_MEMORY if one_host else NETWORK))

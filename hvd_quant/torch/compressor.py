@@ -26,11 +26,11 @@ from hvd_quant import wire
 from hvd_quant.codec import flat_array, native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
-from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group
+from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import QSGD, check_choice, check_integer
 from hvd_quant.torch.identity import ParameterNames
-from hvd_quant.torch.transport import HorovodTransport
+from hvd_quant.torch.transport import POLL_SECONDS, HorovodTransport
 
 FUSION_BYTES = 16 << 20
 _DTYPES = {
@@ -44,6 +44,10 @@ _LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for it
 # have died.
 _PATIENCE_SECONDS = 60.0
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+
+class _RoundMismatch(ValueError):  # noqa: N818  it is caught and turned into a RankMismatchError
+    """By the time that results were asked for, the ranks had not sent the same."""
 
 
 @dataclass(slots=True)
@@ -137,6 +141,7 @@ class QuantizedCompressor(Compressor):
         check_choice("exchange", exchange, EXCHANGES)
         check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
         check_integer("seed", seed, 0, 2**64 - 1)
+        native.threads(), cost.stated_bandwidth()  # what the environment says is checked, too
         if not isinstance(process_set, hvd.ProcessSet):
             raise TypeError(f"process_set must be a horovod.torch.ProcessSet, not {process_set!r}")
         if process_set.process_set_id is None:
@@ -155,8 +160,10 @@ class QuantizedCompressor(Compressor):
         # In the names of our collectives, so that several compressors of one process stay apart. Ranks that
         # are not in a process set need not make its compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
-        self._resets = 0  # in those names too: what was abandoned may still be on its way
-        self._transport: HorovodTransport | None = None  # once Horovod is needed
+        self._beginnings = 0  # in those names too: what was abandoned may still be on its way
+        self._transport: HorovodTransport | None = (
+            None  # from the first gradient on, or the first after reset
+        )
         self._agreement: int | None = None  # a handle, while the ranks have not all told what they have
         self._fusion = Fusion(self.fusion_bytes)
         self._known: dict[str, _Known] = {}
@@ -165,6 +172,11 @@ class QuantizedCompressor(Compressor):
         self._arrivals = 0  # of quantized gradients in this step
         self._pending: dict[str, _Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
+        # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
+        self._sent: list[_Shipment] = []  # in this round
+        self._rounds = 0
+        self._announced: list[_Shipment] = []  # in the round of which the results are waited for
+        self._announcement: int | None = None  # a handle, until all ranks are known to have sent the same
         self._raw_bytes = 0
         self._wire_bytes = 0
         self._received_bytes = 0
@@ -225,7 +237,7 @@ class QuantizedCompressor(Compressor):
             )
         if self._transport is None:
             self._begin()
-        if self._agreement is not None:
+        elif self._agreement is not None:
             self._check_agreement()
         name = self._name(tensor)
         raw_bytes = tensor.nbytes
@@ -277,21 +289,16 @@ class QuantizedCompressor(Compressor):
                 f"reset() was called while gradient {ctx.known.key!r} was on its way: clear the optimizer's "
                 "state too, by optimizer.load_state_dict(optimizer.state_dict())"
             )
-        if self._fusion.waiting:  # nothing more will come before this result is used
-            for group in self._fusion.flush():
-                self._send(group)
         try:
+            if self._fusion.waiting or self._sent:
+                self._end_round()
             factor = self._factor(ctx.known, tensor.tolist())
-            if ctx.shipment.factor is None:
-                self._receive(ctx.shipment, factor)
+            if self._announced:
+                self._receive_round(factor)
         except control.FingerprintMismatch:
-            message = self._explain_mismatch([ctx])
-            self.reset()
-            raise control.RankMismatchError(message) from None
+            raise self._mismatch([ctx]) from None
         except ValueError as error:
-            message = self._explain_mismatch(ctx.shipment.members)
-            self.reset()
-            raise control.RankMismatchError(message) from error
+            raise self._mismatch([member for one in self._announced for member in one.members]) from error
         except control.UnsupportedReductionError:
             self.reset()
             raise
@@ -328,8 +335,8 @@ class QuantizedCompressor(Compressor):
         """Forget what is on its way, but not the noise and the statistics.
 
         For a training loop that goes on after it left a step between ``backward`` and ``step``, and cannot
-        finish that by ``optimizer.synchronize()``. All ranks must call it, as often as each other, clear
-        Horovod's optimizer as well, and wait for what Horovod has under way:
+        finish that by ``optimizer.synchronize()``. All ranks must call it, clear Horovod's optimizer as
+        well, and wait for what Horovod has under way:
 
             >>> compressor.reset()
             >>> optimizer.load_state_dict(optimizer.state_dict())
@@ -341,14 +348,21 @@ class QuantizedCompressor(Compressor):
             pending.abandoned = True
         self._pending.clear()
         self._underway.clear()
-        self._fusion.forget()
+        self._sent.clear()
+        self._announced.clear()
         self._known.clear()
-        self._resets += 1
+        self._fusion = Fusion(self.fusion_bytes)
+        self._transport = None  # the next gradient makes a new beginning
+        # Let Horovod forget what has arrived. The rest may never arrive: some rank may not have sent it.
+        # After hvd.shutdown, Horovod knows none of it any more.
         for shipment in shipments.values():
-            # Let Horovod forget what has arrived. The rest may never arrive: some rank may not have sent it.
-            # After hvd.shutdown, Horovod knows none of it any more.
             with contextlib.suppress(hvd.HorovodInternalError, ValueError):
                 shipment.exchange.abandon()
+        if self._announcement is not None:
+            with contextlib.suppress(hvd.HorovodInternalError, ValueError):
+                if hvd.poll(self._announcement):
+                    hvd.synchronize(self._announcement)
+            self._announcement = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -400,7 +414,7 @@ class QuantizedCompressor(Compressor):
             "shape": list(tensor.shape),
             "dtype": _DTYPES[tensor.dtype],
         }
-        fingerprint = control.fingerprint({**self._config(), **description})
+        fingerprint = control.fingerprint({**self._state(), **description})
         values = np.array(control.values(fingerprint, self._transport.rank))
         memory = values.copy()
         known = _Known(
@@ -426,7 +440,7 @@ class QuantizedCompressor(Compressor):
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
-        self._transport = HorovodTransport(self.process_set)
+        self._transport = HorovodTransport(self.process_set, self._check_round)
         named = self._names.named_parameters() if self._names is not None else []
         self._parameters = {
             name: [
@@ -445,23 +459,34 @@ class QuantizedCompressor(Compressor):
                     if p.requires_grad == trained
                 ]
             )
-        own = control.fingerprint({**self._config(), "parameters": self._parameters})
-        self._agreement = hvd.allgather_async(
-            torch.tensor([own]), name=f"hvd_quant.{self._number}.agreement", process_set=self.process_set
-        )
+        self._rounds = 0
+        if self._agreement is None:
+            # Their order is in it, too: it is that of the fused buckets.
+            own = control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
+            self._agreement = hvd.allgather_async(
+                torch.tensor([[own, self._beginnings]]),
+                name=f"hvd_quant.{self._number}.agreement",
+                process_set=self.process_set,
+            )
+        self._beginnings += 1
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not hvd.poll(self._agreement) and time.monotonic() < deadline:
-            time.sleep(0.0005)
+            time.sleep(POLL_SECONDS)
+        self._check_agreement()
 
     def _check_agreement(self) -> None:
         """Look at what the ranks have told, if they all have. If not, some rank may not run this code."""
-        if not hvd.poll(self._agreement):
+        if self._agreement is None or not hvd.poll(self._agreement):
             return
-        fingerprints = hvd.synchronize(self._agreement)
+        told = hvd.synchronize(self._agreement)
         self._agreement = None
-        if (fingerprints != fingerprints[0]).any():
-            message = self._explain_mismatch([])
-            self._transport = None
+        self._beginnings = max(self._beginnings, int(told[:, 1].max()) + 1)
+        if (told[:, 0] != told[0, 0]).any():
+            message = self._explain_mismatch(f"{self._number}.{self._beginnings}.disagreement", [])
+            if message is None:
+                # The others have waited in vain, and gone on: they will find out with us by what they reduce.
+                return
+            self.reset()
             raise control.RankMismatchError(message)
 
     def _config(self) -> control.Description:
@@ -474,8 +499,11 @@ class QuantizedCompressor(Compressor):
             "link": asdict(self._link),
             "wire version": wire.VERSION,
             "compressor": self._number,
-            "resets": self._resets,
         }
+
+    def _state(self) -> control.Description:
+        """The configuration, and what may come to differ later."""
+        return {**self._config(), "resets": self._beginnings - 1}
 
     def _factor(self, known: _Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
@@ -484,26 +512,95 @@ class QuantizedCompressor(Compressor):
             known.reduced = reduced
         return known.factor
 
-    def _explain_mismatch(self, pending: list[_Pending]) -> str:
-        """Ask all ranks, which have all noticed, what they have. Patience is limited, lest one has died."""
+    def _mismatch(self, pending: list[_Pending]) -> control.RankMismatchError:
+        """What to raise on a difference that was noticed at these gradients, by all ranks."""
         gradients = [one.known.description for one in pending]
-        own = [self._config(), self._parameters, gradients]
+        message = self._explain_mismatch("mismatch", gradients) or (
+            "the ranks are configured differently, or have sent different gradients, and did not all answer "
+            f"when asked for theirs. This one has {self._state()}, and noticed it at {gradients}."
+        )
+        self.reset()
+        return control.RankMismatchError(message)
+
+    def _explain_mismatch(self, question: str, gradients: list[control.Description]) -> str | None:
+        """Ask all ranks what they have: None, if they do not all answer, because one has died, say."""
+        own = [self._state(), self._parameters, gradients]
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        answers = None
-        # An earlier mismatch that was never explained still has the name, or Horovod has been shut down.
-        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-            handle = hvd.allgather_async(data, name="hvd_quant.mismatch", process_set=self.process_set)
-            while not hvd.poll(handle) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            answers = hvd.synchronize(handle) if hvd.poll(handle) else None
-        if answers is None:
-            return (
-                "the ranks are configured differently, and did not all answer when asked how. "
-                f"This one has {own[0]}, and noticed it at {own[2]}."
-            )
+        answers = self._ask(question, data, deadline)
+        # What a rank has asked in vain before is an answer, too, but that rank is not here to confirm it.
+        if answers is None or self._ask(f"{question}.confirm", data[:1], deadline) is None:
+            return None
         lines = bytes(answers.numpy()).decode().split("\n")[:-1]
         return control.explain_mismatch(*zip(*map(json.loads, lines), strict=True))
+
+    def _ask(self, question: str, data: torch.Tensor, deadline: float) -> torch.Tensor | None:
+        # An earlier question that was never answered still has the name, or Horovod has been shut down.
+        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
+            handle = hvd.allgather_async(data, name=f"hvd_quant.{question}", process_set=self.process_set)
+            while not hvd.poll(handle) and time.monotonic() < deadline:
+                self._advance(wait=False)  # others may need that to get here
+                time.sleep(0.01)
+            return hvd.synchronize(handle) if hvd.poll(handle) else None
+        return None
+
+    # --- rounds -----------------------------------------------------------------------------------------
+
+    def _end_round(self) -> None:
+        """Send everything that has come, for nothing more will before a result is used, and tell what it was.
+
+        If the ranks have not sent the same, some of it will never arrive: who waits for that must learn it.
+        """
+        for group in self._fusion.flush():
+            self._send(group)
+        self._announced, self._sent = self._sent, []
+        exchanges = [shipment.exchange for shipment in self._announced]
+        sent = digest([(one.work.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges])
+        self._announcement = hvd.allgather_async(
+            torch.tensor([int.from_bytes(sent, "little", signed=True)]),
+            name=f"hvd_quant.{self._number}.{self._beginnings}.round.{self._rounds}",
+            process_set=self.process_set,
+        )
+        self._rounds += 1
+
+    def _check_round(self) -> bool:
+        """Whether all ranks have said what they have sent, and it is the same."""
+        if self._announcement is None:
+            return True
+        if not hvd.poll(self._announcement):
+            return False
+        told = hvd.synchronize(self._announcement)
+        self._announcement = None
+        if (told != told[0]).any():
+            raise _RoundMismatch("the ranks have not sent the same")
+        return True
+
+    def _receive_round(self, factor: float) -> None:
+        """Write the means of everything that the round has sent, as it arrives.
+
+        No result is used before the ranks are known to have sent the same: a rank that found nothing wrong
+        would go on, and wait for others that have stopped.
+
+        Args:
+            factor: of the first gradient that was asked for; nearly always that of all.
+        """
+        # To their last collectives first, in the order in which Horovod carries them out.
+        self._advance(wait=True)
+        for shipment in self._announced:
+            out = []
+            for member, values in zip(shipment.members, shipment.exchange.work.values, strict=True):
+                if member.in_place:
+                    member.result = member.gradient
+                    out.append(values)
+                else:
+                    member.result = torch.empty_like(member.gradient, memory_format=torch.contiguous_format)
+                    out.append(_values(member.result, plain=True))
+            shipment.exchange.finish(out, factor)
+            self._received_bytes += shipment.exchange.received_bytes
+            shipment.factor = factor
+        while not self._check_round():
+            time.sleep(POLL_SECONDS)
+        self._announced = []
 
     # --- exchange ---------------------------------------------------------------------------------------
 
@@ -525,7 +622,7 @@ class QuantizedCompressor(Compressor):
             member.in_place = member.known.named and plain
         # Horovod remembers collectives by their names, and then does not notice that a rank has called
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
-        name = f"hvd_quant.{self._number}.{self._resets}.{group.name}.{group.times_sent}"
+        name = f"hvd_quant.{self._number}.{self._beginnings}.{group.name}.{group.times_sent}"
         work = Work(
             bucket,
             values,
@@ -545,27 +642,12 @@ class QuantizedCompressor(Compressor):
         for member in members:
             member.shipment = shipment
         self._underway.append(exchange)
+        self._sent.append(shipment)
 
     def _advance(self, *, wait: bool) -> None:
         """Take exchanges to their last collective, in the order in which they began."""
         while self._underway and self._underway[0].advance(wait=wait):
             self._underway.pop(0)
-
-    def _receive(self, shipment: _Shipment, factor: float) -> None:
-        """Write the means of the gradients that travelled together."""
-        # First of all the others' earlier collectives, which were submitted before this one's last.
-        self._advance(wait=True)
-        out = []
-        for member, values in zip(shipment.members, shipment.exchange.work.values, strict=True):
-            if member.in_place:
-                member.result = member.gradient
-                out.append(values)
-            else:
-                member.result = torch.empty_like(member.gradient, memory_format=torch.contiguous_format)
-                out.append(_values(member.result, plain=True))
-        shipment.exchange.finish(out, factor)
-        self._received_bytes += shipment.exchange.received_bytes
-        shipment.factor = factor
 
     def _decode_again(self, ctx: _Pending, factor: float) -> None:
         """Write the mean of one gradient whose factor is not that of those it travelled with."""

@@ -37,13 +37,17 @@ class ParameterNames:
                     "named_parameters must be pairs of name and parameter, as model.named_parameters() gives "
                     f"them, not {type(pair).__name__}"
                 )
-        self._names = [name for name, _ in pairs]
-        self._parameters = [parameter for _, parameter in pairs]
-        duplicates = sorted(name for name, count in Counter(self._names).items() if count > 1)
+        duplicates = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         if duplicates:
             raise ValueError(
                 f"names in named_parameters must be unique; found twice: {', '.join(duplicates)}"
             )
+        listed: dict[int, tuple[str, torch.Tensor]] = {}
+        for pair in pairs:
+            listed.setdefault(id(pair[1]), pair)  # one listed twice (tied weights) goes by its first name
+        pairs = list(listed.values())
+        self._names = [name for name, _ in pairs]
+        self._parameters = [parameter for _, parameter in pairs]
         # Gradients arrive in nearly the same order in every step: the search begins at the one that came
         # next last time, so that it is no search at all.
         self._successor = [*range(1, len(pairs)), 0]

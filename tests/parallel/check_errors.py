@@ -12,6 +12,8 @@ from common import backward, error_of, gathered, mlp, own_randn, same_everywhere
 
 import hvd_quant.torch as hq
 
+EXCHANGES = ["allgather", "scatter_allgather"]
+
 
 def first_and_rest(first, rest):
     return first if hvd.rank() == 0 else rest
@@ -173,13 +175,146 @@ def check_reset_while_a_gradient_is_on_its_way():
     hvd.allreduce(own_randn(5000), compression=compressor, name="afterwards")
 
 
-def check_reset_on_one_rank_only():
+def check_reset_on_one_rank_only(monkeypatch):
+    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 5.0)
     compressor = hq.QSGDCompressor()
+    hvd.allreduce(own_randn(5000), compression=compressor, name="before")
     if hvd.rank() == 0:
         compressor.reset()
     error = error_of(lambda: hvd.allreduce(own_randn(5000), compression=compressor, name="resets"))
     assert isinstance(error, hq.RankMismatchError)
-    assert "resets is 1 on rank 0" in str(error)
+    assert "resets is 1 on rank 0, 0 on rank" in str(error)
+    assert "reset() on every rank" in str(error)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_reset_brings_ranks_together(exchange):
+    """However much each has sent, and however often each has called it."""
+    compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=0)
+    hvd.allreduce(own_randn(5000), compression=compressor, name="before")
+    for _ in range(hvd.rank()):
+        compressor.compress(own_randn(5000))
+    for _ in range(1 + hvd.rank()):
+        compressor.reset()
+    for _ in range(3):
+        result = hvd.allreduce(own_randn(5000), compression=compressor, name="after")
+        assert same_everywhere(result)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_training_goes_on_after_one_step_in_another_order(exchange):
+    """Without names, and with buckets that have come to differ in it."""
+    sizes = {"a": 400_000, "b": 2000, "c": 3000}
+    model = torch.nn.ParameterDict({name: torch.zeros(size) for name, size in sizes.items()})
+    compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=1_000_000)
+    optimizer = stock_optimizer_of(model, compressor)
+
+    def step(order):
+        for name in order:
+            ((1 + hvd.rank()) * model[name] + 1).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    error = error_of(lambda: step("abc" if hvd.rank() == 0 else "bca"))
+    assert isinstance(error, hq.RankMismatchError)
+    assert len(set(gathered(str(error)))) == 1
+    compressor.reset()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    hvd.barrier()
+    for _ in range(3):
+        step("cab")
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
+@pytest.mark.parametrize("fusion_bytes", [0, 1_000_000, 16 << 20])
+def check_tensors_that_differ_and_have_no_names(exchange, fusion_bytes, monkeypatch):
+    """Other buckets, and so many that a rank would wait for some that no other sends."""
+    monkeypatch.setenv("HVD_QUANT_BANDWIDTH", "0.05")  # where "auto" depends on the size
+    sizes = [2000, first_and_rest(400_000, 1500), 3000]
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=0.1),
+        compression=hq.QSGDCompressor(exchange=exchange, fusion_bytes=fusion_bytes),
+    )
+
+    def step():
+        for parameter in parameters:
+            (parameter + 1).square().sum().backward()
+        optimizer.step()
+
+    error = error_of(step)
+    assert isinstance(error, hq.RankMismatchError)
+    assert "named_parameters=" in str(error)
+    assert len(set(gathered(str(error)))) == 1
+
+
+@pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
+def check_parameters_that_are_listed_in_another_order(exchange):
+    model = mlp()
+    named = list(model.named_parameters())
+    optimizer = hq.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=first_and_rest(named[::-1], named),
+        compression=hq.QSGDCompressor(exchange=exchange),
+    )
+    error = step_error(model, optimizer)
+    assert isinstance(error, hq.RankMismatchError)
+    assert 'number 0 is "2.bias" on rank 0, "0.weight" on rank' in str(error)
+    assert len(set(gathered(str(error)))) == 1
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_two_stock_optimizers_and_one_compressor(exchange):
+    """They work as long as the same gradients are on their way; here the first rank has one more."""
+    a, b = (torch.nn.Parameter(torch.zeros(size)) for size in (5000, 7000))
+    named = [(f"{exchange}.a", a), (f"{exchange}.b", b)]  # of which Horovod keeps one, see below
+    compressor = hq.QSGDCompressor(exchange=exchange, named_parameters=named, fusion_bytes=0)
+    first, second = (
+        hvd.DistributedOptimizer(
+            torch.optim.SGD([one[1]], lr=0.1), named_parameters=[one], compression=compressor
+        )
+        for one in named
+    )
+    for parameters in ([a, b], [b, a]):
+        for parameter in parameters:
+            (parameter + hvd.rank()).square().sum().backward()
+        first.step()
+        second.step()
+        assert same_everywhere(a)
+        assert same_everywhere(b)
+    if hvd.rank() == 0:
+        (b + 1).square().sum().backward()
+    (a + 1).square().sum().backward()
+    error = error_of(first.step)
+    assert isinstance(error, hq.RankMismatchError)
+    assert f'what others lack is ["{exchange}.b"] on rank 0, [] on rank' in str(error)
+    assert len(set(gathered(str(error)))) == 1
+
+
+def check_a_rank_that_is_late_and_differs(monkeypatch):
+    """The others have waited for it in vain, and gone on."""
+    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 3.0)
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8)))
+    if hvd.rank() == 0:
+        time.sleep(5)
+    error = step_error(model, optimizer)
+    assert isinstance(error, hq.RankMismatchError)
+    assert "bits is 4 on rank 0" in str(error)
+    assert len(set(gathered(str(error)))) == 1
+
+
+def check_a_rank_that_is_late(monkeypatch):
+    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor())
+    if hvd.rank() == 0:
+        time.sleep(3)
+    for _ in range(2):
+        assert step_error(model, optimizer) is None
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
 def check_process_set_that_horovod_does_not_know():

@@ -258,7 +258,7 @@ def check_ranks_that_have_different_gradients_when_a_result_is_asked_for():
 
     error = error_of(reduce)
     assert isinstance(error, hq.RankMismatchError)
-    assert "what has come is" in str(error)
+    assert "what others lack is" in str(error)
     assert len(set(gathered(str(error)))) == 1
 
 

@@ -115,6 +115,14 @@ def test_explanation_of_different_models():
     assert "and 15 more" in control.explain_mismatch([{}, {}], models, [[], []])
 
 
+def test_explanation_of_an_order_of_parameters():
+    models = [{"a": [[3], "float32"], "b": [[1], "float32"]}]
+    models.append(dict(reversed(models[0].items())))
+    text = control.explain_mismatch([{}, {}], models, [[], []])
+    assert 'number 0 is "a" on rank 0, "b" on rank 1' in text
+    assert "in the same order on every rank" in text
+
+
 def test_explanation_of_a_shape():
     text = control.explain_mismatch([{}, {}], [{}, {}], [[described(shape=[n])] for n in (3, 4)])
     assert "'w'" in text
@@ -129,6 +137,8 @@ def test_explanation_of_an_order_of_arrival():
 def test_explanation_of_what_travelled_together():
     gradients = [[described(), described(name="b")], [described()]]
     text = control.explain_mismatch([{}, {}], [{}, {}], gradients)
-    assert 'what has come is ["w", "b"] on rank 0, ["w"] on rank 1' in text
+    assert 'what others lack is ["b"] on rank 0, [] on rank 1' in text
     gradients = [[described(), described(name="b")]] * 2
-    assert "different bytes under the same names" in control.explain_mismatch([{}] * 2, [{}] * 2, gradients)
+    assert "different bytes about the same gradients" in control.explain_mismatch(
+        [{}] * 2, [{}] * 2, gradients
+    )

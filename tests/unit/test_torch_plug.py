@@ -39,6 +39,15 @@ def test_a_gradient_is_found_by_identity_in_any_order():
     assert names.find(pairs[3][1].grad) == "p3"
 
 
+def test_a_parameter_that_is_listed_twice_has_its_first_name():
+    (_, tied), (_, other) = with_gradients(2)
+    for order in ([tied, other], [other, tied]):
+        names = ParameterNames([("a", tied), ("other", other), ("b", tied)])
+        assert [names.find(parameter.grad) for parameter in order].count("a") == 1
+        assert names.find(tied.grad) == "a"
+        assert [name for name, _ in names.named_parameters()] == ["a", "other"]
+
+
 def test_no_names():
     assert ParameterNames([]).find(torch.ones(3)) is None
 
@@ -123,6 +132,13 @@ def test_equal_names_are_refused():
 def test_bad_configuration_fails_at_construction(arguments, error, says):
     with pytest.raises(error, match=says):
         hq.QSGDCompressor(**arguments)
+
+
+@pytest.mark.parametrize("variable", ["HVD_QUANT_THREADS", "HVD_QUANT_BANDWIDTH"])
+def test_bad_environment_fails_at_construction(monkeypatch, variable):
+    monkeypatch.setenv(variable, "fast")
+    with pytest.raises(ValueError, match=f"{variable} must be a positive .* not 'fast'"):
+        hq.QSGDCompressor()
 
 
 def test_names_are_taken_once():
