@@ -34,7 +34,7 @@ _LAYOUT_BYTES = 1 << 16  # what a fused bucket counts for, however small its buf
 _underway: list[Request] = []
 _abandoned: list[Any] = []  # what MPI may still read
 _lock = threading.RLock()
-_busy = False  # under the lock: a signal's handler or a finalizer may call from within a call
+_busy = False  # under the lock, which a signal's handler or a finalizer has, too, if it interrupts its holder
 
 
 def _progress() -> None:
@@ -47,6 +47,16 @@ def _progress() -> None:
             _underway[:] = [request for request in _underway if not request._advance()]
         finally:
             _busy = False
+
+
+def _check_not_within() -> None:
+    """Refuse to wait within `_progress`, where nothing would go on."""
+    with _lock:
+        if _busy:
+            raise RuntimeError(
+                "a signal's handler or a finalizer cannot wait for an hvd_quant.mpi call, or make one that "
+                "waits, while it interrupts another: have it set a flag, and call from the main program"
+            )
 
 
 def _meet(comm: MPI.Intracomm) -> None:
@@ -118,7 +128,10 @@ class Request:
 
         Raises:
             RankMismatchError: the ranks have called with different arguments.
+            RuntimeError: called by a signal's handler that interrupts another call.
         """
+        if not self.Test():
+            _check_not_within()
         while not self.Test():
             pass  # MPI yields the core by itself, where it is told to
         return True
@@ -149,7 +162,8 @@ class QuantizedComm:
             another one to a communicator that reduces what this one has reduced.
 
     Raises:
-        RankMismatchError: the ranks have given different arguments; on every rank.
+        RankMismatchError: the ranks have given different arguments, or some rank's ``HVD_QUANT_...``
+            variables are of no use; on every rank.
         TypeError, ValueError: an argument is not of its type, or not in its range.
 
     Example:
@@ -169,6 +183,7 @@ class QuantizedComm:
             raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
         check_choice("exchange", exchange, EXCHANGES)
         check_integer("seed", seed, 0, 2**64 - 1)
+        _check_not_within()
         self.rank, self.size = comm.rank, comm.size
         self.scheme = scheme
         self.exchange = exchange
@@ -177,7 +192,12 @@ class QuantizedComm:
         neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
         one_host = neighbours.size == self.size
         neighbours.Free()
-        self._link = cost.link_from_environment(one_host, _LATENCY)
+        fault = None
+        try:
+            native.threads()
+            self._link = cost.link_from_environment(one_host, _LATENCY)
+        except ValueError as error:  # on this rank alone, perhaps
+            fault = error
         self._comm: MPI.Intracomm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self._idle: dict[Entry, list[FusedBucket]] = {}  # the most recently used ones last
@@ -187,25 +207,30 @@ class QuantizedComm:
         self._wire_bytes = 0
         self._received_bytes = 0
         self._messages = 0  # calls so far, too: every rank numbers them
-        self._agree()
+        self._agree(fault)
 
-    def _agree(self) -> None:
-        """Compare the ranks' arguments."""
+    def _agree(self, fault: ValueError | None) -> None:
+        """Compare the ranks' arguments, and whether their environments are in order."""
         own = {
+            "environment": "in order" if fault is None else str(fault),
             "scheme": type(self.scheme).__name__,
             **asdict(self.scheme),
             "exchange": self.exchange,
             "seed": self.seed,
-            "link": asdict(self._link),
+            "link": asdict(self._link) if fault is None else None,
             "wire version": wire.VERSION,
         }
-        if differences := control.differences(self._comm.allgather(own)):
+        differences = control.differences(self._comm.allgather(own))
+        if differences or fault is not None:
             self._comm.Free()
+        if differences:
             raise control.RankMismatchError(
                 "hvd_quant is configured differently on the ranks: "
                 + "; ".join(differences.values())
                 + ". Give every rank the same arguments to QuantizedComm, and the same HVD_QUANT_BANDWIDTH."
-            )
+            ) from fault
+        if fault is not None:
+            raise fault
 
     # --- what users call --------------------------------------------------------------------------------
 
@@ -229,6 +254,7 @@ class QuantizedComm:
                 calls are not affected.
             TypeError, ValueError: an argument is refused; nothing has been sent.
         """
+        _check_not_within()
         self.Iallreduce(sendbuf, recvbuf, op).Wait()
 
     def Iallreduce(  # noqa: N802
@@ -291,6 +317,7 @@ class QuantizedComm:
         """
         if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
             return
+        _check_not_within()
         requests = [request for request in self._requests if not request._over]
         while any(request._steps is not None for request in requests):
             _progress()

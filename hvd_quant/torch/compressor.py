@@ -555,7 +555,10 @@ class QuantizedCompressor(Compressor):
             self._send(group)
         self._announced, self._sent = self._sent, []
         exchanges = [shipment.exchange for shipment in self._announced]
-        sent = digest([(one.work.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges])
+        # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
+        sent = digest(
+            sorted((one.work.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges)
+        )
         self._announcement = hvd.allgather_async(
             torch.tensor([int.from_bytes(sent, "little", signed=True)]),
             name=f"hvd_quant.{self._number}.{self._beginnings}.round.{self._rounds}",

@@ -57,6 +57,36 @@ def check_different_bandwidths_are_named(monkeypatch):
     assert "bandwidth" in same_mismatch(error_of(lambda: hm.QuantizedComm(WORLD, SCHEME)))
 
 
+@pytest.mark.parametrize("variable", ["HVD_QUANT_BANDWIDTH", "HVD_QUANT_THREADS"])
+def check_an_environment_that_is_of_no_use(variable, monkeypatch):
+    if WORLD.rank == LAST:
+        monkeypatch.setenv(variable, "fast")
+    message = same_mismatch(error_of(lambda: hm.QuantizedComm(WORLD, SCHEME)))
+    assert f"{variable} must be a positive" in message
+    monkeypatch.setenv(variable, "slow")
+    error = error_of(lambda: hm.QuantizedComm(WORLD, SCHEME))
+    assert isinstance(error, ValueError)
+    assert "'slow'" in str(error)
+
+
+def check_what_interrupts_a_call_cannot_wait_for_another(monkeypatch):
+    """A signal's handler, or a finalizer, on top of what takes requests forward."""
+    x = own_values(3000)
+    with hm.QuantizedComm(WORLD, SCHEME) as comm:
+        request = comm.Iallreduce(MPI.IN_PLACE, x.copy())
+        with monkeypatch.context() as patch:
+            patch.setattr(comm_module, "_busy", True)
+            complete = request.Test()
+            waits = [comm.Free, lambda: comm.Allreduce(MPI.IN_PLACE, x.copy())]
+            waits += [] if complete else [request.Wait]
+            for action in [*waits, lambda: hm.QuantizedComm(WORLD, SCHEME)]:
+                with pytest.raises(RuntimeError, match="from the main program"):
+                    action()
+        request.Wait()
+        comm.Allreduce(MPI.IN_PLACE, x)
+        assert same_everywhere(x)
+
+
 CALLS = {
     "shape": (np.zeros((30, 40), np.float32), np.zeros(1200, np.float32), "[30, 40]", "[1200]"),
     # Of other sizes than expected: larger, and smaller.
