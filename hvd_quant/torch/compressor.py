@@ -572,9 +572,9 @@ class QuantizedCompressor(Compressor):
             return True
         if not hvd.poll(self._announcement):
             return False
-        told = hvd.synchronize(self._announcement)
+        told = hvd.synchronize(self._announcement).tolist()
         self._announcement = None
-        if (told != told[0]).any():
+        if told.count(told[0]) != len(told):
             raise _RoundMismatch("the ranks have not sent the same")
         return True
 

@@ -13,7 +13,7 @@ import torch
 
 from hvd_quant.exchange.transport import Buffer
 
-POLL_SECONDS = 2e-4  # between two looks at what is waited for; Horovod itself takes 1 ms
+POLL_SECONDS = 1e-3  # between two looks at what is waited for, as in Horovod itself
 
 
 class _Handle:
