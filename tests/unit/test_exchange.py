@@ -249,6 +249,26 @@ def test_damage_is_found_and_nobody_hangs(exchange, stage, damage):
             one.finish([np.empty_like(value) for value in one.work.values])
 
 
+def test_a_collective_that_cannot_begin():
+    network = Network(2)
+    post = network.post
+
+    def failing_post(name, rank, parts):
+        if rank == 0 and name.endswith(".gather"):
+            raise ValueError("the name is taken")
+        return post(name, rank, parts)
+
+    network.post = failing_post
+    first, second = start(network, randn(2, [3000]), QSGD(), "scatter_allgather")
+    assert first.advance(wait=True)
+    assert first.ready()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the name is taken"):
+            first.finish([np.empty(3000, np.float32)])
+    assert second.advance(wait=True)
+    assert not second.ready()
+
+
 def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
     """The memory still holds that one, encoded, under the right preamble."""
     ranks = 3
