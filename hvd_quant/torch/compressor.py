@@ -9,6 +9,7 @@ exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import json
 import time
@@ -88,12 +89,17 @@ class _Pending:
     """A gradient on its way, from ``compress`` to ``decompress``."""
 
     known: _Known
-    gradient: torch.Tensor
+    gradient: torch.Tensor | None
     use: int
     in_place: bool = False  # whether the mean is to overwrite the gradient
     result: torch.Tensor | None = None
     shipment: _Shipment | None = None
     abandoned: bool = False
+
+    def release(self) -> torch.Tensor | None:
+        """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
+        result, self.result, self.gradient, self.shipment = self.result, None, None, None
+        return result
 
 
 @dataclass(slots=True)
@@ -169,7 +175,9 @@ class QuantizedCompressor(Compressor):
         self._known: dict[str, _Known] = {}
         self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
-        self._arrivals = 0  # of quantized gradients in this step
+        self._places = 0  # taken since nothing was on its way
+        self._free_places: list[int] = []  # of these, a heap
+        self._unsent: list[_Pending] = []  # while there is no agreement
         self._pending: dict[str, _Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
@@ -237,8 +245,6 @@ class QuantizedCompressor(Compressor):
             )
         if self._transport is None:
             self._begin()
-        elif self._agreement is not None:
-            self._check_agreement()
         name = self._name(tensor)
         raw_bytes = tensor.nbytes
         self._raw_bytes += raw_bytes
@@ -248,7 +254,7 @@ class QuantizedCompressor(Compressor):
                 self._uses[name] += 1
             return tensor.contiguous(), None
 
-        key = name or self._place()
+        key = name or f"#{self._place()}"
         if key in self._pending:
             raise RuntimeError(
                 f"gradient {key!r} was submitted again while it is on its way. If a step was left between "
@@ -260,10 +266,10 @@ class QuantizedCompressor(Compressor):
         use = self._uses[key]
         self._uses[key] = use + 1
         self._pending[key] = pending = _Pending(known, tensor, use)
-        if (ready := self._fusion.add(known.entry)) is not None:
-            self._send(ready)
-        if self._underway:
-            self._advance(wait=False)
+        if self._agreement is None or self._agreed():
+            self._take(pending)
+        else:
+            self._unsent.append(pending)
         self._wire_bytes += control.NBYTES
         return known.fresh_control(), pending
 
@@ -293,6 +299,9 @@ class QuantizedCompressor(Compressor):
             if self._fusion.waiting or self._sent:
                 self._end_round()
             factor = self._factor(ctx.known, tensor.tolist())
+            if self._unsent:  # all ranks have submitted this gradient, and before that told what they have
+                self._await_agreement()
+                self._end_round()
             if self._announced:
                 self._receive_round(factor)
         except control.FingerprintMismatch:
@@ -300,15 +309,18 @@ class QuantizedCompressor(Compressor):
         except ValueError as error:
             raise self._mismatch([member for one in self._announced for member in one.members]) from error
         except control.UnsupportedReductionError:
+            self._go_on_for_others()
             self.reset()
             raise
         del self._pending[ctx.known.key]
+        if not ctx.known.named:
+            heapq.heappush(self._free_places, int(ctx.known.key[1:]))
         if factor != ctx.shipment.factor:
             self._decode_again(ctx, factor)
         if self._watching and not self._pending:  # the first step is complete
             self._names.watch_no_more()
             self._watching = False
-        return ctx.result
+        return ctx.release()
 
     # --- what users call --------------------------------------------------------------------------------
 
@@ -346,7 +358,9 @@ class QuantizedCompressor(Compressor):
         shipments = {id(p.shipment): p.shipment for p in self._pending.values() if p.shipment is not None}
         for pending in self._pending.values():
             pending.abandoned = True
+            pending.release()
         self._pending.clear()
+        self._unsent.clear()
         self._underway.clear()
         self._sent.clear()
         self._announced.clear()
@@ -359,10 +373,11 @@ class QuantizedCompressor(Compressor):
             with contextlib.suppress(hvd.HorovodInternalError, ValueError):
                 shipment.exchange.abandon()
         if self._announcement is not None:
-            with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-                if hvd.poll(self._announcement):
-                    hvd.synchronize(self._announcement)
+            _forget(self._announcement)
             self._announcement = None
+        # Others may be waiting for an agreement still to come; one that has come was theirs before.
+        if self._agreement is not None and _forget(self._agreement):
+            self._agreement = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -400,11 +415,15 @@ class QuantizedCompressor(Compressor):
             return None
         return self._names.find(tensor) or self._names.find_sparse(tensor, self._pending)
 
-    def _place(self) -> str:
+    def _place(self) -> int:
+        """The first place in the order of arrival that is free."""
         if not self._pending:
-            self._arrivals = 0
-        self._arrivals += 1
-        return f"#{self._arrivals - 1}"
+            self._places = 0
+            self._free_places.clear()
+        if self._free_places:
+            return heapq.heappop(self._free_places)
+        self._places += 1
+        return self._places - 1
 
     def _meet(self, key: str, named: bool, tensor: torch.Tensor) -> _Known:
         """Note a gradient that is new, or has changed."""
@@ -460,7 +479,7 @@ class QuantizedCompressor(Compressor):
                 ]
             )
         self._rounds = 0
-        if self._agreement is None:
+        if self._agreement is None:  # else the others have not yet come to their new beginning
             # Their order is in it, too: it is that of the fused buckets.
             own = control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
             self._agreement = hvd.allgather_async(
@@ -468,26 +487,40 @@ class QuantizedCompressor(Compressor):
                 name=f"hvd_quant.{self._number}.agreement",
                 process_set=self.process_set,
             )
-        self._beginnings += 1
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not hvd.poll(self._agreement) and time.monotonic() < deadline:
+        while not self._agreed() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        self._check_agreement()
 
-    def _check_agreement(self) -> None:
-        """Look at what the ranks have told, if they all have. If not, some rank may not run this code."""
-        if self._agreement is None or not hvd.poll(self._agreement):
-            return
-        told = hvd.synchronize(self._agreement)
-        self._agreement = None
-        self._beginnings = max(self._beginnings, int(told[:, 1].max()) + 1)
+    def _agreed(self) -> bool:
+        """Whether all ranks have told what they have, and it is the same. If not, some may not run this code.
+
+        Until then nothing is sent, but Horovod gets its control tensors: with a rank that does not run this
+        code, or that comes late and is configured differently, these show it.
+        """
+        if self._agreement is None:
+            return True
+        if not hvd.poll(self._agreement):
+            return False
+        handle, self._agreement = self._agreement, None
+        told = hvd.synchronize(handle)
+        self._beginnings = int(told[:, 1].max()) + 1
         if (told[:, 0] != told[0, 0]).any():
             message = self._explain_mismatch(f"{self._number}.{self._beginnings}.disagreement", [])
-            if message is None:
-                # The others have waited in vain, and gone on: they will find out with us by what they reduce.
-                return
-            self.reset()
-            raise control.RankMismatchError(message)
+            # If the others have waited in vain, and gone on, all will find out by what they reduce.
+            if message is not None:
+                self.reset()
+                raise control.RankMismatchError(message)
+        unsent, self._unsent = self._unsent, []
+        for pending in unsent:
+            self._take(pending)
+        return True
+
+    def _await_agreement(self) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not self._agreed():
+            if time.monotonic() > deadline:
+                raise ValueError("not all ranks have told their configuration")
+            time.sleep(POLL_SECONDS)
 
     def _config(self) -> control.Description:
         return {
@@ -503,7 +536,7 @@ class QuantizedCompressor(Compressor):
 
     def _state(self) -> control.Description:
         """The configuration, and what may come to differ later."""
-        return {**self._config(), "resets": self._beginnings - 1}
+        return {**self._config(), "resets": self._beginnings - (self._agreement is None)}
 
     def _factor(self, known: _Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
@@ -551,6 +584,7 @@ class QuantizedCompressor(Compressor):
 
         If the ranks have not sent the same, some of it will never arrive: who waits for that must learn it.
         """
+        self._check_round()  # of the last one, if that was not waited for to the end
         for group in self._fusion.flush():
             self._send(group)
         self._announced, self._sent = self._sent, []
@@ -601,11 +635,21 @@ class QuantizedCompressor(Compressor):
             shipment.exchange.finish(out, factor)
             self._received_bytes += shipment.exchange.received_bytes
             shipment.factor = factor
-        while not self._check_round():
+        # All results are there, but some rank may wait for more. Or it has not come so far, and waits for us
+        # elsewhere: then it is to be looked at in the next round.
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not self._check_round() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         self._announced = []
 
     # --- exchange ---------------------------------------------------------------------------------------
+
+    def _take(self, pending: _Pending) -> None:
+        """Have a gradient travel, as soon as its fused bucket is complete."""
+        if (ready := self._fusion.add(pending.known.entry)) is not None:
+            self._send(ready)
+        if self._underway:
+            self._advance(wait=False)
 
     def _bucket(self, group: Group) -> FusedBucket:
         # The rank in Horovod, not in the process set: sets side by side must not share their noise.
@@ -652,12 +696,32 @@ class QuantizedCompressor(Compressor):
         while self._underway and self._underway[0].advance(wait=wait):
             self._underway.pop(0)
 
+    def _go_on_for_others(self) -> None:
+        """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
+            while self._underway and time.monotonic() < deadline:
+                self._advance(wait=False)
+                time.sleep(POLL_SECONDS)
+
     def _decode_again(self, ctx: _Pending, factor: float) -> None:
         """Write the mean of one gradient whose factor is not that of those it travelled with."""
         members = ctx.shipment.members
-        results = [torch.empty_like(one.result, memory_format=torch.contiguous_format) for one in members]
+        known = [member.known for member in members]
+        results = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in known]
         ctx.shipment.exchange.finish([_values(result, plain=True) for result in results], factor)
         ctx.result.copy_(results[members.index(ctx)])
+
+
+def _forget(handle: int) -> bool:
+    """Have Horovod forget a collective, if it is over; whether it knows nothing of it any more."""
+    try:
+        if not hvd.poll(handle):
+            return False
+        hvd.synchronize(handle)
+    except (hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
+        pass
+    return True
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -185,6 +185,8 @@ def check_reset_on_one_rank_only(monkeypatch):
     assert isinstance(error, hq.RankMismatchError)
     assert "resets is 1 on rank 0, 0 on rank" in str(error)
     assert "reset() on every rank" in str(error)
+    for _ in range(2):  # the error has done so
+        assert same_everywhere(hvd.allreduce(own_randn(5000), compression=compressor, name="resets"))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -309,12 +311,15 @@ def check_a_rank_that_is_late_and_differs(monkeypatch):
 def check_a_rank_that_is_late(monkeypatch):
     monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
     model = mlp()
-    optimizer = optimizer_of(model, hq.QSGDCompressor())
+    compressor = hq.QSGDCompressor()
+    optimizer = optimizer_of(model, compressor)
     if hvd.rank() == 0:
         time.sleep(3)
-    for _ in range(2):
+    for step in range(4):
         assert step_error(model, optimizer) is None
         assert all(same_everywhere(parameter) for parameter in model.parameters())
+        if step == 1:
+            compressor.reset()
 
 
 def check_process_set_that_horovod_does_not_know():
@@ -337,6 +342,42 @@ def check_ranks_that_notice_late():
     assert isinstance(error, hq.RankMismatchError)
     assert "bits is 4 on rank 0" in str(error)
     assert len(set(gathered(str(error)))) == 1
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_one_reduction_that_is_not_supported(exchange):
+    """Ranks that ask for the results in different orders: who is refused first must not hold up the other."""
+    compressor = hq.QSGDCompressor(exchange=exchange)
+    names = ["mean", "minimum"]
+    handles = {}
+    for name, op in zip(names, (hvd.Average, hvd.Min), strict=True):
+        control, context = compressor.compress(own_randn(5000))
+        handles[name] = hvd.allreduce_async(control, name=f"{exchange}.{name}", op=op), context
+
+    def results():
+        for name in first_and_rest(names, names[::-1]):
+            handle, context = handles[name]
+            compressor.decompress(hvd.synchronize(handle), context)
+
+    assert isinstance(error_of(results), hq.UnsupportedReductionError)
+    compressor.reset()
+    hvd.barrier()
+
+
+def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkeypatch):
+    """They are right, if late."""
+    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
+    compressors = [hq.QSGDCompressor(fusion_bytes=0) for _ in range(2)]
+    for _ in range(2):
+        sent = []
+        for i, compressor in enumerate(compressors):
+            control, context = compressor.compress(own_randn(5000, seed=i))
+            sent.append((hvd.allreduce_async(control, name=f"compressor {i}"), context))
+        for i in first_and_rest([0, 1], [1, 0]):
+            handle, context = sent[i]
+            result = compressors[i].decompress(hvd.synchronize(handle), context)
+            assert torch.isfinite(result).all()
+        hvd.barrier()
 
 
 def check_tensor_in_an_autograd_graph():

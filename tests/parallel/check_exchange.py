@@ -1,5 +1,8 @@
 """The promises for every exchange, with few and many ranks; what the exchanges do is in tests/unit."""
 
+import gc
+import weakref
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -350,3 +353,35 @@ def check_sub_groups_side_by_side():
     hvd.barrier()
     for half in halves:
         hvd.remove_process_set(half)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_no_gradient_is_kept(exchange):
+    """Not even until the garbage collector comes: it does not know how large tensors are."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(60, 60) for _ in range(3)))
+    optimizer = optimizer_of(model, hq.QSGDCompressor(exchange=exchange))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            model(own_randn(4, 60)).square().sum().backward()
+            gradients = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+            assert [gradient() for gradient in gradients] == [None] * 6
+    finally:
+        gc.enable()
+
+
+def check_places_are_taken_again():
+    """Of gradients without names, where there is always one on its way."""
+    compressor = hq.QSGDCompressor()
+    former = None
+    for i in range(10):
+        control, context = compressor.compress(own_randn(3000, seed=i))
+        latter = hvd.allreduce_async(control, name=f"place {i}"), context
+        if former is not None:
+            compressor.decompress(hvd.synchronize(former[0]), former[1])
+        former = latter
+    compressor.decompress(hvd.synchronize(former[0]), former[1])
+    assert set(compressor.state_dict()["uses"]) == {"#0", "#1"}
