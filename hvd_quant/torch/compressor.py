@@ -9,7 +9,6 @@ exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import json
 import time
@@ -176,7 +175,6 @@ class QuantizedCompressor(Compressor):
         self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
         self._places = 0  # taken since nothing was on its way
-        self._free_places: list[int] = []  # of these, a heap
         self._unsent: list[_Pending] = []  # while there is no agreement
         self._pending: dict[str, _Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
@@ -313,8 +311,6 @@ class QuantizedCompressor(Compressor):
             self.reset()
             raise
         del self._pending[ctx.known.key]
-        if not ctx.known.named:
-            heapq.heappush(self._free_places, int(ctx.known.key[1:]))
         if factor != ctx.shipment.factor:
             self._decode_again(ctx, factor)
         if self._watching and not self._pending:  # the first step is complete
@@ -416,12 +412,9 @@ class QuantizedCompressor(Compressor):
         return self._names.find(tensor) or self._names.find_sparse(tensor, self._pending)
 
     def _place(self) -> int:
-        """The first place in the order of arrival that is free."""
+        """The next place in the order of arrival, since nothing was on its way."""
         if not self._pending:
             self._places = 0
-            self._free_places.clear()
-        if self._free_places:
-            return heapq.heappop(self._free_places)
         self._places += 1
         return self._places - 1
 

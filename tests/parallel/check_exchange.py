@@ -371,17 +371,3 @@ def check_no_gradient_is_kept(exchange):
             assert [gradient() for gradient in gradients] == [None] * 6
     finally:
         gc.enable()
-
-
-def check_places_are_taken_again():
-    """Of gradients without names, where there is always one on its way."""
-    compressor = hq.QSGDCompressor()
-    former = None
-    for i in range(10):
-        control, context = compressor.compress(own_randn(3000, seed=i))
-        latter = hvd.allreduce_async(control, name=f"place {i}"), context
-        if former is not None:
-            compressor.decompress(hvd.synchronize(former[0]), former[1])
-        former = latter
-    compressor.decompress(hvd.synchronize(former[0]), former[1])
-    assert set(compressor.state_dict()["uses"]) == {"#0", "#1"}
