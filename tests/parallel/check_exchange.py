@@ -11,6 +11,7 @@ from common import backward, error_of, gathered, local_gradients, mlp, own_randn
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD
+from hvd_quant.exchange.algorithms import Exchange
 
 EXCHANGES = ["allgather", "scatter_allgather"]
 SCHEME = QSGD(bits=8)
@@ -369,5 +370,7 @@ def check_no_gradient_is_kept(exchange):
             optimizer.step()
             optimizer.zero_grad()
             assert [gradient() for gradient in gradients] == [None] * 6
+            # These know their memory, and that of messages.
+            assert not [one for one in gc.get_objects() if isinstance(one, Exchange)]
     finally:
         gc.enable()
