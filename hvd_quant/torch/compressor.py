@@ -166,9 +166,7 @@ class QuantizedCompressor(Compressor):
         # are not in a process set need not make its compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
         self._beginnings = 0  # in those names too: what was abandoned may still be on its way
-        self._transport: HorovodTransport | None = (
-            None  # from the first gradient on, or the first after reset
-        )
+        self._transport: HorovodTransport | None = None  # until there is a gradient, and again after reset
         self._agreement: int | None = None  # a handle, while the ranks have not all told what they have
         self._fusion = Fusion(self.fusion_bytes)
         self._known: dict[str, _Known] = {}
