@@ -180,7 +180,7 @@ class QuantizedCompressor(Compressor):
         self._sent: list[_Shipment] = []  # in this round
         self._rounds = 0
         self._announced: list[_Shipment] = []  # in the round of which the results are waited for
-        self._announcement: int | None = None  # a handle, until all ranks are known to have sent the same
+        self._announcements: list[int] = []  # handles, of rounds not yet known to have been the same
         self._raw_bytes = 0
         self._wire_bytes = 0
         self._received_bytes = 0
@@ -294,10 +294,9 @@ class QuantizedCompressor(Compressor):
         try:
             if self._fusion.waiting or self._sent:
                 self._end_round()
+            if self._unsent:
+                self._await_agreement(ctx, tensor)
             factor = self._factor(ctx.known, tensor.tolist())
-            if self._unsent:  # all ranks have submitted this gradient, and before that told what they have
-                self._await_agreement()
-                self._end_round()
             if self._announced:
                 self._receive_round(factor)
         except control.FingerprintMismatch:
@@ -366,12 +365,13 @@ class QuantizedCompressor(Compressor):
         for shipment in shipments.values():
             with contextlib.suppress(hvd.HorovodInternalError, ValueError):
                 shipment.exchange.abandon()
-        if self._announcement is not None:
-            _forget(self._announcement)
-            self._announcement = None
+        for announcement in self._announcements:
+            _forget(announcement)
+        self._announcements.clear()
         # Others may be waiting for an agreement still to come; one that has come was theirs before.
-        if self._agreement is not None and _forget(self._agreement):
+        if self._agreement is not None and (told := _forget(self._agreement)) is not None:
             self._agreement = None
+            self._beginnings = max([self._beginnings, *(number + 1 for number in told[:, 1].tolist())])
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -450,7 +450,6 @@ class QuantizedCompressor(Compressor):
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
-        self._transport = HorovodTransport(self.process_set, self._check_round)
         named = self._names.named_parameters() if self._names is not None else []
         self._parameters = {
             name: [
@@ -478,6 +477,7 @@ class QuantizedCompressor(Compressor):
                 name=f"hvd_quant.{self._number}.agreement",
                 process_set=self.process_set,
             )
+        self._transport = HorovodTransport(self.process_set, self._check_rounds)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self._agreed() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -493,11 +493,16 @@ class QuantizedCompressor(Compressor):
         if not hvd.poll(self._agreement):
             return False
         handle, self._agreement = self._agreement, None
-        told = hvd.synchronize(handle)
+        try:
+            told = hvd.synchronize(handle)
+        except hvd.HorovodInternalError:
+            self.reset()
+            raise
         self._beginnings = int(told[:, 1].max()) + 1
         if (told[:, 0] != told[0, 0]).any():
-            message = self._explain_mismatch(f"{self._number}.{self._beginnings}.disagreement", [])
-            # If the others have waited in vain, and gone on, all will find out by what they reduce.
+            # Where some have waited in vain, and gone on, all will find out by what they reduce.
+            question = f"{self._number}.{self._beginnings}.disagreement"
+            message = None if self._unsent else self._explain_mismatch(question, [])
             if message is not None:
                 self.reset()
                 raise control.RankMismatchError(message)
@@ -506,12 +511,16 @@ class QuantizedCompressor(Compressor):
             self._take(pending)
         return True
 
-    def _await_agreement(self) -> None:
+    def _await_agreement(self, ctx: _Pending, reduced: torch.Tensor) -> None:
+        """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self._agreed():
+            with contextlib.suppress(control.UnsupportedReductionError):
+                self._factor(ctx.known, reduced.tolist())  # ranks that differ need not agree
             if time.monotonic() > deadline:
                 raise ValueError("not all ranks have told their configuration")
             time.sleep(POLL_SECONDS)
+        self._end_round()
 
     def _config(self) -> control.Description:
         return {
@@ -539,7 +548,10 @@ class QuantizedCompressor(Compressor):
     def _mismatch(self, pending: list[_Pending]) -> control.RankMismatchError:
         """What to raise on a difference that was noticed at these gradients, by all ranks."""
         gradients = [one.known.description for one in pending]
-        message = self._explain_mismatch("mismatch", gradients) or (
+        message = self._explain_mismatch("mismatch", gradients)
+        if message is None:
+            self._go_on_for_others()
+        message = message or (
             "the ranks are configured differently, or have sent different gradients, and did not all answer "
             f"when asked for theirs. This one has {self._state()}, and noticed it at {gradients}."
         )
@@ -575,7 +587,6 @@ class QuantizedCompressor(Compressor):
 
         If the ranks have not sent the same, some of it will never arrive: who waits for that must learn it.
         """
-        self._check_round()  # of the last one, if that was not waited for to the end
         for group in self._fusion.flush():
             self._send(group)
         self._announced, self._sent = self._sent, []
@@ -584,24 +595,21 @@ class QuantizedCompressor(Compressor):
         sent = digest(
             sorted((one.work.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges)
         )
-        self._announcement = hvd.allgather_async(
+        announcement = hvd.allgather_async(
             torch.tensor([int.from_bytes(sent, "little", signed=True)]),
             name=f"hvd_quant.{self._number}.{self._beginnings}.round.{self._rounds}",
             process_set=self.process_set,
         )
+        self._announcements.append(announcement)
         self._rounds += 1
 
-    def _check_round(self) -> bool:
+    def _check_rounds(self) -> bool:
         """Whether all ranks have said what they have sent, and it is the same."""
-        if self._announcement is None:
-            return True
-        if not hvd.poll(self._announcement):
-            return False
-        told = hvd.synchronize(self._announcement).tolist()
-        self._announcement = None
-        if told.count(told[0]) != len(told):
-            raise _RoundMismatch("the ranks have not sent the same")
-        return True
+        while self._announcements and hvd.poll(self._announcements[0]):
+            told = hvd.synchronize(self._announcements.pop(0)).tolist()
+            if told.count(told[0]) != len(told):
+                raise _RoundMismatch("the ranks have not sent the same")
+        return not self._announcements
 
     def _receive_round(self, factor: float) -> None:
         """Write the means of everything that the round has sent, as it arrives.
@@ -627,9 +635,9 @@ class QuantizedCompressor(Compressor):
             self._received_bytes += shipment.exchange.received_bytes
             shipment.factor = factor
         # All results are there, but some rank may wait for more. Or it has not come so far, and waits for us
-        # elsewhere: then it is to be looked at in the next round.
+        # elsewhere: then what it says is looked at in the next round.
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not self._check_round() and time.monotonic() < deadline:
+        while not self._check_rounds() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         self._announced = []
 
@@ -704,15 +712,12 @@ class QuantizedCompressor(Compressor):
         ctx.result.copy_(results[members.index(ctx)])
 
 
-def _forget(handle: int) -> bool:
-    """Have Horovod forget a collective, if it is over; whether it knows nothing of it any more."""
+def _forget(handle: int) -> torch.Tensor | None:
+    """Have Horovod forget an allgather that is over, and return what it brought; None if it is not over."""
     try:
-        if not hvd.poll(handle):
-            return False
-        hvd.synchronize(handle)
+        return hvd.synchronize(handle) if hvd.poll(handle) else None
     except (hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-        pass
-    return True
+        return torch.empty((0, 2), dtype=torch.int64)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
