@@ -146,7 +146,8 @@ class QuantizedCompressor(Compressor):
         check_choice("exchange", exchange, EXCHANGES)
         check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
         check_integer("seed", seed, 0, 2**64 - 1)
-        native.threads(), cost.stated_bandwidth()  # what the environment says is checked, too
+        native.threads()  # this and the next check what the environment says
+        cost.stated_bandwidth()
         if not isinstance(process_set, hvd.ProcessSet):
             raise TypeError(f"process_set must be a horovod.torch.ProcessSet, not {process_set!r}")
         if process_set.process_set_id is None:
@@ -551,10 +552,10 @@ class QuantizedCompressor(Compressor):
         message = self._explain_mismatch("mismatch", gradients)
         if message is None:
             self._go_on_for_others()
-        message = message or (
-            "the ranks are configured differently, or have sent different gradients, and did not all answer "
-            f"when asked for theirs. This one has {self._state()}, and noticed it at {gradients}."
-        )
+            message = (
+                "the ranks are configured differently, or have sent different gradients, and did not all "
+                f"answer when asked for theirs. This one has {self._state()}, and noticed it at {gradients}."
+            )
         self.reset()
         return control.RankMismatchError(message)
 

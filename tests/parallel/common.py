@@ -5,6 +5,8 @@ import copy
 import horovod.torch as hvd
 import torch
 
+import hvd_quant.torch as hq
+
 
 def gathered(value):
     """Every rank's value, in rank order."""
@@ -51,3 +53,10 @@ def error_of(action):
     except Exception as error:
         return error
     return None
+
+
+def same_mismatch(error):
+    """The text of a RankMismatchError, which all ranks must have."""
+    assert isinstance(error, hq.RankMismatchError)
+    assert len(set(gathered(str(error)))) == 1
+    return str(error)
