@@ -349,6 +349,19 @@ class QuantizedCompressor(Compressor):
             >>> optimizer.zero_grad()
             >>> hvd.barrier()
         """
+        self._drop_former_agreement()
+        self._clear()
+
+    def _drop_former_agreement(self) -> None:
+        """Before any rank can make a new beginning: what has come by now was the others' former one.
+
+        One that is still to come is for the new beginning.
+        """
+        if self._agreement is not None and (told := _forget(self._agreement)) is not None:
+            self._agreement = None
+            self._beginnings = max([self._beginnings, *(number + 1 for number in told[:, 1].tolist())])
+
+    def _clear(self) -> None:
         shipments = {id(p.shipment): p.shipment for p in self._pending.values() if p.shipment is not None}
         for pending in self._pending.values():
             pending.abandoned = True
@@ -369,10 +382,6 @@ class QuantizedCompressor(Compressor):
         for announcement in self._announcements:
             _forget(announcement)
         self._announcements.clear()
-        # Others may be waiting for an agreement still to come; one that has come was theirs before.
-        if self._agreement is not None and (told := _forget(self._agreement)) is not None:
-            self._agreement = None
-            self._beginnings = max([self._beginnings, *(number + 1 for number in told[:, 1].tolist())])
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -503,7 +512,7 @@ class QuantizedCompressor(Compressor):
         if (told[:, 0] != told[0, 0]).any():
             # Where some have waited in vain, and gone on, all will find out by what they reduce.
             question = f"{self._number}.{self._beginnings}.disagreement"
-            message = None if self._unsent else self._explain_mismatch(question, [])
+            message = None if self._unsent else self._explain_mismatch(question, [], self._state())
             if message is not None:
                 self.reset()
                 raise control.RankMismatchError(message)
@@ -549,19 +558,23 @@ class QuantizedCompressor(Compressor):
     def _mismatch(self, pending: list[_Pending]) -> control.RankMismatchError:
         """What to raise on a difference that was noticed at these gradients, by all ranks."""
         gradients = [one.known.description for one in pending]
-        message = self._explain_mismatch("mismatch", gradients)
+        state = self._state()
+        self._drop_former_agreement()
+        message = self._explain_mismatch("mismatch", gradients, state)
         if message is None:
             self._go_on_for_others()
             message = (
                 "the ranks are configured differently, or have sent different gradients, and did not all "
-                f"answer when asked for theirs. This one has {self._state()}, and noticed it at {gradients}."
+                f"answer when asked for theirs. This one has {state}, and noticed it at {gradients}."
             )
-        self.reset()
+        self._clear()
         return control.RankMismatchError(message)
 
-    def _explain_mismatch(self, question: str, gradients: list[control.Description]) -> str | None:
+    def _explain_mismatch(
+        self, question: str, gradients: list[control.Description], state: control.Description
+    ) -> str | None:
         """Ask all ranks what they have: None, if they do not all answer, because one has died, say."""
-        own = [self._state(), self._parameters, gradients]
+        own = [state, self._parameters, gradients]
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
         deadline = time.monotonic() + _PATIENCE_SECONDS
         answers = self._ask(question, data, deadline)
