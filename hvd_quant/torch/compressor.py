@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import horovod.torch as hvd
@@ -23,91 +21,19 @@ import torch
 from horovod.torch.compression import Compressor
 
 from hvd_quant import wire
-from hvd_quant.codec import flat_array, native, torch_ops
+from hvd_quant.codec import native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
-from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import QSGD, check_choice, check_integer
+from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
-from hvd_quant.torch.transport import POLL_SECONDS, HorovodTransport
+from hvd_quant.torch.ranks import Ranks, wait_for
+from hvd_quant.torch.transport import HorovodTransport
 
 FUSION_BYTES = 16 << 20
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 _LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
-# How long to wait for the other ranks to tell their configurations: one of them may not run this code, or
-# have died.
-_PATIENCE_SECONDS = 60.0
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
-
-
-class _RoundMismatch(ValueError):  # noqa: N818  it is caught and turned into a RankMismatchError
-    """By the time that results were asked for, the ranks had not sent the same."""
-
-
-@dataclass(slots=True)
-class _Known:
-    """What stays the same about a gradient from step to step.
-
-    It is called by its parameter's name, or by its place in the order of arrival.
-    """
-
-    key: str
-    named: bool
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    entry: Entry
-    description: control.Description
-    fingerprint: int
-    control: torch.Tensor  # what Horovod is to reduce
-    values: np.ndarray  # of the control tensor
-    memory: np.ndarray | None = None  # of the control tensor on a CPU, which Horovod overwrites
-    reduced: list[float] | None = None  # the control tensor as it came back last, and the factor in it
-    factor: float = 1.0
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a gradient is what it was last time."""
-        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
-
-    def fresh_control(self) -> torch.Tensor:
-        """The control tensor, as it was before Horovod reduced it."""
-        if self.memory is None:
-            return self.control.clone()
-        self.memory[:] = self.values
-        return self.control
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A gradient on its way, from ``compress`` to ``decompress``."""
-
-    known: _Known
-    gradient: torch.Tensor | None
-    use: int
-    in_place: bool = False  # whether the mean is to overwrite the gradient
-    result: torch.Tensor | None = None
-    shipment: _Shipment | None = None
-    abandoned: bool = False
-
-    def release(self) -> torch.Tensor | None:
-        """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
-        result, self.result, self.gradient, self.shipment = self.result, None, None, None
-        return result
-
-
-@dataclass(slots=True)
-class _Shipment:
-    """Gradients that travel together."""
-
-    exchange: Exchange
-    members: list[_Pending]
-    factor: float | None = None  # that the results have been multiplied by, once they are there
 
 
 class QuantizedCompressor(Compressor):
@@ -163,25 +89,22 @@ class QuantizedCompressor(Compressor):
         self.seed = int(seed)
         self.in_use = False  # by an optimizer of ours
         self._names: ParameterNames | None = None
-        # In the names of our collectives, so that several compressors of one process stay apart. Ranks that
-        # are not in a process set need not make its compressors, so each set counts its own.
+        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
+        # need not make its compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
-        self._beginnings = 0  # in those names too: what was abandoned may still be on its way
+        self._ranks = Ranks(process_set, self._number)
         self._transport: HorovodTransport | None = None  # until there is a gradient, and again after reset
-        self._agreement: int | None = None  # a handle, while the ranks have not all told what they have
         self._fusion = Fusion(self.fusion_bytes)
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, Known] = {}
         self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
         self._places = 0  # taken since nothing was on its way
-        self._unsent: list[_Pending] = []  # while there is no agreement
-        self._pending: dict[str, _Pending] = {}
+        self._unsent: list[Pending] = []  # while there is no agreement
+        self._pending: dict[str, Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
-        self._sent: list[_Shipment] = []  # in this round
-        self._rounds = 0
-        self._announced: list[_Shipment] = []  # in the round of which the results are waited for
-        self._announcements: list[int] = []  # handles, of rounds not yet known to have been the same
+        self._sent: list[Shipment] = []  # in this round
+        self._announced: list[Shipment] = []  # in the round of which the results are waited for
         self._raw_bytes = 0
         self._wire_bytes = 0
         self._received_bytes = 0
@@ -228,7 +151,7 @@ class QuantizedCompressor(Compressor):
                 its way.
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             return tensor, None
         if tensor.layout != torch.strided:
             raise ValueError(
@@ -262,8 +185,8 @@ class QuantizedCompressor(Compressor):
             known = self._meet(key, name is not None, tensor)
         use = self._uses[key]
         self._uses[key] = use + 1
-        self._pending[key] = pending = _Pending(known, tensor, use)
-        if self._agreement is None or self._agreed():
+        self._pending[key] = pending = Pending(known, tensor, use)
+        if self._agreed():
             self._take(pending)
         else:
             self._unsent.append(pending)
@@ -349,17 +272,8 @@ class QuantizedCompressor(Compressor):
             >>> optimizer.zero_grad()
             >>> hvd.barrier()
         """
-        self._drop_former_agreement()
+        self._ranks.drop_proposal()
         self._clear()
-
-    def _drop_former_agreement(self) -> None:
-        """Before any rank can make a new beginning: what has come by now was the others' former one.
-
-        One that is still to come is for the new beginning.
-        """
-        if self._agreement is not None and (told := _forget(self._agreement)) is not None:
-            self._agreement = None
-            self._beginnings = max([self._beginnings, *(number + 1 for number in told[:, 1].tolist())])
 
     def _clear(self) -> None:
         shipments = {id(p.shipment): p.shipment for p in self._pending.values() if p.shipment is not None}
@@ -379,9 +293,7 @@ class QuantizedCompressor(Compressor):
         for shipment in shipments.values():
             with contextlib.suppress(hvd.HorovodInternalError, ValueError):
                 shipment.exchange.abandon()
-        for announcement in self._announcements:
-            _forget(announcement)
-        self._announcements.clear()
+        self._ranks.drop_announcements()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
@@ -426,24 +338,24 @@ class QuantizedCompressor(Compressor):
         self._places += 1
         return self._places - 1
 
-    def _meet(self, key: str, named: bool, tensor: torch.Tensor) -> _Known:
+    def _meet(self, key: str, named: bool, tensor: torch.Tensor) -> Known:
         """Note a gradient that is new, or has changed."""
         description = {
             "name": key,
             "named": named,
             "shape": list(tensor.shape),
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
         }
         fingerprint = control.fingerprint({**self._state(), **description})
         values = np.array(control.values(fingerprint, self._transport.rank))
         memory = values.copy()
-        known = _Known(
+        known = Known(
             key,
             named,
             tensor.shape,
             tensor.dtype,
             tensor.device,
-            Entry(key, tensor.numel(), _DTYPES[tensor.dtype], self.scheme, str(tensor.device)),
+            Entry(key, tensor.numel(), DTYPES[tensor.dtype], self.scheme, str(tensor.device)),
             description,
             fingerprint,
             torch.from_numpy(memory).to(tensor.device),
@@ -469,28 +381,21 @@ class QuantizedCompressor(Compressor):
             ]
             for name, p in named
         }
-        quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in _DTYPES]
+        quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in DTYPES]
         for trained in (True, False):  # frozen ones apart: they may be trained later
             self._fusion.plan(
                 [
-                    Entry(name, p.numel(), _DTYPES[p.dtype], self.scheme, str(p.device))
+                    Entry(name, p.numel(), DTYPES[p.dtype], self.scheme, str(p.device))
                     for name, p in reversed(quantized)
                     if p.requires_grad == trained
                 ]
             )
-        self._rounds = 0
-        if self._agreement is None:  # else the others have not yet come to their new beginning
-            # Their order is in it, too: it is that of the fused buckets.
-            own = control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
-            self._agreement = hvd.allgather_async(
-                torch.tensor([[own, self._beginnings]]),
-                name=f"hvd_quant.{self._number}.agreement",
-                process_set=self.process_set,
-            )
-        self._transport = HorovodTransport(self.process_set, self._check_rounds)
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not self._agreed() and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        # Their order is in it, too: it is that of the fused buckets.
+        self._ranks.propose(
+            control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
+        )
+        self._transport = HorovodTransport(self.process_set, self._ranks.all_announced)
+        wait_for(self._agreed)
 
     def _agreed(self) -> bool:
         """Whether all ranks have told what they have, and it is the same. If not, some may not run this code.
@@ -498,21 +403,18 @@ class QuantizedCompressor(Compressor):
         Until then nothing is sent, but Horovod gets its control tensors: with a rank that does not run this
         code, or that comes late and is configured differently, these show it.
         """
-        if self._agreement is None:
+        if not self._ranks.proposed:
             return True
-        if not hvd.poll(self._agreement):
-            return False
-        handle, self._agreement = self._agreement, None
         try:
-            told = hvd.synchronize(handle)
+            same = self._ranks.agree()
         except hvd.HorovodInternalError:
             self.reset()
             raise
-        self._beginnings = int(told[:, 1].max()) + 1
-        if (told[:, 0] != told[0, 0]).any():
-            # Where some have waited in vain, and gone on, all will find out by what they reduce.
-            question = f"{self._number}.{self._beginnings}.disagreement"
-            message = None if self._unsent else self._explain_mismatch(question, [], self._state())
+        if same is None:
+            return False
+        # Where some have waited in vain, and gone on, all will find out by what they reduce.
+        if not same and not self._unsent:
+            message = self._explain_mismatch(self._ranks.name("disagreement"), [], self._state())
             if message is not None:
                 self.reset()
                 raise control.RankMismatchError(message)
@@ -521,15 +423,18 @@ class QuantizedCompressor(Compressor):
             self._take(pending)
         return True
 
-    def _await_agreement(self, ctx: _Pending, reduced: torch.Tensor) -> None:
+    def _await_agreement(self, ctx: Pending, reduced: torch.Tensor) -> None:
         """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not self._agreed():
+
+        def agreed() -> bool:
+            if self._agreed():
+                return True
             with contextlib.suppress(control.UnsupportedReductionError):
                 self._factor(ctx.known, reduced.tolist())  # ranks that differ need not agree
-            if time.monotonic() > deadline:
-                raise ValueError("not all ranks have told their configuration")
-            time.sleep(POLL_SECONDS)
+            return False
+
+        if not wait_for(agreed):
+            raise ValueError("not all ranks have told their configuration")
         self._end_round()
 
     def _config(self) -> control.Description:
@@ -546,21 +451,21 @@ class QuantizedCompressor(Compressor):
 
     def _state(self) -> control.Description:
         """The configuration, and what may come to differ later."""
-        return {**self._config(), "resets": self._beginnings - (self._agreement is None)}
+        return {**self._config(), "resets": self._ranks.resets}
 
-    def _factor(self, known: _Known, reduced: list[float]) -> float:
+    def _factor(self, known: Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
         if reduced != known.reduced:
             known.factor = control.check(reduced, known.fingerprint, self._transport.size)
             known.reduced = reduced
         return known.factor
 
-    def _mismatch(self, pending: list[_Pending]) -> control.RankMismatchError:
+    def _mismatch(self, pending: list[Pending]) -> control.RankMismatchError:
         """What to raise on a difference that was noticed at these gradients, by all ranks."""
         gradients = [one.known.description for one in pending]
         state = self._state()
-        self._drop_former_agreement()
-        message = self._explain_mismatch("mismatch", gradients, state)
+        self._ranks.drop_proposal()
+        message = self._explain_mismatch("hvd_quant.mismatch", gradients, state)
         if message is None:
             self._go_on_for_others()
             message = (
@@ -574,25 +479,10 @@ class QuantizedCompressor(Compressor):
         self, question: str, gradients: list[control.Description], state: control.Description
     ) -> str | None:
         """Ask all ranks what they have: None, if they do not all answer, because one has died, say."""
-        own = [state, self._parameters, gradients]
-        data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        answers = self._ask(question, data, deadline)
-        # What a rank has asked in vain before is an answer, too, but that rank is not here to confirm it.
-        if answers is None or self._ask(f"{question}.confirm", data[:1], deadline) is None:
-            return None
-        lines = bytes(answers.numpy()).decode().split("\n")[:-1]
-        return control.explain_mismatch(*zip(*map(json.loads, lines), strict=True))
-
-    def _ask(self, question: str, data: torch.Tensor, deadline: float) -> torch.Tensor | None:
-        # An earlier question that was never answered still has the name, or Horovod has been shut down.
-        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-            handle = hvd.allgather_async(data, name=f"hvd_quant.{question}", process_set=self.process_set)
-            while not hvd.poll(handle) and time.monotonic() < deadline:
-                self._advance(wait=False)  # others may need that to get here
-                time.sleep(0.01)
-            return hvd.synchronize(handle) if hvd.poll(handle) else None
-        return None
+        answers = self._ranks.ask(
+            question, [state, self._parameters, gradients], lambda: self._advance(wait=False)
+        )
+        return control.explain_mismatch(*zip(*answers, strict=True)) if answers else None
 
     # --- rounds -----------------------------------------------------------------------------------------
 
@@ -609,21 +499,7 @@ class QuantizedCompressor(Compressor):
         sent = digest(
             sorted((one.work.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges)
         )
-        announcement = hvd.allgather_async(
-            torch.tensor([int.from_bytes(sent, "little", signed=True)]),
-            name=f"hvd_quant.{self._number}.{self._beginnings}.round.{self._rounds}",
-            process_set=self.process_set,
-        )
-        self._announcements.append(announcement)
-        self._rounds += 1
-
-    def _check_rounds(self) -> bool:
-        """Whether all ranks have said what they have sent, and it is the same."""
-        while self._announcements and hvd.poll(self._announcements[0]):
-            told = hvd.synchronize(self._announcements.pop(0)).tolist()
-            if told.count(told[0]) != len(told):
-                raise _RoundMismatch("the ranks have not sent the same")
-        return not self._announcements
+        self._ranks.announce(sent)
 
     def _receive_round(self, factor: float) -> None:
         """Write the means of everything that the round has sent, as it arrives.
@@ -644,20 +520,18 @@ class QuantizedCompressor(Compressor):
                     out.append(values)
                 else:
                     member.result = torch.empty_like(member.gradient, memory_format=torch.contiguous_format)
-                    out.append(_values(member.result, plain=True))
+                    out.append(values_of(member.result, plain=True))
             shipment.exchange.finish(out, factor)
             self._received_bytes += shipment.exchange.received_bytes
             shipment.factor = factor
         # All results are there, but some rank may wait for more. Or it has not come so far, and waits for us
         # elsewhere: then what it says is looked at in the next round.
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not self._check_rounds() and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        wait_for(self._ranks.all_announced)
         self._announced = []
 
     # --- exchange ---------------------------------------------------------------------------------------
 
-    def _take(self, pending: _Pending) -> None:
+    def _take(self, pending: Pending) -> None:
         """Have a gradient travel, as soon as its fused bucket is complete."""
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)
@@ -675,14 +549,14 @@ class QuantizedCompressor(Compressor):
         on_cpu = members[0].gradient.device.type == "cpu"
         values = []
         for member in members:
-            plain = _is_plain(member.gradient)
-            values.append(_values(member.gradient, plain))
+            plain = is_plain(member.gradient)
+            values.append(values_of(member.gradient, plain))
             # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the
             # caller's.
             member.in_place = member.known.named and plain
         # Horovod remembers collectives by their names, and then does not notice that a rank has called
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
-        name = f"hvd_quant.{self._number}.{self._beginnings}.{group.name}.{group.times_sent}"
+        name = self._ranks.name(f"{group.name}.{group.times_sent}")
         work = Work(
             bucket,
             values,
@@ -698,56 +572,30 @@ class QuantizedCompressor(Compressor):
         exchange = Exchange(work, algorithm)
         self._wire_bytes += bucket.whole.size
         self._messages += 1
-        shipment = _Shipment(exchange, members)
+        shipment = Shipment(exchange, members)
         for member in members:
             member.shipment = shipment
         self._underway.append(exchange)
         self._sent.append(shipment)
 
-    def _advance(self, *, wait: bool) -> None:
-        """Take exchanges to their last collective, in the order in which they began."""
+    def _advance(self, *, wait: bool) -> bool:
+        """Take exchanges to their last collective, in the order in which they began; are all there?"""
         while self._underway and self._underway[0].advance(wait=wait):
             self._underway.pop(0)
+        return not self._underway
 
     def _go_on_for_others(self) -> None:
         """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
         with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-            while self._underway and time.monotonic() < deadline:
-                self._advance(wait=False)
-                time.sleep(POLL_SECONDS)
+            wait_for(lambda: self._advance(wait=False))
 
-    def _decode_again(self, ctx: _Pending, factor: float) -> None:
+    def _decode_again(self, ctx: Pending, factor: float) -> None:
         """Write the mean of one gradient whose factor is not that of those it travelled with."""
         members = ctx.shipment.members
         known = [member.known for member in members]
         results = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in known]
-        ctx.shipment.exchange.finish([_values(result, plain=True) for result in results], factor)
+        ctx.shipment.exchange.finish([values_of(result, plain=True) for result in results], factor)
         ctx.result.copy_(results[members.index(ctx)])
-
-
-def _forget(handle: int) -> torch.Tensor | None:
-    """Have Horovod forget an allgather that is over, and return what it brought; None if it is not over."""
-    try:
-        return hvd.synchronize(handle) if hvd.poll(handle) else None
-    except (hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-        return torch.empty((0, 2), dtype=torch.int64)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether NumPy can see the tensor's own memory as it is."""
-    return tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
-
-
-def _values(tensor: torch.Tensor, plain: bool) -> Buffer:
-    """The tensor as the codec of its device reads and, if it is plain, writes it."""
-    if tensor.device.type != "cpu":
-        return tensor.detach()
-    if not plain:
-        return flat_array(tensor)
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class QSGDCompressor(QuantizedCompressor):

@@ -75,7 +75,7 @@ def check_only_the_last_rank_differs():
 
 
 def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()  # on every rank: they are numbered
     compression = first_and_rest(hvd.Compression.fp16, compressor)
@@ -84,7 +84,7 @@ def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
 
 
 def check_other_number_of_compressors(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 5.0)
     if hvd.rank() == 0:
         extra = hq.QSGDCompressor()
     model = mlp()
@@ -175,7 +175,7 @@ def check_reset_while_a_gradient_is_on_its_way():
 
 
 def check_reset_on_one_rank_only(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 5.0)
     compressor = hq.QSGDCompressor()
     hvd.allreduce(own_randn(5000), compression=compressor, name="before")
     if hvd.rank() == 0:
@@ -289,7 +289,7 @@ def check_two_stock_optimizers_and_one_compressor(exchange):
 
 def check_a_rank_that_is_late_and_differs(monkeypatch):
     """The others have waited for it in vain, and gone on."""
-    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 3.0)
     model = mlp()
     optimizer = optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8)))
     if hvd.rank() == 0:
@@ -299,7 +299,7 @@ def check_a_rank_that_is_late_and_differs(monkeypatch):
 
 
 def check_a_rank_that_is_late(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()
     optimizer = optimizer_of(model, compressor)
@@ -354,7 +354,7 @@ def check_one_reduction_that_is_not_supported(exchange):
 
 def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkeypatch):
     """They are right, if late."""
-    monkeypatch.setattr("hvd_quant.torch.compressor._PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     compressors = [hq.QSGDCompressor(fusion_bytes=0) for _ in range(2)]
     for _ in range(2):
         sent = []

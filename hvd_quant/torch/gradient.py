@@ -1,0 +1,97 @@
+"""A gradient as the compressor keeps it, from step to step and while it is on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hvd_quant.codec import flat_array
+from hvd_quant.exchange import control
+from hvd_quant.exchange.algorithms import Exchange
+from hvd_quant.exchange.fused import Entry
+from hvd_quant.exchange.transport import Buffer
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+@dataclass(slots=True)
+class Known:
+    """What stays the same about a gradient from step to step.
+
+    It is called by its parameter's name, or by its place in the order of arrival.
+    """
+
+    key: str
+    named: bool
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    entry: Entry
+    description: control.Description
+    fingerprint: int
+    control: torch.Tensor  # what Horovod is to reduce
+    values: np.ndarray  # of the control tensor
+    memory: np.ndarray | None = None  # of the control tensor on a CPU, which Horovod overwrites
+    reduced: list[float] | None = None  # the control tensor as it came back last, and the factor in it
+    factor: float = 1.0
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a gradient is what it was last time."""
+        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
+
+    def fresh_control(self) -> torch.Tensor:
+        """The control tensor, as it was before Horovod reduced it."""
+        if self.memory is None:
+            return self.control.clone()
+        self.memory[:] = self.values
+        return self.control
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A gradient on its way, from ``compress`` to ``decompress``."""
+
+    known: Known
+    gradient: torch.Tensor | None
+    use: int
+    in_place: bool = False  # whether the mean is to overwrite the gradient
+    result: torch.Tensor | None = None
+    shipment: Shipment | None = None
+    abandoned: bool = False
+
+    def release(self) -> torch.Tensor | None:
+        """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
+        result, self.result, self.gradient, self.shipment = self.result, None, None, None
+        return result
+
+
+@dataclass(slots=True)
+class Shipment:
+    """Gradients that travel together."""
+
+    exchange: Exchange
+    members: list[Pending]
+    factor: float | None = None  # that the results have been multiplied by, once they are there
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether NumPy can see the tensor's own memory as it is."""
+    return tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
+
+
+def values_of(tensor: torch.Tensor, plain: bool) -> Buffer:
+    """The tensor as the codec of its device reads and, if it is plain, writes it."""
+    if tensor.device.type != "cpu":
+        return tensor.detach()
+    if not plain:
+        return flat_array(tensor)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

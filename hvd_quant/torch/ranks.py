@@ -1,0 +1,165 @@
+"""What the ranks tell each other about their gradients, by small allgathers of Horovod."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+
+from hvd_quant.torch.transport import POLL_SECONDS
+
+# How long to wait for the other ranks to tell what they have: one of them may not run this code, or have
+# died.
+PATIENCE_SECONDS = 60.0
+
+
+def wait_for(condition: Callable[[], object]) -> bool:
+    """Wait until something is so, or the other ranks have had their time for it; returns whether it is so."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+class RoundMismatch(ValueError):  # noqa: N818  it is caught and turned into a RankMismatchError
+    """By the time that results were asked for, the ranks had not sent the same."""
+
+
+class Ranks:
+    """The ranks that exchange a compressor's gradients.
+
+    With their first gradient, and with the first one after every reset, they make a *beginning*: each tells a
+    fingerprint of what it has, and how many beginnings it knows of, so that all go on from the same number.
+
+    Args:
+        process_set: the ranks.
+        number: the compressor's, in its process.
+    """
+
+    def __init__(self, process_set: hvd.ProcessSet, number: int) -> None:
+        self._process_set = process_set
+        self._number = number
+        self._beginnings = 0
+        self._proposal: int | None = None  # a handle, until all ranks have made theirs
+        self._rounds = 0  # since the beginning
+        self._announcements: list[int] = []  # handles, of rounds not yet known to have been the same
+
+    def name(self, purpose: str) -> str:
+        """The name of a collective.
+
+        Beginnings are in it, because what was abandoned may still be on its way.
+        """
+        return f"hvd_quant.{self._number}.{self._beginnings}.{purpose}"
+
+    def _allgather(self, values: torch.Tensor, name: str) -> int:
+        return hvd.allgather_async(values, name=name, process_set=self._process_set)
+
+    # --- beginnings -------------------------------------------------------------------------------------
+
+    @property
+    def proposed(self) -> bool:
+        """Whether this rank has proposed a beginning, and does not know yet what the others have."""
+        return self._proposal is not None
+
+    @property
+    def resets(self) -> int:
+        """Beginnings before the present one."""
+        return self._beginnings - (not self.proposed)
+
+    def propose(self, fingerprint: int) -> None:
+        """Tell the others what this rank has, or wait on, if they have not yet come to a new beginning."""
+        self._rounds = 0
+        if not self.proposed:
+            told = torch.tensor([[fingerprint, self._beginnings]])
+            self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
+
+    def agree(self) -> bool | None:
+        """Begin, if all have made their proposals.
+
+        Returns:
+            Whether all have the same; None while some have not told.
+        """
+        if not hvd.poll(self._proposal):
+            return None
+        handle, self._proposal = self._proposal, None
+        told = hvd.synchronize(handle)
+        self._beginnings = int(told[:, 1].max()) + 1
+        return bool((told[:, 0] == told[0, 0]).all())
+
+    def drop_proposal(self) -> None:
+        """Forget a proposal that all have answered by now: that was for the former beginning.
+
+        One that they have still to answer is for the new one. To be called before any of them can propose
+        that.
+        """
+        try:
+            if self.proposed:
+                self.agree()
+        except (hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
+            self._proposal = None
+
+    # --- rounds -----------------------------------------------------------------------------------------
+
+    def announce(self, sent: bytes) -> None:
+        """Tell the others, in 8 bytes, what this rank has sent in a round."""
+        value = torch.tensor([int.from_bytes(sent, "little", signed=True)])
+        self._announcements.append(self._allgather(value, self.name(f"round.{self._rounds}")))
+        self._rounds += 1
+
+    def all_announced(self) -> bool:
+        """Whether all ranks have announced all rounds that this one has.
+
+        Raises:
+            RoundMismatch: they have not sent the same.
+        """
+        while self._announcements and hvd.poll(self._announcements[0]):
+            told = hvd.synchronize(self._announcements.pop(0)).tolist()
+            if told.count(told[0]) != len(told):
+                raise RoundMismatch("the ranks have not sent the same")
+        return not self._announcements
+
+    def drop_announcements(self) -> None:
+        """Forget them. Some may never be answered: Horovod keeps those."""
+        for handle in self._announcements:
+            with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
+                if hvd.poll(handle):
+                    hvd.synchronize(handle)
+        self._announcements.clear()
+
+    # --- questions --------------------------------------------------------------------------------------
+
+    def ask(self, question: str, own: Any, meanwhile: Callable[[], object]) -> list[Any] | None:
+        """What each rank answers to a question that they all ask each other.
+
+        Args:
+            question: a collective's name.
+            own: this rank's answer, in terms of JSON.
+            meanwhile: called again and again; the others may need it to come to the question.
+
+        Returns:
+            The answers in rank order; None if not all answer, because one has died, say.
+        """
+        data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
+        answers = self._ask(question, data, meanwhile)
+        # What a rank has asked in vain before is an answer, too, but that rank is not here to confirm it.
+        if answers is None or self._ask(f"{question}.confirm", data[:1], meanwhile) is None:
+            return None
+        return [json.loads(line) for line in bytes(answers.numpy()).decode().splitlines()]
+
+    def _ask(self, question: str, data: torch.Tensor, meanwhile: Callable[[], object]) -> torch.Tensor | None:
+        def answered() -> bool:
+            meanwhile()
+            return hvd.poll(handle)
+
+        # An earlier question that was never answered still has the name, or Horovod has been shut down.
+        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
+            handle = self._allgather(data, question)
+            return hvd.synchronize(handle) if wait_for(answered) else None
+        return None
