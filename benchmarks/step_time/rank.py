@@ -271,13 +271,16 @@ def payload_bytes(row: Row) -> int:
 
 
 def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
-    """CPU time that a fused bucket costs this rank's training thread, the codec and Horovod's calls apart.
+    """CPU time that a fused bucket costs this rank's training thread, but for the codec, Horovod's calls, and
+    the looks at what is being waited for, which are the more the slower the link is.
 
     Steps after the timed ones, because the clocks cost time too.
     """
     import horovod.torch as hvd
 
     from hvd_quant.codec import native
+    from hvd_quant.torch.ranks import Ranks
+    from hvd_quant.torch.transport import HorovodHandle
 
     spent = dict.fromkeys(("own", "codec", "wire"), 0.0)
     within: list[float] = []  # what the calls under way have spent in others that are watched
@@ -305,6 +308,8 @@ def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
         (hvd, "alltoall_async", "wire"),
         (hvd, "poll", "wire"),
         (hvd, "synchronize", "wire"),
+        (HorovodHandle, "wait", "wire"),
+        (Ranks, "all_announced", "wire"),
         (time, "sleep", "wire"),
     ]
     originals = [getattr(owner, name) for owner, name, _ in watched]

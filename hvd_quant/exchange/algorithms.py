@@ -173,8 +173,3 @@ class Exchange:
         """Whether `finish` would not wait for another rank."""
         self.advance(wait=False)
         return self._handle is None or (not self.stages_left and self._handle.ready())
-
-    def abandon(self) -> None:
-        """Have the transport forget what has arrived."""
-        if self._handle is not None and self._handle.ready():
-            self._handle.wait()

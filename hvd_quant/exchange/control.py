@@ -138,6 +138,11 @@ def explain_mismatch(
             + ". Give named_parameters in the same order on every rank."
         )
     everything = [gradient for of_rank in gradients for gradient in of_rank]
+    if not everything:
+        return (
+            "the ranks have the same configuration and parameters now, but some rank told the others of "
+            "different ones, before its reset(). Training can go on from here."
+        )
     if not all(gradient["named"] for gradient in everything):
         return (
             "the ranks submitted their gradients in different orders, or different ones, and the compressor "

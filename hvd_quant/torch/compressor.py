@@ -9,9 +9,11 @@ exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,12 +30,23 @@ from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.schemes import QSGD, check_choice, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
-from hvd_quant.torch.ranks import Ranks, wait_for
+from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
 from hvd_quant.torch.transport import HorovodTransport
 
-FUSION_BYTES = 16 << 20
+FUSION_BYTES = 8 << 20
 _LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+
+def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Autograd calls hooks from a thread for every device."""
+
+    @functools.wraps(method)
+    def call(self: QuantizedCompressor, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **options)
+
+    return call
 
 
 class QuantizedCompressor(Compressor):
@@ -88,6 +101,7 @@ class QuantizedCompressor(Compressor):
         self.process_set = process_set
         self.seed = int(seed)
         self.in_use = False  # by an optimizer of ours
+        self._lock = threading.RLock()
         self._names: ParameterNames | None = None
         # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
         # need not make its compressors, so each set counts its own.
@@ -136,6 +150,7 @@ class QuantizedCompressor(Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
+    @_one_at_a_time
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Take a gradient for the exchange, and start that if its fused bucket is complete.
 
@@ -174,7 +189,7 @@ class QuantizedCompressor(Compressor):
                 self._uses[name] += 1
             return tensor.contiguous(), None
 
-        key = name or f"#{self._place()}"
+        key = name if name is not None else f"#{self._place()}"
         if key in self._pending:
             raise RuntimeError(
                 f"gradient {key!r} was submitted again while it is on its way. If a step was left between "
@@ -193,6 +208,7 @@ class QuantizedCompressor(Compressor):
         self._wire_bytes += control.NBYTES
         return known.fresh_control(), pending
 
+    @_one_at_a_time
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Finish the exchange of a gradient.
 
@@ -204,7 +220,8 @@ class QuantizedCompressor(Compressor):
             The mean over the ranks, or the sum if that was asked for, in the gradient's shape and dtype.
 
         Raises:
-            RankMismatchError: the ranks are configured differently, or disagree about what they sent.
+            RankMismatchError: the ranks are configured differently, disagree about what they sent, or some
+                have called `reset`.
             UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
             RuntimeError: `reset` was called since the gradient's `compress`.
         """
@@ -225,11 +242,14 @@ class QuantizedCompressor(Compressor):
                 self._receive_round(factor)
         except control.FingerprintMismatch:
             raise self._mismatch([ctx]) from None
+        except RoundLeft as error:
+            self._clear()
+            raise control.RankMismatchError(str(error)) from None
         except ValueError as error:
             raise self._mismatch([member for one in self._announced for member in one.members]) from error
         except control.UnsupportedReductionError:
             self._go_on_for_others()
-            self.reset()
+            self._clear()
             raise
         del self._pending[ctx.known.key]
         if factor != ctx.shipment.factor:
@@ -260,6 +280,7 @@ class QuantizedCompressor(Compressor):
             "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
         }
 
+    @_one_at_a_time
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
 
@@ -272,11 +293,16 @@ class QuantizedCompressor(Compressor):
             >>> optimizer.zero_grad()
             >>> hvd.barrier()
         """
+        if self._announced:
+            self._go_on_for_others()
+        elif self._pending and not self._ranks.proposed:
+            # They may wait for what this rank will not send.
+            with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
+                self._ranks.announce(NOTHING)
         self._ranks.drop_proposal()
         self._clear()
 
     def _clear(self) -> None:
-        shipments = {id(p.shipment): p.shipment for p in self._pending.values() if p.shipment is not None}
         for pending in self._pending.values():
             pending.abandoned = True
             pending.release()
@@ -287,18 +313,16 @@ class QuantizedCompressor(Compressor):
         self._announced.clear()
         self._known.clear()
         self._fusion = Fusion(self.fusion_bytes)
-        self._transport = None  # the next gradient makes a new beginning
-        # Let Horovod forget what has arrived. The rest may never arrive: some rank may not have sent it.
-        # After hvd.shutdown, Horovod knows none of it any more.
-        for shipment in shipments.values():
-            with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-                shipment.exchange.abandon()
         self._ranks.drop_announcements()
+        if self._transport is not None:
+            self._transport.abandon()
+        self._transport = None  # the next gradient makes a new beginning
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
         return {"seed": self.seed, "uses": dict(self._uses)}
 
+    @_one_at_a_time
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
@@ -381,6 +405,10 @@ class QuantizedCompressor(Compressor):
             ]
             for name, p in named
         }
+        # Their order is in it, too: it is that of the fused buckets.
+        self._ranks.propose(
+            control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
+        )
         quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in DTYPES]
         for trained in (True, False):  # frozen ones apart: they may be trained later
             self._fusion.plan(
@@ -390,33 +418,32 @@ class QuantizedCompressor(Compressor):
                     if p.requires_grad == trained
                 ]
             )
-        # Their order is in it, too: it is that of the fused buckets.
-        self._ranks.propose(
-            control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
-        )
         self._transport = HorovodTransport(self.process_set, self._ranks.all_announced)
-        wait_for(self._agreed)
+        wait_for(lambda: self._agreed(ask=True))
 
-    def _agreed(self) -> bool:
-        """Whether all ranks have told what they have, and it is the same. If not, some may not run this code.
+    def _agreed(self, *, ask: bool = False) -> bool:
+        """Whether all ranks have told what they have. If not, some may not run this code.
 
         Until then nothing is sent, but Horovod gets its control tensors: with a rank that does not run this
         code, or that comes late and is configured differently, these show it.
+
+        Args:
+            ask: what the difference is, if there is one. Otherwise, as when this rank has gone on because
+                some other was late, all will find out by what they reduce.
         """
         if not self._ranks.proposed:
             return True
         try:
             same = self._ranks.agree()
         except hvd.HorovodInternalError:
-            self.reset()
+            self._clear()
             raise
         if same is None:
             return False
-        # Where some have waited in vain, and gone on, all will find out by what they reduce.
-        if not same and not self._unsent:
+        if not same and ask:
             message = self._explain_mismatch(self._ranks.name("disagreement"), [], self._state())
             if message is not None:
-                self.reset()
+                self._clear()
                 raise control.RankMismatchError(message)
         unsent, self._unsent = self._unsent, []
         for pending in unsent:
@@ -586,8 +613,13 @@ class QuantizedCompressor(Compressor):
 
     def _go_on_for_others(self) -> None:
         """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""
+
+        def there() -> bool:
+            self._ranks.all_announced()  # raises an exception if they do not
+            return self._advance(wait=False)
+
         with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-            wait_for(lambda: self._advance(wait=False))
+            wait_for(there)
 
     def _decode_again(self, ctx: Pending, factor: float) -> None:
         """Write the mean of one gradient whose factor is not that of those it travelled with."""

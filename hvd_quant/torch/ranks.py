@@ -11,11 +11,14 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_quant.torch.transport import POLL_SECONDS
+from hvd_quant.torch.transport import POLL_SECONDS, abandon, fetch, forget_abandoned
 
+NOTHING = bytes(8)  # announced in place of a round that is left; no digest
 # How long to wait for the other ranks to tell what they have: one of them may not run this code, or have
 # died.
 PATIENCE_SECONDS = 60.0
+
+_unanswered: dict[str, int] = {}  # handles of questions that were asked in vain, by name
 
 
 def wait_for(condition: Callable[[], object]) -> bool:
@@ -30,6 +33,10 @@ def wait_for(condition: Callable[[], object]) -> bool:
 
 class RoundMismatch(ValueError):  # noqa: N818  it is caught and turned into a RankMismatchError
     """By the time that results were asked for, the ranks had not sent the same."""
+
+
+class RoundLeft(RoundMismatch):
+    """Some ranks have left the round."""
 
 
 class Ranks:
@@ -85,11 +92,19 @@ class Ranks:
 
         Returns:
             Whether all have the same; None while some have not told.
+
+        Raises:
+            HorovodInternalError: a rank has died, or shut Horovod down.
         """
         if not hvd.poll(self._proposal):
             return None
         handle, self._proposal = self._proposal, None
-        told = hvd.synchronize(handle)
+        told = fetch(handle)
+        # Questions that have been answered since they were asked in vain were not for the new beginning. No
+        # rank has asked one of these yet: that takes something from this rank that is not sent before.
+        for question in [question for question, handle in _unanswered.items() if hvd.poll(handle)]:
+            abandon(_unanswered.pop(question))
+        forget_abandoned()
         self._beginnings = int(told[:, 1].max()) + 1
         return bool((told[:, 0] == told[0, 0]).all())
 
@@ -117,20 +132,25 @@ class Ranks:
         """Whether all ranks have announced all rounds that this one has.
 
         Raises:
+            RoundLeft: some have announced NOTHING.
             RoundMismatch: they have not sent the same.
         """
         while self._announcements and hvd.poll(self._announcements[0]):
-            told = hvd.synchronize(self._announcements.pop(0)).tolist()
+            told = fetch(self._announcements.pop(0)).tolist()
+            if left := [rank for rank, sent in enumerate(told) if sent == int.from_bytes(NOTHING, "little")]:
+                raise RoundLeft(
+                    f"rank{'s' if len(left) > 1 else ''} {', '.join(map(str, left))} left this step by the "
+                    "compressor's reset(), before asking for its result. Clear the optimizer on every rank, "
+                    "as reset() describes, and go on together."
+                )
             if told.count(told[0]) != len(told):
                 raise RoundMismatch("the ranks have not sent the same")
         return not self._announcements
 
     def drop_announcements(self) -> None:
-        """Forget them. Some may never be answered: Horovod keeps those."""
+        """Let go of them; some may never be answered."""
         for handle in self._announcements:
-            with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-                if hvd.poll(handle):
-                    hvd.synchronize(handle)
+            abandon(handle)
         self._announcements.clear()
 
     # --- questions --------------------------------------------------------------------------------------
@@ -158,8 +178,12 @@ class Ranks:
             meanwhile()
             return hvd.poll(handle)
 
-        # An earlier question that was never answered still has the name, or Horovod has been shut down.
-        with contextlib.suppress(hvd.HorovodInternalError, ValueError):
-            handle = self._allgather(data, question)
-            return hvd.synchronize(handle) if wait_for(answered) else None
+        with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
+            # One that was asked in vain still has the name: who asks now answers that.
+            handle = _unanswered.pop(question, None)
+            if handle is None:
+                handle = self._allgather(data, question)
+            if wait_for(answered):
+                return fetch(handle)
+            _unanswered[question] = handle
         return None

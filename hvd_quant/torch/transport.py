@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -16,20 +17,60 @@ from hvd_quant.exchange.transport import Buffer
 POLL_SECONDS = 1e-3  # between two looks at what is waited for, as in Horovod itself
 
 
-class _Handle:
+def fetch(handle: int) -> Any:
+    """What a collective has brought.
+
+    Raises:
+        HorovodInternalError: it has failed, or is one of a Horovod that has been shut down.
+    """
+    result = hvd.synchronize(handle)
+    if result is None:
+        raise hvd.HorovodInternalError(
+            "hvd.shutdown() was called while quantized gradients were on their way"
+        )
+    return result
+
+
+_abandoned: list[int] = []  # handles of collectives that nobody waits for, and which may never be over
+
+
+def abandon(handle: int) -> None:
+    """Let go of a collective."""
+    _abandoned.append(handle)
+
+
+def forget_abandoned() -> None:
+    """Have Horovod forget those that are over by now: until then it keeps their tensors."""
+    unfinished = []
+    for handle in _abandoned:
+        with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
+            if hvd.poll(handle):
+                hvd.synchronize(handle)
+            else:
+                unfinished.append(handle)
+    _abandoned[:] = unfinished
+
+
+class HorovodHandle:
+    """See `hvd_quant.exchange.transport.Handle`."""
+
     def __init__(
-        self, handle: int, unpack: Callable[[Any], list[Buffer]], while_waiting: Callable[[], None]
+        self, transport: HorovodTransport, handle: int, unpack: Callable[[Any], list[Buffer]]
     ) -> None:
-        self._handle, self._unpack, self._while_waiting = handle, unpack, while_waiting
+        self._transport, self._handle, self._unpack = transport, handle, unpack
+        transport.underway.add(handle)
 
     def ready(self) -> bool:
+        """See `hvd_quant.exchange.transport.Handle`."""
         return hvd.poll(self._handle)
 
     def wait(self) -> list[Buffer]:
+        """See `hvd_quant.exchange.transport.Handle`."""
         while not self.ready():
-            self._while_waiting()
+            self._transport.while_waiting()
             time.sleep(POLL_SECONDS)
-        return self._unpack(hvd.synchronize(self._handle))
+        self._transport.underway.remove(self._handle)
+        return self._unpack(fetch(self._handle))
 
 
 class HorovodTransport:
@@ -40,22 +81,27 @@ class HorovodTransport:
         while_waiting: called again and again while a collective is waited for; may raise an exception.
     """
 
-    def __init__(self, process_set: hvd.ProcessSet, while_waiting: Callable[[], None]) -> None:
-        self._process_set, self._while_waiting = process_set, while_waiting
+    def __init__(self, process_set: hvd.ProcessSet, while_waiting: Callable[[], object]) -> None:
+        self._process_set, self.while_waiting = process_set, while_waiting
         self.rank, self.size = process_set.rank(), process_set.size()
+        self.underway: set[int] = set()  # handles
 
-    def allgather(self, message: Buffer, sizes: Sequence[int], name: str) -> _Handle:
+    def allgather(self, message: Buffer, sizes: Sequence[int], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""
-        tensor = _tensor(message)
-        handle = hvd.allgather_async(tensor, name, self._process_set)
-        return _Handle(handle, lambda out: _split(out, sizes), self._while_waiting)
+        handle = hvd.allgather_async(_tensor(message), name, self._process_set)
+        return HorovodHandle(self, handle, lambda out: _split(out, sizes))
 
-    def alltoall(self, message: Buffer, sizes: Sequence[int], name: str) -> _Handle:
+    def alltoall(self, message: Buffer, sizes: Sequence[int], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""
-        tensor = _tensor(message)
         splits = torch.tensor(sizes, dtype=torch.int32)
-        handle = hvd.alltoall_async(tensor, splits, name, self._process_set)
-        return _Handle(handle, lambda out: _split(out[0], out[1].tolist()), self._while_waiting)
+        handle = hvd.alltoall_async(_tensor(message), splits, name, self._process_set)
+        return HorovodHandle(self, handle, lambda out: _split(out[0], out[1].tolist()))
+
+    def abandon(self) -> None:
+        """Let go of everything that is under way."""
+        for handle in self.underway:
+            abandon(handle)
+        self.underway.clear()
 
 
 def _split(received: torch.Tensor, sizes: Sequence[int]) -> list[Buffer]:

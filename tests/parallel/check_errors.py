@@ -189,6 +189,35 @@ def check_reset_on_one_rank_only(monkeypatch):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("fusion_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("named", [True, False])
+def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, named, monkeypatch):
+    """They get an error, do not wait for what it will not send, and do not use a mean that it does not."""
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 2.0)
+    model = mlp()
+    compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=fusion_bytes)
+    optimizer = (optimizer_of if named else stock_optimizer_of)(model, compressor)
+    if not named:  # its first step, in which buckets are open until results are asked for
+        hvd.barrier()
+    else:
+        assert step_error(model, optimizer) is None
+    optimizer.zero_grad()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    backward(model)
+    if hvd.rank() != 0:
+        error = error_of(optimizer.step)
+        assert isinstance(error, hq.RankMismatchError)
+        assert "rank 0 left this step" in str(error)
+    assert all(map(torch.equal, model.parameters(), before))
+    compressor.reset()
+    optimizer.load_state_dict(optimizer.state_dict())
+    hvd.barrier()
+    for _ in range(2):
+        assert step_error(model, optimizer) is None
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def check_reset_brings_ranks_together(exchange):
     """However much each has sent, and however often each has called it."""
     compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=0)
@@ -298,6 +327,37 @@ def check_a_rank_that_is_late_and_differs(monkeypatch):
     assert "bits is 4 on rank 0" in same_mismatch(error)
 
 
+def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient(monkeypatch):
+    """What these have handed to Horovod must not stay there and be taken for a later step's."""
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 2.0)
+
+    def make(bits):
+        torch.manual_seed(1)
+        model = torch.nn.Module()
+        model.large, model.small = (torch.nn.Parameter(torch.randn(count)) for count in (5000, 10))
+        return model, optimizer_of(model, hq.QSGDCompressor(bits=bits))
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model.small.sum().backward()
+        if hvd.rank() != 0:
+            time.sleep(2.5)  # the other comes between the two
+        (model.large * 1.5).sum().backward()
+        optimizer.step()
+
+    model, optimizer = make(first_and_rest(4, 8))
+    if hvd.rank() == 0:
+        time.sleep(3)
+    error = error_of(lambda: step(model, optimizer))
+    assert "bits is 4 on rank 0" in same_mismatch(error)
+    model, optimizer = make(4)
+    hvd.barrier()
+    for _ in range(2):
+        assert error_of(lambda: step(model, optimizer)) is None
+        assert same_everywhere(model.small)
+        assert same_everywhere(model.large)
+
+
 def check_a_rank_that_is_late(monkeypatch):
     monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     model = mlp()
@@ -353,7 +413,7 @@ def check_one_reduction_that_is_not_supported(exchange):
 
 
 def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkeypatch):
-    """They are right, if late."""
+    """They are right, if late, where nothing is left to be sent. Otherwise the order must be the same."""
     monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     compressors = [hq.QSGDCompressor(fusion_bytes=0) for _ in range(2)]
     for _ in range(2):

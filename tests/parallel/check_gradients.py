@@ -1,12 +1,14 @@
 """What comes out of the exchange: the mean of the ranks' gradients, the same bits on every rank."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import horovod.torch as hvd
 import pytest
 import torch
 from common import backward, gathered, local_gradients, mlp, own_randn, same_everywhere
-from horovod.torch.mpi_ops import _handle_map
+from horovod.torch import mpi_ops
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD
@@ -385,7 +387,7 @@ def check_nothing_piles_up():
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
-        sizes.append((len(_handle_map), len(compressor._pending), len(compressor._uses)))
+        sizes.append((len(mpi_ops._handle_map), len(compressor._pending), len(compressor._uses)))
     assert sizes[2:] == sizes[2:3] * 18
 
 
@@ -411,6 +413,59 @@ def check_reset_after_an_abandoned_step():
                 optimizer.step()
         assert not compressor._pending
         assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+def check_resets_pile_up_nothing(exchange):
+    model = mlp()
+    compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=0)
+    optimizer = optimizer_of(model, compressor)
+    kept = []
+    for step in range(6):
+        ours = len(mpi_ops._handle_map)
+        backward(model, step)
+        compressor.reset()
+        optimizer.load_state_dict(optimizer.state_dict())  # Horovod's optimizer drops its handles for good
+        optimizer.zero_grad()
+        hvd.barrier()
+        kept.append(len(mpi_ops._handle_map) - ours)
+    assert kept[1:] == [len(list(model.parameters()))] * 5
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+def check_hooks_from_several_threads(exchange):
+    """As autograd's are where a model is on several devices."""
+    count = 24
+    parameters = [torch.nn.Parameter(torch.zeros(3000 + i)) for i in range(count)]
+    compressor = hq.QSGDCompressor(
+        exchange=exchange,
+        named_parameters=[(f"p{i}", parameter) for i, parameter in enumerate(parameters)],
+        fusion_bytes=0,
+    )
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            for _ in range(10):
+                for i, parameter in enumerate(parameters):
+                    parameter.grad = torch.full_like(parameter, float(hvd.rank() + i))
+
+                def submit(i):
+                    control, context = compressor.compress(parameters[i].grad)
+                    return hvd.allreduce_async_(control, name=f"threads {i}"), context
+
+                def submit_all(which):
+                    return [submit(i) for i in which]
+
+                halves = threads.map(submit_all, (range(0, count, 2), range(1, count, 2)))
+                sent = [one for pair in zip(*halves, strict=True) for one in pair]
+                for i, (handle, context) in enumerate(sent):
+                    mean = compressor.decompress(hvd.synchronize(handle), context)
+                    expected = torch.full_like(mean, i + (hvd.size() - 1) / 2)
+                    step = 2 * (hvd.size() + i) / 2**4
+                    assert torch.allclose(mean, expected, atol=step)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def check_two_optimizers_in_one_process():
