@@ -138,7 +138,7 @@ class Horovod:
             OURS: {"bits": 4},
             "hvd_quant 8 bits": {"bits": 8},
             NO_FUSION: {"bits": 4, "fusion_bytes": 0},
-            "4 bits, buckets of 4 MiB": {"bits": 4, "fusion_bytes": 4 << 20},
+            "4 bits, buckets of 16 MiB": {"bits": 4, "fusion_bytes": 16 << 20},
             "4 bits, no overlap": {"bits": 4, "fusion_bytes": 1 << 40},  # one bucket, complete at the end
             "4 bits, allgather": {"bits": 4, "exchange": "allgather"},
             "4 bits, scatter-allgather": {"bits": 4, "exchange": "scatter_allgather"},

@@ -420,16 +420,18 @@ def check_resets_pile_up_nothing(exchange):
     model = mlp()
     compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=0)
     optimizer = optimizer_of(model, compressor)
-    kept = []
-    for step in range(6):
-        ours = len(mpi_ops._handle_map)
+    steps = 12
+    before = len(mpi_ops._handle_map)
+    for step in range(steps):
         backward(model, step)
         compressor.reset()
         optimizer.load_state_dict(optimizer.state_dict())  # Horovod's optimizer drops its handles for good
         optimizer.zero_grad()
         hvd.barrier()
-        kept.append(len(mpi_ops._handle_map) - ours)
-    assert kept[1:] == [len(list(model.parameters()))] * 5
+    dropped = steps * len(list(model.parameters()))
+    messages = compressor.stats()["messages"] / steps
+    # What is not over yet is forgotten later: of two steps at most, where ranks are slow.
+    assert len(mpi_ops._handle_map) - before - dropped <= 2 * (messages + 1)
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
