@@ -70,3 +70,13 @@ def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
     assert "has finished" not in done.stdout
     if fault == "joins":
         assert "hvd.join() cannot be used" in done.stdout, done.stdout[-8000:]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_horovod_starts_again(exchange):
+    """Only with Gloo: MPI starts once."""
+    pytest.importorskip("horovod.torch")
+    faults = HERE / "parallel" / "faults.py"
+    done = horovodrun(3, "gloo", sys.executable, faults, "restarts", exchange)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert done.stdout.count("has finished") == 3

@@ -11,14 +11,12 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from hvd_quant.torch.transport import POLL_SECONDS, abandon, fetch, forget_abandoned
+from hvd_quant.torch.transport import POLL_SECONDS, Collective, abandon, forget_abandoned
 
 NOTHING = bytes(8)  # announced in place of a round that is left; no digest
 # How long to wait for the other ranks to tell what they have: one of them may not run this code, or have
 # died.
 PATIENCE_SECONDS = 60.0
-
-_unanswered: dict[str, int] = {}  # handles of questions that were asked in vain, by name
 
 
 def wait_for(condition: Callable[[], object]) -> bool:
@@ -54,9 +52,10 @@ class Ranks:
         self._process_set = process_set
         self._number = number
         self._beginnings = 0
-        self._proposal: int | None = None  # a handle, until all ranks have made theirs
+        self._proposal: Collective | None = None  # until all ranks have made theirs
         self._rounds = 0  # since the beginning
-        self._announcements: list[int] = []  # handles, of rounds not yet known to have been the same
+        self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
+        self._unanswered: dict[str, Collective] = {}  # questions that were asked in vain
 
     def name(self, purpose: str) -> str:
         """The name of a collective.
@@ -65,8 +64,8 @@ class Ranks:
         """
         return f"hvd_quant.{self._number}.{self._beginnings}.{purpose}"
 
-    def _allgather(self, values: torch.Tensor, name: str) -> int:
-        return hvd.allgather_async(values, name=name, process_set=self._process_set)
+    def _allgather(self, values: torch.Tensor, name: str) -> Collective:
+        return Collective(hvd.allgather_async(values, name=name, process_set=self._process_set))
 
     # --- beginnings -------------------------------------------------------------------------------------
 
@@ -96,16 +95,16 @@ class Ranks:
         Raises:
             HorovodInternalError: a rank has died, or shut Horovod down.
         """
-        if not hvd.poll(self._proposal):
+        if not self._proposal.poll():
             return None
-        handle, self._proposal = self._proposal, None
-        told = fetch(handle)
+        proposal, self._proposal = self._proposal, None
+        told = proposal.fetch()
+        self._beginnings = int(told[:, 1].max()) + 1
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
-        for question in [question for question, handle in _unanswered.items() if hvd.poll(handle)]:
-            abandon(_unanswered.pop(question))
+        for question in [name for name, asked in self._unanswered.items() if asked.poll()]:
+            abandon(self._unanswered.pop(question))
         forget_abandoned()
-        self._beginnings = int(told[:, 1].max()) + 1
         return bool((told[:, 0] == told[0, 0]).all())
 
     def drop_proposal(self) -> None:
@@ -135,8 +134,8 @@ class Ranks:
             RoundLeft: some have announced NOTHING.
             RoundMismatch: they have not sent the same.
         """
-        while self._announcements and hvd.poll(self._announcements[0]):
-            told = fetch(self._announcements.pop(0)).tolist()
+        while self._announcements and self._announcements[0].poll():
+            told = self._announcements.pop(0).fetch().tolist()
             if left := [rank for rank, sent in enumerate(told) if sent == int.from_bytes(NOTHING, "little")]:
                 raise RoundLeft(
                     f"rank{'s' if len(left) > 1 else ''} {', '.join(map(str, left))} left this step by the "
@@ -149,8 +148,8 @@ class Ranks:
 
     def drop_announcements(self) -> None:
         """Let go of them; some may never be answered."""
-        for handle in self._announcements:
-            abandon(handle)
+        for announcement in self._announcements:
+            abandon(announcement)
         self._announcements.clear()
 
     # --- questions --------------------------------------------------------------------------------------
@@ -176,14 +175,12 @@ class Ranks:
     def _ask(self, question: str, data: torch.Tensor, meanwhile: Callable[[], object]) -> torch.Tensor | None:
         def answered() -> bool:
             meanwhile()
-            return hvd.poll(handle)
+            return asked.poll()
 
         with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
             # One that was asked in vain still has the name: who asks now answers that.
-            handle = _unanswered.pop(question, None)
-            if handle is None:
-                handle = self._allgather(data, question)
+            asked = self._unanswered.pop(question, None) or self._allgather(data, question)
             if wait_for(answered):
-                return fetch(handle)
-            _unanswered[question] = handle
+                return asked.fetch()
+            self._unanswered[question] = asked
         return None

@@ -11,43 +11,65 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.torch import mpi_ops
 
 from hvd_quant.exchange.transport import Buffer
 
 POLL_SECONDS = 1e-3  # between two looks at what is waited for, as in Horovod itself
 
 
-def fetch(handle: int) -> Any:
-    """What a collective has brought.
+class Collective:
+    """An operation of Horovod's on its way.
 
-    Raises:
-        HorovodInternalError: it has failed, or is one of a Horovod that has been shut down.
+    After ``hvd.shutdown()`` and ``hvd.init()`` Horovod numbers its operations from 1 again, so that one from
+    before is over for good: its number may be another's.
+
+    Args:
+        handle: Horovod's number of it, just received.
     """
-    result = hvd.synchronize(handle)
-    if result is None:
-        raise hvd.HorovodInternalError(
-            "hvd.shutdown() was called while quantized gradients were on their way"
-        )
-    return result
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._era = mpi_ops._handle_map  # another one after every hvd.init()
+
+    @property
+    def _lost(self) -> bool:
+        return self._era is not mpi_ops._handle_map
+
+    def poll(self) -> bool:
+        """Whether it is over, so that `fetch` does not wait."""
+        return self._lost or hvd.poll(self._handle)
+
+    def fetch(self) -> Any:
+        """What it has brought; to be called once.
+
+        Raises:
+            HorovodInternalError: it has failed, or Horovod has been shut down.
+        """
+        if self._lost:
+            raise hvd.HorovodInternalError(
+                "hvd.shutdown() was called while quantized gradients were on their way"
+            )
+        return hvd.synchronize(self._handle)
 
 
-_abandoned: list[int] = []  # handles of collectives that nobody waits for, and which may never be over
+_abandoned: list[Collective] = []  # nobody waits for them, and some may never be over
 
 
-def abandon(handle: int) -> None:
+def abandon(collective: Collective) -> None:
     """Let go of a collective."""
-    _abandoned.append(handle)
+    _abandoned.append(collective)
 
 
 def forget_abandoned() -> None:
     """Have Horovod forget those that are over by now: until then it keeps their tensors."""
     unfinished = []
-    for handle in _abandoned:
+    for collective in _abandoned:
         with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-            if hvd.poll(handle):
-                hvd.synchronize(handle)
+            if collective.poll():
+                collective.fetch()
             else:
-                unfinished.append(handle)
+                unfinished.append(collective)
     _abandoned[:] = unfinished
 
 
@@ -57,20 +79,20 @@ class HorovodHandle:
     def __init__(
         self, transport: HorovodTransport, handle: int, unpack: Callable[[Any], list[Buffer]]
     ) -> None:
-        self._transport, self._handle, self._unpack = transport, handle, unpack
-        transport.underway.add(handle)
+        self._transport, self._collective, self._unpack = transport, Collective(handle), unpack
+        transport.underway.add(self._collective)
 
     def ready(self) -> bool:
         """See `hvd_quant.exchange.transport.Handle`."""
-        return hvd.poll(self._handle)
+        return self._collective.poll()
 
     def wait(self) -> list[Buffer]:
         """See `hvd_quant.exchange.transport.Handle`."""
         while not self.ready():
             self._transport.while_waiting()
             time.sleep(POLL_SECONDS)
-        self._transport.underway.remove(self._handle)
-        return self._unpack(fetch(self._handle))
+        self._transport.underway.discard(self._collective)
+        return self._unpack(self._collective.fetch())
 
 
 class HorovodTransport:
@@ -84,7 +106,7 @@ class HorovodTransport:
     def __init__(self, process_set: hvd.ProcessSet, while_waiting: Callable[[], object]) -> None:
         self._process_set, self.while_waiting = process_set, while_waiting
         self.rank, self.size = process_set.rank(), process_set.size()
-        self.underway: set[int] = set()  # handles
+        self.underway: set[Collective] = set()
 
     def allgather(self, message: Buffer, sizes: Sequence[int], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""
@@ -99,8 +121,8 @@ class HorovodTransport:
 
     def abandon(self) -> None:
         """Let go of everything that is under way."""
-        for handle in self.underway:
-            abandon(handle)
+        for collective in self.underway:
+            abandon(collective)
         self.underway.clear()
 
 
