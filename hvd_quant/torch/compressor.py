@@ -9,11 +9,10 @@ exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -36,17 +35,6 @@ from hvd_quant.torch.transport import HorovodTransport
 FUSION_BYTES = 8 << 20
 _LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
-
-
-def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Autograd calls hooks from a thread for every device."""
-
-    @functools.wraps(method)
-    def call(self: QuantizedCompressor, *args: Any, **options: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **options)
-
-    return call
 
 
 class QuantizedCompressor(Compressor):
@@ -101,7 +89,7 @@ class QuantizedCompressor(Compressor):
         self.process_set = process_set
         self.seed = int(seed)
         self.in_use = False  # by an optimizer of ours
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # autograd calls hooks from a thread for every device
         self._names: ParameterNames | None = None
         # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
         # need not make its compressors, so each set counts its own.
@@ -150,7 +138,6 @@ class QuantizedCompressor(Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
-    @_one_at_a_time
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Take a gradient for the exchange, and start that if its fused bucket is complete.
 
@@ -178,6 +165,10 @@ class QuantizedCompressor(Compressor):
                 "the quantized exchange is not differentiable: pass tensor.detach() to hvd.allreduce, "
                 "or leave out compression= there"
             )
+        with self._lock:
+            return self._submit(tensor)
+
+    def _submit(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         if self._transport is None:
             self._begin()
         name = self._name(tensor)
@@ -208,7 +199,6 @@ class QuantizedCompressor(Compressor):
         self._wire_bytes += control.NBYTES
         return known.fresh_control(), pending
 
-    @_one_at_a_time
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Finish the exchange of a gradient.
 
@@ -227,6 +217,10 @@ class QuantizedCompressor(Compressor):
         """
         if ctx is None:
             return tensor
+        with self._lock:
+            return self._finish(tensor.tolist(), ctx)
+
+    def _finish(self, reduced: list[float], ctx: Pending) -> torch.Tensor:
         if ctx.abandoned:
             raise RuntimeError(
                 f"reset() was called while gradient {ctx.known.key!r} was on its way: clear the optimizer's "
@@ -236,8 +230,8 @@ class QuantizedCompressor(Compressor):
             if self._fusion.waiting or self._sent:
                 self._end_round()
             if self._unsent:
-                self._await_agreement(ctx, tensor)
-            factor = self._factor(ctx.known, tensor.tolist())
+                self._await_agreement(ctx, reduced)
+            factor = self._factor(ctx.known, reduced)
             if self._announced:
                 self._receive_round(factor)
         except control.FingerprintMismatch:
@@ -280,7 +274,6 @@ class QuantizedCompressor(Compressor):
             "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
         }
 
-    @_one_at_a_time
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
 
@@ -293,14 +286,17 @@ class QuantizedCompressor(Compressor):
             >>> optimizer.zero_grad()
             >>> hvd.barrier()
         """
-        if self._announced:
-            self._go_on_for_others()
-        elif self._pending and not self._ranks.proposed:
-            # They may wait for what this rank will not send.
-            with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-                self._ranks.announce(NOTHING)
-        self._ranks.drop_proposal()
-        self._clear()
+        with self._lock:
+            if self._announced:
+                self._go_on_for_others()
+            elif self._pending and not self._ranks.proposed:
+                # They may wait for what this rank will not send.
+                with contextlib.suppress(
+                    hvd.HorovodInternalError, ValueError
+                ):  # ValueError after hvd.shutdown
+                    self._ranks.announce(NOTHING)
+            self._ranks.drop_proposal()
+            self._clear()
 
     def _clear(self) -> None:
         for pending in self._pending.values():
@@ -322,7 +318,6 @@ class QuantizedCompressor(Compressor):
         """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
         return {"seed": self.seed, "uses": dict(self._uses)}
 
-    @_one_at_a_time
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
@@ -450,14 +445,14 @@ class QuantizedCompressor(Compressor):
             self._take(pending)
         return True
 
-    def _await_agreement(self, ctx: Pending, reduced: torch.Tensor) -> None:
+    def _await_agreement(self, ctx: Pending, reduced: list[float]) -> None:
         """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
 
         def agreed() -> bool:
             if self._agreed():
                 return True
             with contextlib.suppress(control.UnsupportedReductionError):
-                self._factor(ctx.known, reduced.tolist())  # ranks that differ need not agree
+                self._factor(ctx.known, reduced)  # ranks that differ need not agree
             return False
 
         if not wait_for(agreed):
