@@ -218,14 +218,15 @@ class QuantizedCompressor(Compressor):
         if ctx is None:
             return tensor
         with self._lock:
-            return self._finish(tensor.tolist(), ctx)
+            return self._finish(tensor, ctx)
 
-    def _finish(self, reduced: list[float], ctx: Pending) -> torch.Tensor:
+    def _finish(self, tensor: torch.Tensor, ctx: Pending) -> torch.Tensor:
         if ctx.abandoned:
             raise RuntimeError(
                 f"reset() was called while gradient {ctx.known.key!r} was on its way: clear the optimizer's "
                 "state too, by optimizer.load_state_dict(optimizer.state_dict())"
             )
+        reduced = tensor.tolist()
         try:
             if self._fusion.waiting or self._sent:
                 self._end_round()
@@ -287,6 +288,7 @@ class QuantizedCompressor(Compressor):
             >>> hvd.barrier()
         """
         with self._lock:
+            self._ranks.drop_proposal()  # if all have answered it, there is a round to leave
             if self._announced:
                 self._go_on_for_others()
             elif self._pending and not self._ranks.proposed:
@@ -295,7 +297,6 @@ class QuantizedCompressor(Compressor):
                     hvd.HorovodInternalError, ValueError
                 ):  # ValueError after hvd.shutdown
                     self._ranks.announce(NOTHING)
-            self._ranks.drop_proposal()
             self._clear()
 
     def _clear(self) -> None:

@@ -63,14 +63,13 @@ def abandon(collective: Collective) -> None:
 
 def forget_abandoned() -> None:
     """Have Horovod forget those that are over by now: until then it keeps their tensors."""
-    unfinished = []
-    for collective in _abandoned:
+    collectives, _abandoned[:] = _abandoned[:], []
+    for collective in collectives:
         with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
             if collective.poll():
                 collective.fetch()
             else:
-                unfinished.append(collective)
-    _abandoned[:] = unfinished
+                _abandoned.append(collective)
 
 
 class HorovodHandle:
