@@ -18,6 +18,10 @@ NOTHING = bytes(8)  # announced in place of a round that is left; no digest
 # died.
 PATIENCE_SECONDS = 60.0
 
+# Questions that were asked in vain, by process set and name. They are not a compressor's own: its number may
+# be what differs.
+_unanswered: dict[tuple[int | None, str], Collective] = {}
+
 
 def wait_for(condition: Callable[[], object]) -> bool:
     """Wait until something is so, or the other ranks have had their time for it; returns whether it is so."""
@@ -55,7 +59,6 @@ class Ranks:
         self._proposal: Collective | None = None  # until all ranks have made theirs
         self._rounds = 0  # since the beginning
         self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
-        self._unanswered: dict[str, Collective] = {}  # questions that were asked in vain
 
     def name(self, purpose: str) -> str:
         """The name of a collective.
@@ -102,8 +105,9 @@ class Ranks:
         self._beginnings = int(told[:, 1].max()) + 1
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
-        for question in [name for name, asked in self._unanswered.items() if asked.poll()]:
-            abandon(self._unanswered.pop(question))
+        for key, asked in list(_unanswered.items()):
+            if key[0] == self._process_set.process_set_id and asked.poll():
+                abandon(_unanswered.pop(key))
         forget_abandoned()
         return bool((told[:, 0] == told[0, 0]).all())
 
@@ -179,8 +183,11 @@ class Ranks:
 
         with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
             # One that was asked in vain still has the name: who asks now answers that.
-            asked = self._unanswered.pop(question, None) or self._allgather(data, question)
+            key = (self._process_set.process_set_id, question)
+            asked = _unanswered.get(key)
+            if asked is None or asked.lost:
+                asked = _unanswered[key] = self._allgather(data, question)
             if wait_for(answered):
+                del _unanswered[key]
                 return asked.fetch()
-            self._unanswered[question] = asked
         return None

@@ -33,12 +33,13 @@ class Collective:
         self._era = mpi_ops._handle_map  # another one after every hvd.init()
 
     @property
-    def _lost(self) -> bool:
+    def lost(self) -> bool:
+        """Whether Horovod has been initialised since."""
         return self._era is not mpi_ops._handle_map
 
     def poll(self) -> bool:
         """Whether it is over, so that `fetch` does not wait."""
-        return self._lost or hvd.poll(self._handle)
+        return self.lost or hvd.poll(self._handle)
 
     def fetch(self) -> Any:
         """What it has brought; to be called once.
@@ -46,7 +47,7 @@ class Collective:
         Raises:
             HorovodInternalError: it has failed, or Horovod has been shut down.
         """
-        if self._lost:
+        if self.lost:
             raise hvd.HorovodInternalError(
                 "hvd.shutdown() was called while quantized gradients were on their way"
             )

@@ -1,6 +1,7 @@
 """Differences between ranks and misuse: the same clear error on every rank, and never a hang."""
 
 import copy
+import functools
 import pickle
 import time
 
@@ -218,6 +219,28 @@ def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, name
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
+def check_a_rank_that_waited_in_vain_leaves_a_step_that_others_finish(exchange, monkeypatch):
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    model = mlp()
+    compressor = hq.QSGDCompressor(exchange=exchange, min_numel=0, fusion_bytes=0)
+    optimizer = optimizer_of(model, compressor)
+    if hvd.rank() != 0:
+        time.sleep(2)
+    backward(model)
+    if hvd.rank() == 0:
+        time.sleep(2)  # the others agree with what it has told, and wait for what it will not send
+    else:
+        assert "rank 0 left this step" in str(error_of(optimizer.step))
+    compressor.reset()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    hvd.barrier()
+    for _ in range(2):
+        assert step_error(model, optimizer) is None
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def check_reset_brings_ranks_together(exchange):
     """However much each has sent, and however often each has called it."""
     compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=0)
@@ -426,6 +449,23 @@ def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkey
             result = compressors[i].decompress(hvd.synchronize(handle), context)
             assert torch.isfinite(result).all()
         hvd.barrier()
+
+
+def check_a_question_asked_in_vain_does_not_spoil_the_next_error(monkeypatch):
+    """Of another compressor, as after giving up the first."""
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    for late in (True, False, False):
+        compressor = hq.QSGDCompressor()
+        control, context = compressor.compress(own_randn(first_and_rest(5000, 6000)))
+        handle = hvd.allreduce_async(control, name="differs")
+        reduced = hvd.synchronize(handle)
+        if late and hvd.rank() != 0:
+            time.sleep(2)
+        error = error_of(functools.partial(compressor.decompress, reduced, context))
+        assert isinstance(error, hq.RankMismatchError)
+        hvd.barrier()
+        if not late:
+            assert "named_parameters" in same_mismatch(error), str(error)
 
 
 def check_tensor_in_an_autograd_graph():
