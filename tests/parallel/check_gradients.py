@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import horovod.torch as hvd
 import pytest
 import torch
-from common import backward, gathered, local_gradients, mlp, own_randn, same_everywhere
+from common import backward, gathered, local_gradients, mlp, own_randn, recover, same_everywhere
 from horovod.torch import mpi_ops
 
 import hvd_quant.torch as hq
@@ -405,10 +405,7 @@ def check_reset_after_an_abandoned_step():
             model.zero_grad()
             backward(model, step)
             if step in (1, 2):
-                compressor.reset()
-                optimizer.load_state_dict(optimizer.state_dict())
-                optimizer.zero_grad()
-                hvd.barrier()  # the control tensors that are on their way have the parameters' names
+                recover(compressor, optimizer)
             else:
                 optimizer.step()
         assert not compressor._pending
@@ -424,13 +421,11 @@ def check_resets_pile_up_nothing(exchange):
     before = len(mpi_ops._handle_map)
     for step in range(steps):
         backward(model, step)
-        compressor.reset()
-        optimizer.load_state_dict(optimizer.state_dict())  # Horovod's optimizer drops its handles for good
-        optimizer.zero_grad()
-        hvd.barrier()
+        recover(compressor, optimizer)
     dropped = steps * len(list(model.parameters()))
     messages = compressor.stats()["messages"] / steps
-    # What is not over yet is forgotten later: of two steps at most, where ranks are slow.
+    # Horovod's optimizer drops its handles for good. What is not over yet is forgotten later: of two steps at
+    # most, where ranks are slow.
     assert len(mpi_ops._handle_map) - before - dropped <= 2 * (messages + 1)
 
 

@@ -60,3 +60,11 @@ def same_mismatch(error):
     assert isinstance(error, hq.RankMismatchError)
     assert len(set(gathered(str(error)))) == 1
     return str(error)
+
+
+def recover(compressor, optimizer):
+    """What a training loop does that has left a step, on every rank."""
+    compressor.reset()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    hvd.barrier()  # the control tensors that are on their way have the parameters' names

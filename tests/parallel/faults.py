@@ -6,7 +6,7 @@ import time
 
 import horovod.torch as hvd
 import torch
-from common import backward, mlp
+from common import backward, mlp, recover
 
 import hvd_quant.torch as hq
 
@@ -15,10 +15,7 @@ def restart(model: torch.nn.Module, optimizer: torch.optim.Optimizer, compressor
     """Shut Horovod down between backward and step. What is begun then may get the same numbers from it."""
     for _ in range(2):
         backward(model)
-        compressor.reset()
-        optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.zero_grad()
-        hvd.barrier()
+        recover(compressor, optimizer)
     backward(model)
     hvd.barrier()  # Horovod itself does not like to be shut down at work
     hvd.shutdown()
