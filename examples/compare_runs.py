@@ -26,7 +26,7 @@ LABELS = {"none": "float32", "fp16": "float16"}
 
 def label(run: Run) -> str:
     name = run[0]["compression"]
-    return LABELS.get(name, name.replace("qsgd-", "QSGD ").replace("bit", " bits"))
+    return LABELS.get(name, name.replace("qsgd-", "QSGD ").replace("nuQ", "NUQ").replace("bit", " bits"))
 
 
 def show(runs: list[Run]) -> None:

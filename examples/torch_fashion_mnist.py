@@ -28,16 +28,17 @@ import torch.nn.functional as F  # noqa: N812
 import hvd_quant.torch as hq
 
 DATA_DIR = Path("/usr/share/datasets/fashion-mnist")
+COMPRESSORS = {"qsgd": hq.QSGDCompressor, "nuqsgd": hq.NUQSGDCompressor}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compression", choices=("none", "fp16", "qsgd"), default="qsgd")
-    parser.add_argument("--bits", type=int, default=4, help="bits a value (qsgd)")
-    parser.add_argument("--norm", choices=("max", "l2"), default="max", help="norm of a bucket (qsgd)")
-    parser.add_argument("--bucket-size", type=int, default=512, help="values that share a norm (qsgd)")
+    parser.add_argument("--compression", choices=("none", "fp16", *COMPRESSORS), default="qsgd")
+    parser.add_argument("--bits", type=int, default=4, help="bits a value")
+    parser.add_argument("--norm", choices=("max", "l2"), help="norm of a bucket (default: the scheme's own)")
+    parser.add_argument("--bucket-size", type=int, default=512, help="values that share a norm")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64, help="images a rank and step")
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate")
@@ -112,8 +113,10 @@ def make_model() -> torch.nn.Module:
 
 
 def make_compressor(args: argparse.Namespace) -> Any:
-    if args.compression == "qsgd":
-        return hq.QSGDCompressor(bits=args.bits, norm=args.norm, bucket_size=args.bucket_size, seed=args.seed)
+    if args.compression in COMPRESSORS:
+        norm = {"norm": args.norm} if args.norm else {}
+        compressor = COMPRESSORS[args.compression]
+        return compressor(bits=args.bits, bucket_size=args.bucket_size, seed=args.seed, **norm)
     return hvd.Compression.fp16 if args.compression == "fp16" else hvd.Compression.none
 
 
@@ -242,7 +245,7 @@ def main() -> int:
         test_loss, test_accuracy = evaluate(model, test_images, test_labels)
         raw_bytes, wire_bytes = sent_bytes(compressor, model, steps)
         record = {
-            "compression": args.compression + (f"-{args.bits}bit" if args.compression == "qsgd" else ""),
+            "compression": args.compression + (f"-{args.bits}bit" if args.compression in COMPRESSORS else ""),
             "seed": args.seed,
             "ranks": hvd.size(),
             "epoch": epoch,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from hvd_quant.schemes import CODINGS, NORMS, QSGD
+from hvd_quant.schemes import CODINGS, NORMS, NUQSGD, QSGD, Scheme
 
 MAGIC = b"HVDQ"
 VERSION = 1
@@ -19,7 +19,7 @@ ALIGNMENT = 8  # of the payload's size, so that payloads laid end to end stay al
 CHECKSUM_WORD = 3
 FIRST_BODY_WORD = HEADER_SIZE // 4
 
-_SCHEMES = {1: QSGD}
+_SCHEMES = {1: QSGD, 2: NUQSGD}
 _SCHEME_IDS = {scheme: number for number, scheme in _SCHEMES.items()}
 
 # magic, version, scheme, bits, norm, coding, 3 reserved bytes, checksum, bucket size, count
@@ -32,27 +32,27 @@ _RESERVED = bytes(3)
 class Header:
     """What a payload says of itself, and the checksum that its body must have."""
 
-    scheme: QSGD
+    scheme: Scheme
     count: int
     body_checksum: int
 
 
-def norms_size(scheme: QSGD, count: int) -> int:
+def norms_size(scheme: Scheme, count: int) -> int:
     """Bytes of the norms of ``count`` values: a float32 a bucket."""
     return 4 * -(-count // scheme.bucket_size)
 
 
-def codes_size(scheme: QSGD, count: int) -> int:
+def codes_size(scheme: Scheme, count: int) -> int:
     """Bytes of the codes of ``count`` values, padding excluded."""
     return -(-count * scheme.bits // 8)
 
 
-def used_size(scheme: QSGD, count: int) -> int:
+def used_size(scheme: Scheme, count: int) -> int:
     """Bytes of the payload of ``count`` values, padding excluded."""
     return HEADER_SIZE + norms_size(scheme, count) + codes_size(scheme, count)
 
 
-def payload_size(scheme: QSGD, count: int) -> int:
+def payload_size(scheme: Scheme, count: int) -> int:
     """Bytes of the whole payload of ``count`` values; a function of its arguments alone."""
     return -(-used_size(scheme, count) // ALIGNMENT) * ALIGNMENT
 
@@ -62,7 +62,7 @@ def _header_checksum(header: bytes) -> int:
     return sum((2 * i + 1) * word for i, word in enumerate(words) if i != CHECKSUM_WORD) % 2**32
 
 
-def pack_header(scheme: QSGD, count: int, body_checksum: int) -> bytes:
+def pack_header(scheme: Scheme, count: int, body_checksum: int) -> bytes:
     """The header of a payload whose body has that checksum."""
 
     def header(checksum: int) -> bytes:

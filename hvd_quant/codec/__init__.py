@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from hvd_quant.codec import _native, native
-from hvd_quant.schemes import QSGD, check_choice, check_integer
+from hvd_quant.schemes import Scheme, check_choice, check_integer
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def native_isa() -> str:
     return _native.isa()
 
 
-def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> Array:
+def encode(x: Array, scheme: Scheme, *, seed: int = 0, backend: str = "auto") -> Array:
     """Encode an array or tensor into a self-describing payload.
 
     Args:
@@ -51,7 +51,7 @@ def encode(x: Array, scheme: QSGD, *, seed: int = 0, backend: str = "auto") -> A
         >>> payload = hvd_quant.encode(gradient, hvd_quant.QSGD(bits=4))
         >>> approximation = hvd_quant.decode(payload).reshape(gradient.shape)
     """
-    if not isinstance(scheme, QSGD):
+    if not isinstance(scheme, Scheme):
         raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
     check_integer("seed", seed, 0, 2**64 - 1)
     backend = _backend(backend, x)

@@ -194,22 +194,43 @@ inline std::int8_t round_down(float value, std::int32_t noise) {
   return static_cast<std::int8_t>((static_cast<std::int32_t>(value) + noise) >> kFractionBits);
 }
 
-template <class T>
-void quantize(const T* x, std::uint64_t n, const Bucket& bucket, const std::int32_t* noise,
-              std::int8_t* codes) {
+// A value in units of 2^-kFractionBits of the norm, rounded to a power of two, 1 to 2^-(s - 1) of the norm, or
+// to 0. Between two powers, the probability of the upper one is what the float's mantissa says: so random bits
+// are added to that, and the exponent is kept. Below the lowest power l_1, value + l_1 has that mantissa.
+template <int kBits>
+inline std::int8_t round_to_power(float value, std::int32_t noise) {
+  constexpr std::uint32_t kMantissaBits = 23;
+  constexpr std::uint32_t kSteps = (1u << (kBits - 1)) - 1;
+  constexpr std::uint32_t kLowest = 127 + kFractionBits - (kSteps - 1);  // l_1's exponent
+  const std::uint32_t bits = float_to_bits(value);
+  const float magnitude = bits_to_float(bits & 0x7fffffffu);
+  const float lowest = bits_to_float(kLowest << kMantissaBits);
+  const bool below = magnitude < lowest;
+  const std::uint32_t lifted = float_to_bits(below ? magnitude + lowest : magnitude);
+  const std::uint32_t random = static_cast<std::uint32_t>(noise) >> (kFractionBits - kMantissaBits);
+  const auto exponent = static_cast<std::int32_t>((lifted + random) >> kMantissaBits);
+  const std::int32_t level = exponent - static_cast<std::int32_t>(kLowest) + (below ? 0 : 1);
+  const std::int32_t sign = static_cast<std::int32_t>(bits) >> 31;
+  return static_cast<std::int8_t>((level ^ sign) - sign);
+}
+
+// round(value, noise) is one of the two above.
+template <class T, class Round>
+void quantize(const T* x, std::uint64_t n, const Bucket& bucket, const std::int32_t* noise, std::int8_t* codes,
+              Round round) {
   const float prescale = bucket.prescale;
   const float scale = bucket.scale;
   if (scale == 0.0f) {
     std::memset(codes, 0, n);
   } else if (prescale != 1.0f) {
-    for (std::uint64_t i = 0; i < n; ++i) codes[i] = round_down(load(x + i) * prescale * scale, noise[i]);
+    for (std::uint64_t i = 0; i < n; ++i) codes[i] = round(load(x + i) * prescale * scale, noise[i]);
   } else {
     const std::uint64_t whole = n - n % kBlock;
     for (std::uint64_t i = 0; i < whole; i += kBlock) {
       fetch_ahead(x + i, Half::kSecond);
-      for (std::uint64_t j = i; j < i + kBlock; ++j) codes[j] = round_down(load(x + j) * scale, noise[j]);
+      for (std::uint64_t j = i; j < i + kBlock; ++j) codes[j] = round(load(x + j) * scale, noise[j]);
     }
-    for (std::uint64_t i = whole; i < n; ++i) codes[i] = round_down(load(x + i) * scale, noise[i]);
+    for (std::uint64_t i = whole; i < n; ++i) codes[i] = round(load(x + i) * scale, noise[i]);
   }
 }
 
@@ -363,8 +384,9 @@ inline std::uint32_t checksum(const std::uint8_t* bytes, std::uint64_t size, std
 template <class T, int kBits>
 std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64_t end) {
   const T* x = static_cast<const T*>(job.values);
-  constexpr std::int32_t kLevels = (1 << (kBits - 1)) - 1;
   const Layout& layout = job.layout;
+  const bool uniform = job.spacing == Spacing::kUniform;
+  const std::int32_t levels = uniform ? (1 << (kBits - 1)) - 1 : 1;  // that the norm is the topmost of
   alignas(64) std::int32_t noise[kChunk];
   alignas(64) std::int8_t codes[kChunk];
   alignas(64) std::uint8_t packed[kChunk];
@@ -380,14 +402,20 @@ std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64
         const std::uint64_t index = bucket_end / layout.bucket_size;
         const std::uint64_t start = index * layout.bucket_size;
         bucket_end = start + std::min(layout.bucket_size, layout.count - start);
-        bucket = measure(x + start, bucket_end - start, job.norm, kLevels);
+        bucket = measure(x + start, bucket_end - start, job.norm, levels);
         if (start >= begin) {
           std::memcpy(job.body + 4 * index, &bucket.norm, 4);
           sum += static_cast<std::uint32_t>(2 * (job.first_word + index) + 1) * float_to_bits(bucket.norm);
         }
       }
       const std::uint64_t m = std::min(n - i, bucket_end - (at + i));
-      quantize(x + at + i, m, bucket, noise + i, codes + i);
+      if (uniform) {
+        quantize(x + at + i, m, bucket, noise + i, codes + i,
+                 [](float value, std::int32_t random) { return round_down(value, random); });
+      } else {
+        quantize(x + at + i, m, bucket, noise + i, codes + i,
+                 [](float value, std::int32_t random) { return round_to_power<kBits>(value, random); });
+      }
       i += m;
     }
     const std::uint64_t codes_at = layout.codes_offset() + at / 8 * kBits;
@@ -426,6 +454,22 @@ inline void add_values(const std::int8_t* codes, std::uint64_t n, float norm, fl
   }
 }
 
+// As add_values, for powers of two: code c stands for sign(c) * 2^(|c| - s) * norm, 0 for 0.
+template <int kBits>
+inline void add_powers(const std::int8_t* codes, std::uint64_t n, float norm, bool first, float* total) {
+  constexpr std::int32_t kOffset = 127 - ((1 << (kBits - 1)) - 1);
+  const auto power = [](std::int8_t code) {
+    const std::int32_t level = code < 0 ? -code : code;
+    const auto exponent = static_cast<std::uint32_t>(level == 0 ? 0 : level + kOffset);
+    return bits_to_float(exponent << 23 | (code < 0 ? 0x80000000u : 0u));
+  };
+  if (first) {
+    for (std::uint64_t i = 0; i < n; ++i) total[i] = power(codes[i]) * norm;
+  } else {
+    for (std::uint64_t i = 0; i < n; ++i) total[i] += power(codes[i]) * norm;
+  }
+}
+
 // out[i] = weight * (sum over the payloads of their value i), for i in [begin, end), begin being a multiple
 // of kChunk. sums[k] grows by this range's share of payload k's checksum.
 template <class T, int kBits>
@@ -453,7 +497,11 @@ void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, s
         if (start >= begin && start == at + i) {
           sums[k] += static_cast<std::uint32_t>(2 * (job.first_word + index) + 1) * float_to_bits(norm);
         }
-        add_values(codes + i, m, norm, kLevels, k == 0, total + i);
+        if (job.spacing == Spacing::kUniform) {
+          add_values(codes + i, m, norm, kLevels, k == 0, total + i);
+        } else {
+          add_powers<kBits>(codes + i, m, norm, k == 0, total + i);
+        }
         i += m;
       }
     }

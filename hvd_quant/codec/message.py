@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from hvd_quant import wire
-from hvd_quant.schemes import NORMS, QSGD
+from hvd_quant.schemes import NORMS, SPACINGS, Scheme
 
 PREAMBLE_SIZE = 8
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the native codec's order
@@ -34,7 +34,7 @@ class Segment:
     start: int
     count: int
     dtype: str
-    scheme: QSGD
+    scheme: Scheme
 
     @property
     def payload_size(self) -> int:
@@ -76,7 +76,7 @@ class MessageLayout:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """What the native codec reads: a row a segment, int64 of shape (segments, 8)."""
+        """What the native codec reads: a row a segment, int64 of shape (segments, 9)."""
         rows = [
             (
                 segment.tensor,
@@ -85,12 +85,13 @@ class MessageLayout:
                 DTYPES.index(segment.dtype),
                 segment.scheme.bits,
                 NORMS.index(segment.scheme.norm),
+                SPACINGS.index(segment.scheme.spacing),
                 segment.scheme.bucket_size,
                 offset,
             )
             for segment, offset in zip(self.segments, self.offsets, strict=True)
         ]
-        return np.array(rows, np.int64).reshape(-1, 8)
+        return np.array(rows, np.int64).reshape(-1, 9)
 
     @cached_property
     def headers(self) -> np.ndarray:

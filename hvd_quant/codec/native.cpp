@@ -44,6 +44,7 @@ constexpr int kMinBits = 2;
 constexpr int kMaxBits = 8;
 
 enum class Norm { kMax, kL2 };
+enum class Spacing { kUniform, kExponential };  // of the levels
 
 struct Float16 {
   std::uint16_t bits;
@@ -72,6 +73,7 @@ struct Encoding {
   const void* values;
   Layout layout;
   Norm norm;
+  Spacing spacing;
   std::uint64_t seed;
   std::uint64_t first_word;
   std::uint8_t* body;
@@ -80,6 +82,7 @@ struct Encoding {
 struct Decoding {
   std::vector<const std::uint8_t*> bodies;
   Layout layout;
+  Spacing spacing;
   float weight;
   std::uint64_t first_word;
   void* out;
@@ -222,6 +225,12 @@ std::uint8_t* contiguous_bytes(const py::array& array, std::size_t item_size, bo
   return static_cast<std::uint8_t*>(const_cast<void*>(array.data()));
 }
 
+Spacing spacing_of(const std::string& name) {
+  if (name == "uniform") return Spacing::kUniform;
+  if (name == "exponential") return Spacing::kExponential;
+  throw py::value_error("spacing must be 'uniform' or 'exponential'");
+}
+
 Layout checked_layout(std::uint64_t count, std::uint64_t bucket_size, int bits) {
   if (bits < kMinBits || bits > kMaxBits) throw py::value_error("bits must be 2 to 8");
   if (bucket_size == 0) throw py::value_error("bucket_size must be positive");
@@ -296,7 +305,7 @@ std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, 
 // --- one payload ----------------------------------------------------------------------------------------
 
 std::uint32_t encode(const py::array& values, const std::string& dtype, int bits, const std::string& norm,
-                     std::uint64_t bucket_size, std::uint64_t seed, std::uint64_t first_word,
+                     const std::string& spacing, std::uint64_t bucket_size, std::uint64_t seed, std::uint64_t first_word,
                      const py::array& body, std::int64_t threads) {
   const std::size_t type = dtype_index(dtype);
   const auto count = static_cast<std::uint64_t>(values.size());
@@ -305,6 +314,7 @@ std::uint32_t encode(const py::array& values, const std::string& dtype, int bits
   Encoding job{contiguous_bytes(values, kItemSizes[type], false, "values"),
                layout,
                norm == "max" ? Norm::kMax : Norm::kL2,
+               spacing_of(spacing),
                seed,
                first_word,
                contiguous_bytes(body, 1, true, "body")};
@@ -317,13 +327,13 @@ std::uint32_t encode(const py::array& values, const std::string& dtype, int bits
 }
 
 std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std::uint64_t bucket_size, int bits,
-                                      float weight, std::uint64_t first_word, const py::array& out,
+                                      const std::string& spacing, float weight, std::uint64_t first_word, const py::array& out,
                                       const std::string& dtype, std::int64_t threads) {
   const std::size_t type = dtype_index(dtype);
   const auto count = static_cast<std::uint64_t>(out.size());
   const Layout layout = checked_layout(count, bucket_size, bits);
   if (bodies.empty()) throw py::value_error("no payloads to decode");
-  Decoding job{{}, layout, weight, first_word, contiguous_bytes(out, kItemSizes[type], true, "out")};
+  Decoding job{{}, layout, spacing_of(spacing), weight, first_word, contiguous_bytes(out, kItemSizes[type], true, "out")};
   for (const py::array& body : bodies) {
     job.bodies.push_back(contiguous_bytes(body, 1, false, "body"));
     if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) {
@@ -350,7 +360,8 @@ struct Segment {
   std::int64_t count;
   std::int64_t dtype;  // index into kDtypes
   std::int64_t bits;
-  std::int64_t norm;  // 0 max, 1 l2
+  std::int64_t norm;     // 0 max, 1 l2
+  std::int64_t spacing;  // 0 uniform, 1 exponential
   std::int64_t bucket_size;
   std::int64_t offset;  // of its payload in the message
 };
@@ -386,7 +397,7 @@ struct CheckedTable {
       if (segment.tensor < 0 || static_cast<std::size_t>(segment.tensor) >= arrays.size() || segment.dtype < 0 ||
           static_cast<std::size_t>(segment.dtype) >= kDtypes.size() || segment.start < 0 || segment.count < 0 ||
           segment.bits < kMinBits || segment.bits > kMaxBits || segment.norm < 0 || segment.norm > 1 ||
-          segment.bucket_size < 1 || segment.offset < 0) {
+          segment.spacing < 0 || segment.spacing > 1 || segment.bucket_size < 1 || segment.offset < 0) {
         throw py::value_error("table row " + std::to_string(i) + " is out of range");
       }
       const py::array& array = arrays[static_cast<std::size_t>(segment.tensor)];
@@ -407,6 +418,10 @@ struct CheckedTable {
     }
   }
 };
+
+Spacing spacing_of(const Segment& segment) {
+  return segment.spacing == 0 ? Spacing::kUniform : Spacing::kExponential;
+}
 
 std::uint32_t load_word(const std::uint8_t* from) {
   std::uint32_t word;
@@ -446,7 +461,7 @@ void encode_segments(const std::vector<py::array>& arrays, const Table& table, c
     const Segment& segment = checked.segments[i];
     std::uint8_t* const payload = out + segment.offset;
     const Encoding job{checked.values[i], checked.layouts[i], segment.norm == 0 ? Norm::kMax : Norm::kL2,
-                       seed[i],           first_word,         payload + kHeaderSize};
+                       spacing_of(segment), seed[i], first_word, payload + kHeaderSize};
     const std::uint32_t sum = run_encoding(job, kernels.encode[segment.dtype][segment.bits - kMinBits], threads);
     std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
     const std::uint32_t word = load_word(payload + checksum_word * kWordSize) + sum;
@@ -474,7 +489,7 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
     for (std::size_t i = 0; i < checked.segments.size() && wrong == nullptr; ++i) {
       const Segment& segment = checked.segments[i];
       const std::uint8_t* const header = checked.headers + i * kHeaderSize;
-      Decoding job{{}, checked.layouts[i], weight, first_word, checked.values[i]};
+      Decoding job{{}, checked.layouts[i], spacing_of(segment), weight, first_word, checked.values[i]};
       for (std::size_t k = 0; k < sources.size(); ++k) {
         const std::uint8_t* const payload = sources[k] + segment.offset;
         const std::uint64_t split = checksum_word * kWordSize;
@@ -516,10 +531,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("available_isas", &available_isas);
   module.def("choose_isa", &choose_isa, py::arg("name"));
   module.def("encode", &encode, py::arg("values"), py::arg("dtype"), py::arg("bits"), py::arg("norm"),
-             py::arg("bucket_size"), py::arg("seed"), py::arg("first_word"), py::arg("body"),
+             py::arg("spacing"), py::arg("bucket_size"), py::arg("seed"), py::arg("first_word"), py::arg("body"),
              py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
-             py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+             py::arg("spacing"), py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
   module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
              py::arg("seeds"), py::arg("first_word"), py::arg("checksum_word"), py::arg("message"),

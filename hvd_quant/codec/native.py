@@ -10,7 +10,7 @@ import numpy as np
 from hvd_quant import wire
 from hvd_quant.codec import _native
 from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
-from hvd_quant.schemes import QSGD
+from hvd_quant.schemes import Scheme
 
 __all__ = [
     "DTYPES",
@@ -36,7 +36,7 @@ def threads() -> int:
     return int(text)
 
 
-def encode(values: np.ndarray, scheme: QSGD, seed: int, dtype: str | None = None) -> np.ndarray:
+def encode(values: np.ndarray, scheme: Scheme, seed: int, dtype: str | None = None) -> np.ndarray:
     """Encode a contiguous one-dimensional array.
 
     Args:
@@ -55,6 +55,7 @@ def encode(values: np.ndarray, scheme: QSGD, seed: int, dtype: str | None = None
         dtype=dtype or values.dtype.name,
         bits=scheme.bits,
         norm=scheme.norm,
+        spacing=scheme.spacing,
         bucket_size=scheme.bucket_size,
         seed=seed,
         first_word=wire.FIRST_BODY_WORD,
@@ -99,6 +100,7 @@ def decode_mean(
         [payload[wire.HEADER_SIZE :] for payload in payloads],
         bucket_size=header.scheme.bucket_size,
         bits=header.scheme.bits,
+        spacing=header.scheme.spacing,
         weight=factor / len(payloads),
         first_word=wire.FIRST_BODY_WORD,
         out=out,

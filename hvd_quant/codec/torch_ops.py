@@ -6,20 +6,23 @@ from another generator, torch's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from hvd_quant import wire
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
-from hvd_quant.schemes import QSGD
+from hvd_quant.schemes import Scheme
 
 # See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
 TINY_NORM = 2.0**-90
 TINY_PRESCALE = 2.0**60
+MANTISSA_BITS = 23  # of float32
+TOP_POWER = 2.0**24  # what a norm is scaled to before rounding to powers: nothing near it is subnormal
 
 
-def encode(values: torch.Tensor, scheme: QSGD, seed: int) -> torch.Tensor:
+def encode(values: torch.Tensor, scheme: Scheme, seed: int) -> torch.Tensor:
     """Encode a one-dimensional floating-point tensor into a payload on its device.
 
     Args:
@@ -112,7 +115,7 @@ def empty(count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=getattr(torch, dtype), device=like.device)
 
 
-def _quantize(values: torch.Tensor, scheme: QSGD, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(values: torch.Tensor, scheme: Scheme, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms (float32, one a bucket) and codes (int8, one a value of the filled-up last bucket too)."""
     fill = -values.numel() % min(scheme.bucket_size, values.numel())
     x = values.to(torch.float32)
@@ -125,17 +128,44 @@ def _quantize(values: torch.Tensor, scheme: QSGD, seed: int) -> tuple[torch.Tens
         norms = torch.linalg.vector_norm(x, 2, dim=1, dtype=torch.float64).to(torch.float32)
     norms = torch.where(norms < float("inf"), norms, float("nan"))
     prescale = torch.where(norms < TINY_NORM, TINY_PRESCALE, 1.0)
-    # An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
-    scale = torch.nan_to_num(scheme.steps / torch.where(norms > 0, norms * prescale, 1.0), nan=0.0)
+    # What the norm becomes. An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
+    top = scheme.steps if scheme.spacing == "uniform" else TOP_POWER
+    scale = torch.nan_to_num(top / torch.where(norms > 0, norms * prescale, 1.0), nan=0.0)
     generator = torch.Generator(x.device).manual_seed(_mix64(seed))
-    noise = torch.rand(x.shape, generator=generator, device=x.device)
     scaled = x * (prescale.unsqueeze(1))
     scaled *= scale.unsqueeze(1)
     scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # what a non-finite bucket leaves
+    round_ = _round_down if scheme.spacing == "uniform" else _round_to_power
+    codes = round_(scaled, scheme.steps, generator)
+    return norms, codes.view(-1)[: values.numel()]
+
+
+def _round_down(scaled: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
+    """Codes of values in units of a uniform level, int8; overwrites ``scaled``."""
+    noise = torch.rand(scaled.shape, generator=generator, device=scaled.device)
     floor = scaled.floor()
     floor += noise < scaled.sub_(floor)
-    codes = floor.clamp_(-scheme.steps, scheme.steps).to(torch.int8)
-    return norms, codes.view(-1)[: values.numel()]
+    return floor.clamp_(-steps, steps).to(torch.int8)
+
+
+def _round_to_power(scaled: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
+    """Codes of values in units of 1 / TOP_POWER of the norm, rounded to powers of two, int8.
+
+    As the native codec: the mantissa of a float is the probability of rounding it up to the next power, so
+    random bits are added to it, and the exponent is kept. Below the lowest power, value + power has that
+    mantissa. Overwrites ``scaled``.
+    """
+    lowest = TOP_POWER * 2.0 ** (1 - steps)
+    negative = scaled < 0
+    scaled.abs_()
+    below = scaled < lowest
+    lifted = torch.where(below, scaled + lowest, scaled).view(torch.int32)
+    random = torch.empty_like(lifted)
+    lifted += random.random_(0, 2**MANTISSA_BITS, generator=generator)
+    lifted >>= MANTISSA_BITS
+    exponent = 127 + round(math.log2(lowest))
+    levels = lifted.sub_(exponent - 1).sub_(below.to(torch.int32)).clamp_(0, steps).to(torch.int8)
+    return torch.where(negative, -levels, levels)
 
 
 def _mix64(x: int) -> int:
@@ -153,14 +183,27 @@ def _dequantize(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
     norms = _words(payload[wire.HEADER_SIZE : codes_at], torch.float32)
     codes_end = codes_at + wire.codes_size(scheme, count)
     codes = _unpack(payload[codes_at:codes_end], scheme.bits, count)
+    bucket_size = min(scheme.bucket_size, count)
+    codes = torch.nn.functional.pad(codes, (0, -count % bucket_size)).view(-1, bucket_size)
+    if scheme.spacing == "exponential":
+        values = _powers(codes, scheme.steps)
+        values *= norms.unsqueeze(1)
+        return values.view(-1)[:count]
     tiny = norms.abs() < TINY_NORM
     steps = torch.where(tiny, norms * TINY_PRESCALE, norms) / scheme.steps
     unscale = torch.where(tiny, 1.0 / TINY_PRESCALE, 1.0)
-    bucket_size = min(scheme.bucket_size, count)
-    values = torch.nn.functional.pad(codes.to(torch.float32), (0, -count % bucket_size)).view(-1, bucket_size)
+    values = codes.to(torch.float32)
     values *= steps.unsqueeze(1)
     values *= unscale.unsqueeze(1)
     return values.view(-1)[:count]
+
+
+def _powers(codes: torch.Tensor, steps: int) -> torch.Tensor:
+    """sign(c) * 2^(|c| - steps) for every code c, 0 for 0: float32, put together from its bits."""
+    levels = codes.to(torch.int32).abs_()
+    exponents = torch.where(levels == 0, 0, levels + (127 - steps)) << MANTISSA_BITS
+    powers = exponents.view(torch.float32)
+    return torch.where(codes < 0, -powers, powers)
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -212,7 +255,7 @@ def _checksum(data: torch.Tensor, first_word: int) -> torch.Tensor:
     return (weights * words).sum() & 0xFFFFFFFF
 
 
-def _write_header(payload: torch.Tensor, scheme: QSGD, count: int) -> None:
+def _write_header(payload: torch.Tensor, scheme: Scheme, count: int) -> None:
     """Fill in the header. The checksum is known on the device alone, so it is added there."""
     header = torch.frombuffer(bytearray(wire.pack_header(scheme, count, 0)), dtype=torch.int32)
     words = payload.view(torch.int32)

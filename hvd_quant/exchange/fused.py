@@ -19,7 +19,7 @@ import numpy as np
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
 from hvd_quant.exchange.transport import Buffer
-from hvd_quant.schemes import QSGD
+from hvd_quant.schemes import Scheme
 
 _ITEM_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
@@ -39,7 +39,7 @@ class Entry:
     key: str
     count: int
     dtype: str
-    scheme: QSGD
+    scheme: Scheme
     device: str = "cpu"
 
     @property

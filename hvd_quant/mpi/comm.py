@@ -19,7 +19,7 @@ from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.mpi.transport import MpiTransport
-from hvd_quant.schemes import QSGD, check_choice, check_integer
+from hvd_quant.schemes import Scheme, check_choice, check_integer
 
 Array = Any  # np.ndarray | torch.Tensor: torch is the caller's to import
 AVERAGE = "average"  # MPI has no such op
@@ -171,7 +171,7 @@ class QuantizedComm:
         >>> comm.Allreduce(gradient, mean, op=hvd_quant.mpi.AVERAGE)
     """
 
-    def __init__(self, comm: MPI.Intracomm, scheme: QSGD, *, exchange: str = "auto", seed: int = 0) -> None:
+    def __init__(self, comm: MPI.Intracomm, scheme: Scheme, *, exchange: str = "auto", seed: int = 0) -> None:
         if not isinstance(comm, MPI.Comm):
             raise TypeError(f"comm must be a communicator of mpi4py, not {comm!r}")
         _check_mpi()
@@ -179,7 +179,7 @@ class QuantizedComm:
             raise ValueError("comm is MPI.COMM_NULL: this rank is in no communicator, or it has been freed")
         if comm.Is_inter():
             raise ValueError("comm is an intercommunicator; merge its groups first, by comm.Merge()")
-        if not isinstance(scheme, QSGD):
+        if not isinstance(scheme, Scheme):
             raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
         check_choice("exchange", exchange, EXCHANGES)
         check_integer("seed", seed, 0, 2**64 - 1)

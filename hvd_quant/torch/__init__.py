@@ -30,11 +30,12 @@ except ImportError as error:
     ) from error
 
 from hvd_quant.exchange.control import RankMismatchError, UnsupportedReductionError
-from hvd_quant.torch.compressor import QSGDCompressor, QuantizedCompressor
+from hvd_quant.torch.compressor import NUQSGDCompressor, QSGDCompressor, QuantizedCompressor
 from hvd_quant.torch.optimizer import DistributedOptimizer
 
 __all__ = [
     "DistributedOptimizer",
+    "NUQSGDCompressor",
     "QSGDCompressor",
     "QuantizedCompressor",
     "RankMismatchError",

@@ -26,7 +26,7 @@ from hvd_quant.codec import native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
-from hvd_quant.schemes import QSGD, check_choice, check_integer
+from hvd_quant.schemes import NUQSGD, QSGD, Scheme, check_choice, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
@@ -60,7 +60,7 @@ class QuantizedCompressor(Compressor):
 
     def __init__(
         self,
-        scheme: QSGD,
+        scheme: Scheme,
         *,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         min_numel: int = 1024,
@@ -649,3 +649,23 @@ class QSGDCompressor(QuantizedCompressor):
         **options: Any,
     ) -> None:
         super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
+
+
+class NUQSGDCompressor(QuantizedCompressor):
+    """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
+
+    Args:
+        bits, norm, bucket_size, coding, rounding: of the scheme, see `hvd_quant.NUQSGD`.
+        **options: of the exchange, see `QuantizedCompressor`.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        norm: str = "l2",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str = "independent",
+        **options: Any,
+    ) -> None:
+        super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)

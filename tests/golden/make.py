@@ -1,21 +1,21 @@
-"""Makes the golden files of the current wire version: run by hand, once, when a version is released.
+"""Makes the golden files of the current wire version: run by hand, when there is something new to keep.
 
     python tests/golden/make.py
 
 Writes tests/golden/v<version>/: for each case a payload <name>.bin as the native codec made it, and in
 cases.npz its input, its seed and the float32 values that it decodes to. Released files stay as they are:
-every later hvd_quant must decode them to the same bits. So the script refuses to overwrite.
+every later hvd_quant must decode them to the same bits. So the script only adds what is not there.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from hvd_quant import QSGD, decode, encode, wire
+from hvd_quant import NUQSGD, QSGD, decode, encode, wire
+from hvd_quant.schemes import Scheme
 
-Case = tuple[str, QSGD, np.ndarray]
+Case = tuple[str, Scheme, np.ndarray]
 
 
 def cases() -> Iterator[Case]:
@@ -40,15 +40,26 @@ def cases() -> Iterator[Case]:
     yield "max-one-bucket", QSGD(6, "max", 2**63 - 1), rng.standard_normal(100).astype(np.float32)
     yield "max-bucket-of-one", QSGD(7, "max", 1), rng.standard_normal(9).astype(np.float32)
     yield "max-empty", QSGD(), np.zeros(0, np.float32)
+    for norm in ("max", "l2"):
+        for bits in range(2, 9):
+            values = rng.standard_normal(37) * np.exp2(-rng.integers(0, 12, 37))
+            yield f"nuqsgd-{norm}-{bits}bit", NUQSGD(bits, norm, 16), values.astype(np.float32)
+    special = (rng.standard_normal(48) * np.repeat([1, 1, 0, 1e-44, 1e-38, 2.0**-91], 8)).astype(np.float32)
+    special[3] = np.nan
+    yield "nuqsgd-l2-special", NUQSGD(8, "l2", 8), special
+    yield "nuqsgd-max-huge", NUQSGD(3, "max", 8), np.array([largest, -largest, 1e38, 0], np.float32)
 
 
 def main() -> None:
     folder = Path(__file__).parent / f"v{wire.VERSION}"
-    if (folder / "cases.npz").exists():
-        sys.exit(f"{folder} exists, and released files stay as they are")
     folder.mkdir(exist_ok=True)
     arrays = {}
+    if (folder / "cases.npz").exists():
+        with np.load(folder / "cases.npz") as released:
+            arrays.update(released)
     for seed, (name, scheme, values) in enumerate(cases(), start=2**63):
+        if f"{name}.seed" in arrays:
+            continue
         payload = encode(values, scheme, seed=seed, backend="native")
         payload.tofile(folder / f"{name}.bin")
         arrays[f"{name}.input"] = values

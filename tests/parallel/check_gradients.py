@@ -5,13 +5,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import horovod.torch as hvd
+import numpy as np
 import pytest
 import torch
 from common import backward, gathered, local_gradients, mlp, own_randn, recover, same_everywhere
 from horovod.torch import mpi_ops
 
 import hvd_quant.torch as hq
-from hvd_quant import QSGD
+from hvd_quant import NUQSGD, QSGD
 
 
 def optimizer_of(model, compression, **options):
@@ -24,19 +25,25 @@ def optimizer_of(model, compression, **options):
 
 
 def assert_mean(result, gradients, scheme, factor=1.0):
-    """``result`` is ``factor`` times the mean of the gradients, but for a level's step on each rank."""
+    """``result`` is ``factor`` times the mean of the gradients, but for each rank's largest gap of levels."""
     exact = torch.stack([gradient.double() for gradient in gradients]).mean(0)
     kind = float("inf") if scheme.norm == "max" else 2.0
-    step = sum(gradient.double().norm(kind).item() for gradient in gradients) / len(gradients) / scheme.steps
+    norm = sum(gradient.double().norm(kind).item() for gradient in gradients) / len(gradients)
+    step = norm * np.diff(scheme.levels()).max()
     tolerance = factor * step + 2.0**-7 * exact.abs().max().item() * (result.dtype.itemsize == 2)
     assert (result.double() - factor * exact).abs().max().item() <= factor * step * 1e-5 + tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scheme", [QSGD(bits=2), QSGD(bits=4, norm="l2", bucket_size=100), QSGD(bits=8)])
+@pytest.mark.parametrize(
+    "scheme",
+    [QSGD(bits=2), QSGD(bits=4, norm="l2", bucket_size=100), QSGD(bits=8), NUQSGD(bits=4, bucket_size=100)],
+)
 def check_all_ranks_get_the_mean(scheme, dtype):
     model = mlp(dtype=dtype)
-    compressor = hq.QSGDCompressor(scheme.bits, scheme.norm, scheme.bucket_size, min_numel=0)
+    make = {QSGD: hq.QSGDCompressor, NUQSGD: hq.NUQSGDCompressor}[type(scheme)]
+    compressor = make(scheme.bits, scheme.norm, scheme.bucket_size, min_numel=0)
+    assert compressor.scheme == scheme
     optimizer = optimizer_of(model, compressor)
     for step in range(3):
         local = gathered(local_gradients(model, step))

@@ -23,8 +23,9 @@ def with_checksum(payload: bytes) -> bytes:
 
 def decode(payload: bytes) -> np.ndarray:
     """The values of a valid payload, float32."""
-    *_, bits, norm, coding, reserved, stated, bucket_size, count = HEADER.unpack(payload[:32])
+    _, _, number, bits, norm, coding, reserved, stated, bucket_size, count = HEADER.unpack(payload[:32])
     assert (norm in (0, 1), coding, reserved, stated) == (True, 0, bytes(3), checksum(payload))
+    assert number in (1, 2)
     buckets = -(-count // bucket_size)
     norms = np.frombuffer(payload, "<f4", buckets, 32)
     packed = np.frombuffer(payload, np.uint8, -(-count * bits // 8), 32 + 4 * buckets)
@@ -34,6 +35,8 @@ def decode(payload: bytes) -> np.ndarray:
     levels = np.float32(2 ** (bits - 1) - 1)
     of_value = norms[np.arange(count) // bucket_size] if count else norms
     with np.errstate(all="ignore"):
+        if number == 2:
+            return np.sign(codes) * np.exp2(np.abs(codes) - levels) * of_value
         plain = codes * (of_value / levels)
         tiny = codes * (of_value * np.float32(2.0**60) / levels) * np.float32(2.0**-60)
         return np.where(np.abs(of_value) < np.float32(2.0**-90), tiny, plain)

@@ -1,5 +1,6 @@
 """Numbers -> payload -> numbers, for every backend and instruction set (promises 3 and 5)."""
 
+import dataclasses
 import sys
 import threading
 import time
@@ -12,10 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from hvd_quant import QSGD, decode, encode, native_isa, wire
+from hvd_quant import NUQSGD, QSGD, decode, encode, native_isa, wire
 from hvd_quant.codec import _native, flat_array, native, torch_ops
 
-schemes = st.builds(QSGD, st.integers(2, 8), st.sampled_from(["max", "l2"]), st.integers(1, 70))
+KINDS = [QSGD, NUQSGD]
+
+
+def schemes_of(bucket_size):
+    kinds, bits, norms = st.sampled_from(KINDS), st.integers(2, 8), st.sampled_from(["max", "l2"])
+    return st.builds(lambda kind, *fields: kind(*fields), kinds, bits, norms, bucket_size)
+
+
+schemes = schemes_of(st.integers(1, 70))
 # One below the largest float32, which test_largest_values looks at.
 LARGE = float(np.nextafter(np.finfo(np.float32).max, np.float32(0)))
 floats = st.floats(-LARGE, LARGE, width=32)
@@ -38,11 +47,15 @@ def norms_of(payload, scheme, count):
 
 
 def assert_within_a_step(values, decoded, payload, scheme):
-    """Each finite value is off by at most one step N / s, but for float32's own rounding."""
+    """Each finite value is off by less than the distance of the two levels around it, but for rounding."""
     norms = norms_of(payload, scheme, values.size)
     error = np.abs(decoded.astype(np.float64) - values.astype(np.float64))
     finite = np.isfinite(norms)
-    assert (error <= norms / scheme.steps + norms * 2.0**-22 + 2.0**-149)[finite].all()
+    if scheme.spacing == "uniform":
+        step = norms / scheme.steps
+    else:  # between a power of two and the next, the distance is the lower one, so below the value
+        step = np.maximum(norms * scheme.levels()[1], np.abs(values.astype(np.float64)))
+    assert (error <= step + norms * 2.0**-22 + 2.0**-149)[finite].all()
     assert np.isnan(decoded[~finite]).all()
 
 
@@ -75,10 +88,12 @@ def test_norms_are_those_of_the_buckets(backend, values, scheme):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("exponent", [-140, -100, -91, -90, 0, 100])
-def test_values_on_a_level_are_exact(backend, bits, exponent):
-    scheme = QSGD(bits=bits, bucket_size=2 * 127)
-    levels = np.arange(-scheme.steps, scheme.steps + 1)
-    # The norm s * 2^e makes every step of the arithmetic exact.
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_on_a_level_are_exact(backend, kind, bits, exponent):
+    scheme = kind(bits=bits, norm="max", bucket_size=2 * 127)
+    levels = np.append(-scheme.levels()[:0:-1], scheme.levels())
+    if kind is QSGD:
+        levels = np.round(levels * scheme.steps)  # the norm s * 2^e makes every step of the arithmetic exact
     values = np.ldexp(np.tile(levels, 3000 // levels.size)[: 10 * scheme.bucket_size], exponent)
     values = np.concatenate([values, np.ldexp(levels, exponent)]).astype(np.float32)
     for seed in range(3):
@@ -106,7 +121,7 @@ def of_every_isa(function):
 
 @given(
     values=arrays | st.integers(0, 9000).map(gaussian),
-    scheme=schemes | st.builds(QSGD, st.integers(2, 8), st.sampled_from(["max", "l2"]), st.integers(1, 9000)),
+    scheme=schemes | schemes_of(st.integers(1, 9000)),
     seed=st.integers(0, 2**64 - 1),
     dtype=st.sampled_from([np.float32, np.float64, np.float16]),
 )
@@ -348,13 +363,14 @@ def test_zeros(backend):
 
 @pytest.mark.parametrize("norm", ["max", "l2"])
 @pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-126, 2.0**-100, 2.0**-90, 2.0**-89])
-def test_tiny_values(backend, norm, scale):
+@pytest.mark.parametrize(("kind", "correlation"), [(QSGD, 0.99), (NUQSGD, 0.95)])
+def test_tiny_values(backend, norm, scale, kind, correlation):
     values = (np.random.default_rng(1).integers(-100, 101, 4096) * scale).astype(np.float32)
-    scheme = QSGD(bits=8, norm=norm, bucket_size=64)
+    scheme = kind(bits=8, norm=norm, bucket_size=64)
     payload = encode(values, scheme, backend=backend)
     decoded = decode(payload, backend=backend)
     assert_within_a_step(values, decoded, payload, scheme)
-    assert np.corrcoef(values / scale, decoded / scale)[0, 1] > 0.99
+    assert np.corrcoef(values / scale, decoded / scale)[0, 1] > correlation
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -374,6 +390,19 @@ def test_largest_values(backend, bits):
     assert np.isnan(decode(overflow, backend=backend)).all()
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_largest_values_rounded_to_powers(backend, bits):
+    scheme = NUQSGD(bits=bits, norm="max", bucket_size=5)
+    largest = np.finfo(np.float32).max
+    values = np.array([largest, -largest, largest / 2 if bits > 2 else 0, 0, 0] * 13, np.float32)
+    for seed in range(3):
+        decoded = decode(encode(values, scheme, seed=seed, backend=backend), backend=backend)
+        np.testing.assert_array_equal(decoded, values)
+    values[3] = largest * 0.7
+    payload = encode(values, scheme, backend=backend)
+    assert_within_a_step(values, decode(payload, backend=backend), payload, scheme)
+
+
 def test_beyond_float32_is_non_finite(backend):
     values = np.ones(20)
     values[3] = 1e39
@@ -391,7 +420,7 @@ def test_beyond_float32_is_non_finite(backend):
 )
 @settings(max_examples=40)
 def test_non_finite_values_poison_their_whole_bucket_and_nothing_else(backend, bad, bucket_size, scheme):
-    scheme = QSGD(scheme.bits, scheme.norm, bucket_size)
+    scheme = dataclasses.replace(scheme, bucket_size=bucket_size)
     values = gaussian(5000)
     clean = decode(encode(values, scheme, backend=backend), backend=backend)
     for place, value in bad:
@@ -491,11 +520,12 @@ def test_bad_seed(backend, seed, error):
 # --- threads --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", ["max", "l2"])
 @pytest.mark.parametrize("bucket_size", [512, 5000, 70_001, 2**40])
-def test_number_of_threads_changes_nothing(isa, monkeypatch, norm, bucket_size):
+def test_number_of_threads_changes_nothing(isa, monkeypatch, kind, norm, bucket_size):
     # Enough values for three threads, and buckets that lie across the borders of their parts.
-    values, scheme = gaussian(200_003), QSGD(bits=5, norm=norm, bucket_size=bucket_size)
+    values, scheme = gaussian(200_003), kind(bits=5, norm=norm, bucket_size=bucket_size)
     values[77] = np.nan if bucket_size == 512 else 0
     results = []
     for count in ("1", "2", "3"):
@@ -522,6 +552,7 @@ def test_other_python_threads_run_meanwhile(direction):
     payload = native.encode(values, scheme, 0)
     body, again = payload[wire.HEADER_SIZE :], np.empty_like(payload[wire.HEADER_SIZE :])
     common = {"bucket_size": scheme.bucket_size, "bits": scheme.bits, "first_word": 8, "threads": 1}
+    common["spacing"] = "uniform"
     calls = {
         "encode": lambda: _native.encode(values, dtype="float32", norm="max", seed=0, body=again, **common),
         "decode": lambda: _native.decode_sum([body], weight=1.0, out=values, dtype="float32", **common),

@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from reference import HEADER, with_checksum
 from reference import decode as reference_decode
 
-from hvd_quant import QSGD, decode, encode, wire
+from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import _native
 
-schemes = st.builds(QSGD, st.integers(2, 8), st.sampled_from(["max", "l2"]), st.integers(1, 30))
+schemes = st.builds(
+    lambda kind, *fields: kind(*fields),
+    st.sampled_from([QSGD, NUQSGD]),
+    st.integers(2, 8),
+    st.sampled_from(["max", "l2"]),
+    st.integers(1, 30),
+)
 
 
 @st.composite
@@ -32,7 +38,11 @@ def outcome(payload, backend):
     return np.where(np.isnan(values), np.float32(np.nan), values).tobytes()
 
 
-@given(st.binary(max_size=200) | st.binary(max_size=200).map(lambda tail: b"HVDQ\1\1" + tail))
+@given(
+    st.binary(max_size=200)
+    | st.binary(max_size=200).map(lambda tail: b"HVDQ\1\1" + tail)
+    | st.binary(max_size=200).map(lambda tail: b"HVDQ\1\2" + tail)
+)
 @settings(max_examples=300)
 def test_arbitrary_bytes(backend, data):
     assert outcome(data, backend) == "refused"
@@ -179,6 +189,7 @@ def native_encode(**changes):
         "dtype": "float32",
         "bits": 4,
         "norm": "max",
+        "spacing": "uniform",
         "bucket_size": 10,
         "seed": 0,
         "first_word": wire.FIRST_BODY_WORD,
@@ -195,6 +206,7 @@ def native_decode(**changes):
         "bodies": [PAYLOAD[32:].copy()],
         "bucket_size": 10,
         "bits": 4,
+        "spacing": "uniform",
         "weight": 1.0,
         "first_word": wire.FIRST_BODY_WORD,
         "out": np.empty(100, np.float32),
@@ -238,6 +250,8 @@ def test_native_module_with_good_arguments(isa):
         {"bits": 2**31 - 1},
         {"norm": "l1"},
         {"norm": ""},
+        {"spacing": "exp"},
+        {"spacing": ""},
         {"bucket_size": 0},
         {"bucket_size": 9},
         {"bucket_size": 2**64 - 1},
@@ -272,6 +286,7 @@ def test_native_encode_refuses(changes):
         {"bits": 1},
         {"bits": 3},
         {"bits": 9},
+        {"spacing": "exp"},
         {"out": np.empty(88, np.float32)},
         {"out": np.empty(112, np.float32)},
         {"out": np.empty(0, np.float32)},

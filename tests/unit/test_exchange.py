@@ -7,13 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_quant import QSGD
+from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import native
 from hvd_quant.exchange.algorithms import ALGORITHMS, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.in_process import Network
 
 EXCHANGES = sorted(ALGORITHMS)
+SCHEMES = [
+    QSGD(bits=2),
+    QSGD(bits=4, norm="l2", bucket_size=100),
+    QSGD(bits=8),
+    NUQSGD(bits=4),
+    NUQSGD(bits=3, norm="max"),
+]
 
 
 def entries_of(counts, scheme):
@@ -59,13 +66,13 @@ def randn(ranks, counts, seed=0):
 
 
 def one_rounding(values, scheme):
-    """The largest error of one stochastic rounding, of shape (d,): a level's step of the value's bucket."""
+    """What no error of one stochastic rounding exceeds, of shape (d,): the largest gap between levels."""
     order = np.inf if scheme.norm == "max" else 2
     norms = [
         np.full(len(bucket), np.linalg.norm(bucket.astype(np.float64), order))
         for bucket in np.split(values, range(scheme.bucket_size, len(values), scheme.bucket_size))
     ]
-    return np.concatenate(norms) / scheme.steps
+    return np.concatenate(norms) * np.diff(scheme.levels()).max()
 
 
 def assert_near_mean(result, gradients, scheme, exchange):
@@ -78,13 +85,16 @@ def assert_near_mean(result, gradients, scheme, exchange):
             order = np.inf if scheme.norm == "max" else 2
             largest = np.abs(exact) + tolerance
             length = min(found.size, scheme.bucket_size)
-            tolerance = tolerance + np.linalg.norm(np.full(length, largest.max()), order) / scheme.steps
+            tolerance = (
+                tolerance
+                + np.linalg.norm(np.full(length, largest.max()), order) * np.diff(scheme.levels()).max()
+            )
         assert np.all(np.abs(found - exact) <= tolerance * (1 + 1e-5) + 1e-7)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8, 16, 64])
-@pytest.mark.parametrize("scheme", [QSGD(bits=2), QSGD(bits=4, norm="l2", bucket_size=100), QSGD(bits=8)])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_rank_finds_the_mean(exchange, ranks, scheme):
     gradients = randn(ranks, [4096, 100, 7, 0, 3333, 512, 1])
     assert_near_mean(mean_of(gradients, scheme, exchange), gradients, scheme, exchange)
@@ -106,14 +116,15 @@ def test_any_shape_over_any_number_of_ranks(ranks, counts, bucket_size, bits, ex
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("norm", ["max", "l2"])
-def test_unbiased_over_many_steps(exchange, norm):
+@pytest.mark.parametrize("kind", [QSGD, NUQSGD])
+def test_unbiased_over_many_steps(exchange, norm, kind):
     """The mean over T steps against the exact mean, in standard deviations estimated from the same T steps.
 
     6400 values; six standard deviations, Student's t with 399 degrees of freedom: a false alarm in 3e-5 runs.
     """
     ranks, steps = 3, 400
     gradients = randn(ranks, [6000, 400])
-    scheme = QSGD(bits=3, norm=norm, bucket_size=128)
+    scheme = kind(bits=3, norm=norm, bucket_size=128)
     found = np.array(
         [np.concatenate(mean_of(gradients, scheme, exchange, use=use)) for use in range(steps)], np.float64
     )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import with_checksum
 
-from hvd_quant import QSGD, encode, wire
+from hvd_quant import NUQSGD, QSGD, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
 
@@ -43,6 +43,7 @@ QUITE_GENERAL = layout_of(
     (0, 0, 512, "float32", QSGD(bits=8)),
     (2, 5, 0, "float32", QSGD(bits=2)),
     (2, 0, 7, "float32", QSGD(bits=5, bucket_size=1)),
+    (1, 3, 900, "float32", NUQSGD(bits=3, bucket_size=64)),
 )
 
 
@@ -66,9 +67,7 @@ def test_payloads_are_those_of_encode(counts, bits, norm, bucket_size):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_both_backends_read_both_backends_messages(dtype, factor):
-    layout = layout_of(
-        (0, 0, 700, dtype, QSGD(bits=4)), (1, 0, 900, dtype, QSGD(bits=7, norm="l2", bucket_size=33))
-    )
+    layout = layout_of((0, 0, 700, dtype, QSGD(bits=4)), (1, 0, 900, dtype, NUQSGD(bits=7, bucket_size=33)))
     tensors = [torch.randn(700).to(getattr(torch, dtype)), torch.randn(30, 30).to(getattr(torch, dtype))]
 
     def arrays(tensors):
@@ -180,7 +179,7 @@ def arguments(**changes):
     }
 
 
-COLUMNS = ("tensor", "start", "count", "dtype", "bits", "norm", "bucket_size", "offset")
+COLUMNS = ("tensor", "start", "count", "dtype", "bits", "norm", "spacing", "bucket_size", "offset")
 BAD_ROWS = [
     (column, value)
     for column, bad in {
@@ -190,6 +189,7 @@ BAD_ROWS = [
         "dtype": (-1, 1, 4, 2**62),
         "bits": (-1, 0, 1, 9, 2**32 + 4),
         "norm": (-1, 2),
+        "spacing": (-1, 2),
         "bucket_size": (-1, 0),
         "offset": (-1, 9, 2**62, 2**63 - 1),
     }.items()
@@ -215,8 +215,8 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"table": np.zeros((1, 7), np.int64)}, "table has the wrong shape"),
-        ({"table": np.zeros(8, np.int64)}, "table has the wrong shape"),
+        ({"table": np.zeros((1, 8), np.int64)}, "table has the wrong shape"),
+        ({"table": np.zeros(9, np.int64)}, "table has the wrong shape"),
         ({"headers": np.zeros((2, 32), np.uint8)}, "headers have the wrong shape"),
         ({"headers": np.zeros((1, 31), np.uint8)}, "headers have the wrong shape"),
         ({"checksum_word": 8}, "checksum_word is outside"),

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_quant import QSGD
+from hvd_quant import NUQSGD, QSGD
+from hvd_quant.schemes import Scheme
 
 
 @pytest.mark.parametrize("bits", [-4, 0, 1, 9, 2**70])
@@ -67,6 +68,15 @@ def test_levels(bits):
     np.testing.assert_allclose(np.diff(levels), 1 / scheme.steps)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_levels_of_nuqsgd(bits):
+    scheme = NUQSGD(bits=bits)
+    levels = scheme.levels()
+    assert (levels.dtype, levels.size) == (np.float64, scheme.steps + 1)
+    assert (levels[0], levels[1], levels[-1]) == (0, 2.0 ** -(scheme.steps - 1), 1)
+    assert (levels[2:] == 2 * levels[1:-1]).all()
+
+
 @pytest.mark.parametrize(
     ("scheme", "d", "bound"),
     [
@@ -80,6 +90,12 @@ def test_levels(bits):
         # Buckets are quantized apart, so what counts is the bucket.
         (QSGD(bits=4, norm="l2", bucket_size=10), 1000, 10 / 49),
         (QSGD(bits=4, norm="max", bucket_size=10), 1000, 10 / (4 * 49)),
+        (NUQSGD(bits=2), 4, 1 / 8 + 2 / 9 * 4),
+        (NUQSGD(bits=2), 100, 9.0),
+        (NUQSGD(bits=4), 512, 1 / 8 + 2 / 9 * 512 / 2**12),
+        (NUQSGD(bits=4, norm="max"), 512, 1 / 8 + 2 / 9 * 512 / 2**12),
+        (NUQSGD(bits=3, bucket_size=81), 10**6, 1.25),  # where both terms meet: l_1 sqrt(d) = 9 / 4
+        (NUQSGD(bits=8), 512, 1 / 8),
     ],
 )
 def test_variance_bound(scheme, d, bound):
@@ -87,20 +103,41 @@ def test_variance_bound(scheme, d, bound):
 
 
 @given(
+    kind=st.sampled_from([QSGD, NUQSGD]),
     bits=st.integers(2, 8),
     norm=st.sampled_from(["max", "l2"]),
     values=st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=50),
 )
-def test_no_vector_varies_more_than_the_bound(bits, norm, values):
-    scheme = QSGD(bits=bits, norm=norm)
+def test_no_vector_varies_more_than_the_bound(kind, bits, norm, values):
+    scheme = kind(bits=bits, norm=norm)
     v = np.array(values)
     total = float(v @ v)
     if total < 1e-200:
         return
     scale = np.abs(v).max() if norm == "max" else np.sqrt(total)
-    place = np.abs(v) / scale * scheme.steps
-    variance = (scale / scheme.steps) ** 2 * ((np.ceil(place) - place) * (place - np.floor(place))).sum()
+    variance = scale**2 * rounding_variance(np.abs(v) / scale, scheme.levels())
     assert variance <= scheme.variance_bound(v.size) * total * (1 + 1e-9)
+
+
+def rounding_variance(r, levels):
+    """The sum of (l_j+1 - r)(r - l_j) over the values."""
+    j = np.clip(np.searchsorted(levels, r, side="right") - 1, 0, levels.size - 2)
+    return np.maximum((levels[j + 1] - r) * (r - levels[j]), 0).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("d", [4, 64, 512])
+def test_the_bound_of_nuqsgd_is_nearly_reached(bits, d):
+    # The gradients of its derivation: one large value 3/4 of a power of two, the others small and equal.
+    scheme = NUQSGD(bits=bits, bucket_size=d)
+    largest = 0.0
+    for small in np.geomspace(1e-5, 1, 400):
+        v = np.full(d, small)
+        v[0] = 0.75
+        norm = np.sqrt(v @ v)
+        largest = max(largest, rounding_variance(v / norm, scheme.levels()) / 1.0)
+    bound = scheme.variance_bound(d)
+    assert bound * 0.5 <= largest <= bound
 
 
 @pytest.mark.parametrize("d", [-1, 2**63])
@@ -109,6 +146,18 @@ def test_variance_bound_of_no_size(d):
         QSGD().variance_bound(d)
     with pytest.raises(TypeError, match="d must be an integer"):
         QSGD().variance_bound(float(d))
+
+
+def test_kinds_differ():
+    assert NUQSGD() == NUQSGD(bits=4, norm="l2", bucket_size=512, coding="packed", rounding="independent")
+    assert NUQSGD(norm="max") != QSGD(norm="max")
+    with pytest.raises(ValueError, match="bits must be from 2 to 8, not 9"):
+        NUQSGD(bits=9)
+
+
+def test_the_base_is_no_scheme():
+    with pytest.raises(TypeError, match="abstract"):
+        Scheme()
 
 
 def test_is_a_value():

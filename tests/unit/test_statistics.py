@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_quant import QSGD, decode, encode, wire
+from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 
 FALSE_ALARMS = 1e-9
 COMPARISONS = 100_000  # more than this module makes
 ALPHA = FALSE_ALARMS / COMPARISONS
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)  # 7.7 standard errors
 
+KINDS = [QSGD, NUQSGD]
 BACKENDS = ["native", "torch"]  # every instruction set gives the same payloads: test_codec.py
 
 
@@ -58,9 +59,10 @@ def gradients():
 @pytest.mark.parametrize("norm", ["max", "l2"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", gradients())
-def test_unbiased_with_the_exact_variance(backend, name, bits, norm):
+@pytest.mark.parametrize("kind", KINDS)
+def test_unbiased_with_the_exact_variance(backend, kind, name, bits, norm):
     v = gradients()[name].astype(np.float32)
-    scheme = QSGD(bits=bits, norm=norm, bucket_size=D)
+    scheme = kind(bits=bits, norm=norm, bucket_size=D)
     tiled, errors = np.tile(v, COPIES), []
     v = v.astype(np.float64)
     for seed in range(SEEDS):
@@ -70,8 +72,10 @@ def test_unbiased_with_the_exact_variance(backend, name, bits, norm):
     samples = COPIES * SEEDS
 
     scale = float(payload[wire.HEADER_SIZE :][:4].view(np.float32)[0])  # N
-    step = scale / scheme.steps
-    below = (np.abs(v) / step) % 1 * step  # (r - l_j) N
+    levels = scheme.levels() * scale
+    j = np.clip(np.searchsorted(levels, np.abs(v), side="right") - 1, 0, scheme.steps - 1)
+    step = levels[j + 1] - levels[j]
+    below = np.minimum(np.abs(v) - levels[j], step)  # (r - l_j) N
     above = step - below  # (l_j+1 - r) N
     variance = below * above
     # What float32 arithmetic may shift an expectation by; a thousandth of what the tests can see.
@@ -82,7 +86,7 @@ def test_unbiased_with_the_exact_variance(backend, name, bits, norm):
     assert (np.abs(errors.mean(axis=0)) <= limit).all()
 
     # Per gradient: their sum, where a smaller bias shows, up or down, or towards zero or away from it.
-    limit = deviation(samples * variance.sum(), step + rounding) + samples * D * rounding
+    limit = deviation(samples * variance.sum(), step.max() + rounding) + samples * D * rounding
     assert abs(errors.sum()) <= limit
     assert abs((errors * np.sign(v)).sum()) <= limit
 
@@ -90,10 +94,11 @@ def test_unbiased_with_the_exact_variance(backend, name, bits, norm):
     if name == "one-hot":
         assert (errors == 0).all()
     else:
-        squares = (errors**2).sum() / step**2
-        spread = (variance * (above - below) ** 2).sum() / step**4
-        limit = deviation(samples * spread, 1.0) + samples * D * 3 * rounding / step
-        assert abs(squares - samples * variance.sum() / step**2) <= limit
+        unit = step.max()
+        squares = (errors**2).sum() / unit**2
+        spread = (variance * (above - below) ** 2).sum() / unit**4
+        limit = deviation(samples * spread, 1.0) + samples * D * 3 * rounding / unit
+        assert abs(squares - samples * variance.sum() / unit**2) <= limit
 
     # And the variance keeps the paper's bound.
     assert variance.sum() <= scheme.variance_bound(D) * (v @ v) * (1 + 1e-5)
@@ -106,14 +111,15 @@ COUNT = 2**19
 CONFIGURATIONS = [(4, 0.5), (4, 0.25), (8, 0.9), (2, 1 / 64)]  # bits, and what of a level is to be rounded
 
 
-def decisions(backend, seed, bits, fraction, count=COUNT):
+def decisions(backend, kind, seed, bits, fraction, count=COUNT):
     """Which of ``count`` equal values are rounded up, centred and scaled to variance 1."""
-    levels = 2 ** (bits - 1) - 1
-    values = np.full(count + 1, levels // 2 + fraction, np.float32)
-    values[-1] = levels  # the norm, so that values are in units of a level
-    scheme = QSGD(bits=bits, bucket_size=count + 1)
+    scheme = kind(bits=bits, norm="max", bucket_size=count + 1)
+    norm = scheme.steps if kind is QSGD else 1  # with it, levels are numbers that float32 can hold
+    low, high = scheme.levels()[scheme.steps // 2 :][:2] * norm
+    values = np.full(count + 1, low + fraction * (high - low), np.float32)
+    values[-1] = norm
     decoded = decode(encode(values, scheme, seed=seed, backend=backend), backend=backend)[:-1]
-    ups = decoded - levels // 2
+    ups = (decoded - low) / (high - low)
     assert ((ups == 0) | (ups == 1)).all()
     return (ups.astype(np.float64) - fraction) / math.sqrt(fraction * (1 - fraction))
 
@@ -123,10 +129,11 @@ def correlation_z(a, b):
     return float(a @ b) / math.sqrt(a.size)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("bits", "fraction"), CONFIGURATIONS)
-def test_noise_of_different_values_is_uncorrelated(backend, bits, fraction):
-    up = decisions(backend, 11, bits, fraction)
+def test_noise_of_different_values_is_uncorrelated(backend, kind, bits, fraction):
+    up = decisions(backend, kind, 11, bits, fraction)
     assert abs(up.sum()) <= Z * math.sqrt(up.size)
     # Neighbours, vectors and their halves, the two values of a hash, and neighbouring chunks.
     for lag in [
@@ -149,11 +156,12 @@ def test_noise_of_different_values_is_uncorrelated(backend, bits, fraction):
     assert abs(correlation_z(chunks[:, 0].ravel(), chunks[:, 1].ravel())) <= Z
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("bits", "fraction"), CONFIGURATIONS)
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63])
-def test_noise_of_different_seeds_is_uncorrelated(backend, bits, fraction, seed):
-    first, second, third = (decisions(backend, seed + more, bits, fraction) for more in (0, 1, 2))
+def test_noise_of_different_seeds_is_uncorrelated(backend, kind, bits, fraction, seed):
+    first, second, third = (decisions(backend, kind, seed + more, bits, fraction) for more in (0, 1, 2))
     for other in (second, third):
         assert abs(correlation_z(first, other)) <= Z
         for lag in (1, 1024, CHUNK):
@@ -161,21 +169,23 @@ def test_noise_of_different_seeds_is_uncorrelated(backend, bits, fraction, seed)
             assert abs(correlation_z(first[:-lag], other[lag:])) <= Z
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("place", [0, 1, 777, 1023, 1024, 2047])
-def test_noise_of_one_place_varies_between_chunks(backend, place):
+def test_noise_of_one_place_varies_between_chunks(backend, kind, place):
     # The same place in every chunk: as many values as there are keys.
-    up = decisions(backend, 3, 4, 0.5, 2**22).reshape(-1, CHUNK)[:, place]
+    up = decisions(backend, kind, 3, 4, 0.5, 2**22).reshape(-1, CHUNK)[:, place]
     assert abs(up.sum()) <= Z * math.sqrt(up.size)
     assert abs(correlation_z(up[:-1], up[1:])) <= Z
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [16, 512, 2048, 4096])
 @pytest.mark.parametrize(("bits", "fraction"), [(4, 0.5), (8, 0.3)])
-def test_sums_of_errors_vary_as_independence_implies(backend, size, bits, fraction):
+def test_sums_of_errors_vary_as_independence_implies(backend, kind, size, bits, fraction):
     # Correlations of any kind within a bucket, too many to try one by one, would show here.
-    ups = np.concatenate([decisions(backend, seed, bits, fraction, 2**21) for seed in range(2)])
+    ups = np.concatenate([decisions(backend, kind, seed, bits, fraction, 2**21) for seed in range(2)])
     sums = ups.reshape(-1, size).sum(axis=1) / math.sqrt(size)
     # The sum of n squared standard normals has a cube root that is nearly normal (Wilson and Hilferty).
     n = sums.size
@@ -184,11 +194,12 @@ def test_sums_of_errors_vary_as_independence_implies(backend, size, bits, fracti
     assert abs(z) <= Z
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_noise_is_fine_enough_for_small_probabilities(backend):
+def test_noise_is_fine_enough_for_small_probabilities(backend, kind):
     # Values that are rounded up one time in 2^k: down to 2^-16, as documented, pairs are independent too.
     for k in (8, 12, 16):
-        up = decisions(backend, 23, 8, 2.0**-k, 2**22)
+        up = decisions(backend, kind, 23, 8, 2.0**-k, 2**22)
         ups = np.count_nonzero(up > 0)
         expected = up.size * 2.0**-k
         assert abs(ups - expected) <= deviation(expected, 1.0)

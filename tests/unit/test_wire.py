@@ -11,26 +11,31 @@ from hypothesis import strategies as st
 from reference import HEADER, checksum, with_checksum
 from reference import decode as reference_decode
 
-from hvd_quant import QSGD, decode, encode, wire
+from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import native
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_PAYLOADS = sorted(GOLDEN.glob("v*/*.bin"))
 
 schemes = st.builds(
-    QSGD, st.integers(2, 8), st.sampled_from(["max", "l2"]), st.integers(1, 40) | st.integers(1, 2**63 - 1)
+    lambda kind, *fields: kind(*fields),
+    st.sampled_from([QSGD, NUQSGD]),
+    st.integers(2, 8),
+    st.sampled_from(["max", "l2"]),
+    st.integers(1, 40) | st.integers(1, 2**63 - 1),
 )
 
 
 # --- layout ---------------------------------------------------------------------------------------------
 
 
-def test_header_field_by_field(backend):
-    scheme = QSGD(bits=5, norm="l2", bucket_size=0x0102030405)
+@pytest.mark.parametrize(("kind", "number"), [(QSGD, 1), (NUQSGD, 2)])
+def test_header_field_by_field(backend, kind, number):
+    scheme = kind(bits=5, norm="l2", bucket_size=0x0102030405)
     payload = encode(np.arange(7, dtype=np.float32), scheme, backend=backend).tobytes()
     assert payload[0:4] == b"HVDQ"
     assert payload[4] == 1  # version
-    assert payload[5] == 1  # scheme: QSGD
+    assert payload[5] == number  # scheme
     assert payload[6] == 5  # bits
     assert payload[7] == 1  # norm: l2
     assert payload[8] == 0  # coding: packed
@@ -51,6 +56,14 @@ def test_body_of_a_payload_made_by_hand(backend):
     np.testing.assert_array_equal(decode(payload, backend=backend), np.array([7, -1, -14], np.float32))
     same = encode(np.array([7, -1, -14], np.float32), QSGD(4, "max", 2), backend=backend)
     assert same.tobytes() == payload
+
+
+def test_body_of_powers_made_by_hand(backend):
+    # Norms 8 and 3, 4-bit codes 7, -6 (0xa), 1, 0: 8, -8/2, 8/64, 0; and 3-bit two's complement's odd -8.
+    header = HEADER.pack(b"HVDQ", 1, 2, 4, 0, 0, bytes(3), 0, 4, 6)
+    payload = with_checksum(header + struct.pack("<ff", 8, 3) + bytes([0xA7, 0x01, 0x8E]) + bytes(5))
+    expected = np.array([8, -4, 0.125, 0, -3 / 32, -6], np.float32)
+    np.testing.assert_array_equal(decode(payload, backend=backend), expected)
 
 
 def test_example_of_the_documentation(backend):
@@ -116,6 +129,7 @@ SIZE = 32 + 4 + 8 + 4
         ("version", 0, "version 0; this hvd_quant reads version 1"),
         ("version", 2, "version 2; this hvd_quant reads version 1"),
         ("scheme", 0, "undefined values"),
+        ("scheme", 3, "undefined values"),
         ("scheme", 255, "undefined values"),
         ("norm", 2, "undefined values"),
         ("coding", 1, "undefined values"),
@@ -179,7 +193,8 @@ def test_golden_files_are_complete():
         with np.load(folder / "cases.npz") as cases:
             assert {path.stem for path in folder.glob("*.bin")} == {name.split(".")[0] for name in cases}
     names = {path.stem for path in GOLDEN_PAYLOADS if path.parent.name == "v1"}
-    assert {f"{norm}-{bits}bit" for norm in ("max", "l2") for bits in range(2, 9)} <= names
+    kinds = [f"{kind}{norm}" for kind in ("", "nuqsgd-") for norm in ("max", "l2")]
+    assert {f"{kind}-{bits}bit" for kind in kinds for bits in range(2, 9)} <= names
 
 
 @pytest.mark.parametrize("path", GOLDEN_PAYLOADS, ids=lambda path: f"{path.parent.name}-{path.stem}")

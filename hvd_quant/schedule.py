@@ -1,0 +1,131 @@
+"""How many bits DQ-SGD spends in each step. All ranks that are told the same norms spend the same."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from hvd_quant.schemes import DQSGD, check_integer
+
+_FORECAST = 64  # steps of the future that stand for all of them
+_BISECTIONS = 50
+
+
+class BitSchedule:
+    """The bits of each step: ask for `bits`, take the step, then `advance`.
+
+    |g_t| is not known before step t is exchanged. Step t takes the norm of the step before, and the first one
+    ``mean_bits``, or ``max_bits`` where ``k`` is given.
+
+    With ``mean_bits`` a step's k is the one that would spend what is left of the budget, if the norms to come
+    were the mean (geometric) of those so far. Near the end the bits are held where the budget can still be
+    met exactly: the sum over the run differs from ``mean_bits * total_steps`` by less than one bit, whatever
+    the norms do.
+
+    Args:
+        scheme: what the user asked for.
+    """
+
+    def __init__(self, scheme: DQSGD) -> None:
+        self.scheme = scheme
+        self.step = 0  # steps taken
+        self.spent = 0  # bits a value, over all of them
+        self._bits = scheme.max_bits if scheme.k is not None else round(scheme.mean_bits)
+        self._log_norm: float | None = None  # log2 |g| of the last step whose norm was of use
+        self._log_norms = 0.0  # the sum of these
+        self._norms = 0
+        self._warned = False
+
+    @property
+    def bits(self) -> int:
+        """Of the step to come: min_bits to max_bits."""
+        return self._bits
+
+    def advance(self, square: float) -> None:
+        """Note that a step has been taken with `bits`.
+
+        Args:
+            square: the squared norm of its gradient, the same on all ranks. If it is 0 or not finite, the next
+                step has as many bits.
+        """
+        self.step += 1
+        self.spent += self._bits
+        if 0.0 < square < math.inf:
+            self._log_norm = math.log2(square) / 2
+            self._log_norms += self._log_norm
+            self._norms += 1
+        total = self.scheme.total_steps
+        if total is not None and self.step >= total:
+            if self.step > total and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"DQ-SGD was planned for total_steps={total}, and training goes on: from now on every step "
+                    f"has {self._bits} bits, as the last one",
+                    stacklevel=2,
+                )
+            return
+        if self._log_norm is not None and 0.0 < square < math.inf:
+            log_k = math.log2(self.scheme.k) if self.scheme.k is not None else self._log_k()
+            self._bits = math.ceil(self._continuous(log_k + self._log_norm, self.step))
+        self._bits = self._within_budget(self._bits)
+
+    def _continuous(self, log_levels: float | np.ndarray, step: float | np.ndarray) -> float | np.ndarray:
+        """log2(s_t + 1) + 1, held between the bounds; ``log_levels`` is log2(k |g_t|)."""
+        if self.scheme.alpha != 1.0:
+            log_levels = log_levels + math.log2(self.scheme.alpha) * (self.scheme.total_steps - step) / 2
+        return np.clip(np.logaddexp2(log_levels, 0.0) + 1.0, self.scheme.min_bits, self.scheme.max_bits)
+
+    def _log_k(self) -> float:
+        """log2 of the k that spends what is left, half a bit less: rounding up spends that."""
+        scheme, left = self.scheme, self.scheme.total_steps - self.step
+        target = (scheme.mean_bits * scheme.total_steps - self.spent) / left - 0.5
+        steps = self.step + (np.arange(min(left, _FORECAST)) + 0.5) * left / min(left, _FORECAST) - 0.5
+        mean_norm = self._log_norms / self._norms
+        # From where all steps have min_bits to where all have max_bits.
+        reach = -math.log2(scheme.alpha) * left / 2
+        low, high = -mean_norm - 1.0, scheme.max_bits - mean_norm + reach
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if self._continuous(middle + mean_norm, steps).mean() < target:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _within_budget(self, bits: int) -> int:
+        """The nearest number of bits after which min_bits to max_bits a step can still meet the budget."""
+        scheme = self.scheme
+        if scheme.mean_bits is None:
+            return bits
+        left = scheme.total_steps - self.step
+        rest = math.floor(scheme.mean_bits * scheme.total_steps) - self.spent
+        bits = max(bits, rest - scheme.max_bits * (left - 1))
+        bits = min(bits, rest - scheme.min_bits * (left - 1))
+        return min(max(bits, scheme.min_bits), scheme.max_bits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same schedule."""
+        return {
+            "step": self.step,
+            "spent": self.spent,
+            "bits": self._bits,
+            "log_norm": self._log_norm,
+            "log_norms": self._log_norms,
+            "norms": self._norms,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is no such state.
+        """
+        for name in ("step", "spent", "norms"):
+            check_integer(name, state[name], 0, 2**63 - 1)
+        check_integer("bits", state["bits"], self.scheme.min_bits, self.scheme.max_bits)
+        log_norm = None if state["log_norm"] is None else float(state["log_norm"])
+        self.step, self.spent, self._norms = state["step"], state["spent"], state["norms"]
+        self._bits, self._log_norm, self._log_norms = state["bits"], log_norm, float(state["log_norms"])
