@@ -43,7 +43,7 @@ QUITE_GENERAL = layout_of(
     (0, 0, 512, "float32", QSGD(bits=8)),
     (2, 5, 0, "float32", QSGD(bits=2)),
     (2, 0, 7, "float32", QSGD(bits=5, bucket_size=1)),
-    (1, 3, 900, "float32", NUQSGD(bits=3, bucket_size=64)),
+    (1, 1003, 900, "float32", NUQSGD(bits=3, bucket_size=64)),
 )
 
 
