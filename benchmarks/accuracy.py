@@ -22,7 +22,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "torch_fashion_mnist.py"
 
 
 def train(kind: str, seed: int, args: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """The last epoch's record of a run; ``kind`` is none, fp16, qsgd:BITS or nuqsgd:BITS."""
+    """The last epoch's record of a run; ``kind`` is none, fp16, or SCHEME:BITS."""
     compression, _, bits = kind.partition(":")
     launcher = Path(sys.executable).with_name("horovodrun")
     command = [launcher, f"--{args.controller}", "-np", str(args.ranks), sys.executable, EXAMPLE]
@@ -39,7 +39,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--kinds", nargs="+", default=["none", "qsgd:4", "qsgd:2"], metavar="none|fp16|qsgd:BITS|nuqsgd:BITS"
+        "--kinds",
+        nargs="+",
+        default=["none", "qsgd:4", "qsgd:2"],
+        metavar="none|fp16|qsgd:BITS|nuqsgd:BITS|dqsgd:BITS",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5)

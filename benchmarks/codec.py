@@ -282,17 +282,13 @@ def check_goals(rows: list[Row]) -> list[dict[str, object]]:
     text = f"QSGD, encode and mean of 2: no other row more than {SLOWER:g} times slower (slowest: {where})"
     checks.append({"goal": text, "measured": slower, "met": slower <= SLOWER})
     uniform = {(row.bits, row.norm): row.native for row in rows if row.scheme == "QSGD"}
-    for name in ("encode", "mean"):
-        ratio, where = min(
-            (
-                getattr(row.native, name) / getattr(uniform[row.bits, row.norm], name),
-                f"{row.bits} bits, {row.norm}",
-            )
-            for row in rows
-            if row.scheme == "NUQSGD"
-        )
-        text = f"NUQSGD, {name}: at least {NUQSGD_OF_QSGD:g} of QSGD's rate (slowest: {where})"
-        checks.append({"goal": text, "measured": ratio, "met": ratio >= NUQSGD_OF_QSGD})
+    ratio, where = min(
+        (row.native.encode / uniform[row.bits, row.norm].encode, f"{row.bits} bits, {row.norm}")
+        for row in rows
+        if row.scheme == "NUQSGD"
+    )
+    text = f"NUQSGD, encode: at least {NUQSGD_OF_QSGD:g} of QSGD's rate (slowest: {where})"
+    checks.append({"goal": text, "measured": ratio, "met": ratio >= NUQSGD_OF_QSGD})
     return checks
 
 

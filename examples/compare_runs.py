@@ -21,12 +21,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Run = list[dict[str, Any]]  # one record an epoch
-LABELS = {"none": "float32", "fp16": "float16"}
+LABELS = {"none": "float32", "fp16": "float16", "qsgd": "QSGD", "nuqsgd": "NUQSGD", "dqsgd": "DQ-SGD"}
 
 
 def label(run: Run) -> str:
-    name = run[0]["compression"]
-    return LABELS.get(name, name.replace("qsgd-", "QSGD ").replace("nuQ", "NUQ").replace("bit", " bits"))
+    name, _, bits = run[0]["compression"].partition("-")
+    return f"{LABELS.get(name, name)} {bits.replace('bit', ' bits')}".strip()
 
 
 def show(runs: list[Run]) -> None:

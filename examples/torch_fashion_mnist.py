@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 import hvd_quant.torch as hq
 
 DATA_DIR = Path("/usr/share/datasets/fashion-mnist")
-COMPRESSORS = {"qsgd": hq.QSGDCompressor, "nuqsgd": hq.NUQSGDCompressor}
+COMPRESSORS = {"qsgd": hq.QSGDCompressor, "nuqsgd": hq.NUQSGDCompressor, "dqsgd": hq.DQSGDCompressor}
 
 
 def arguments() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--compression", choices=("none", "fp16", *COMPRESSORS), default="qsgd")
-    parser.add_argument("--bits", type=int, default=4, help="bits a value")
+    parser.add_argument("--bits", type=int, default=4, help="bits a value (dqsgd: their mean over the run)")
     parser.add_argument("--norm", choices=("max", "l2"), help="norm of a bucket (default: the scheme's own)")
     parser.add_argument("--bucket-size", type=int, default=512, help="values that share a norm")
     parser.add_argument("--epochs", type=int, default=5)
@@ -112,11 +112,16 @@ def make_model() -> torch.nn.Module:
     )
 
 
-def make_compressor(args: argparse.Namespace) -> Any:
+def make_compressor(args: argparse.Namespace, total_steps: int) -> Any:
     if args.compression in COMPRESSORS:
-        norm = {"norm": args.norm} if args.norm else {}
-        compressor = COMPRESSORS[args.compression]
-        return compressor(bits=args.bits, bucket_size=args.bucket_size, seed=args.seed, **norm)
+        options: dict[str, Any] = {"bucket_size": args.bucket_size, "seed": args.seed}
+        if args.norm:
+            options["norm"] = args.norm
+        if args.compression == "dqsgd":
+            options |= {"mean_bits": args.bits, "total_steps": total_steps}
+        else:
+            options["bits"] = args.bits
+        return COMPRESSORS[args.compression](**options)
     return hvd.Compression.fp16 if args.compression == "fp16" else hvd.Compression.none
 
 
@@ -205,9 +210,11 @@ def main() -> int:
     test_images, test_labels = load(args.data_dir, "t10k")
     train_images, train_labels = train_images[: args.limit], train_labels[: args.limit]
 
+    total_steps = args.epochs * len(list(batches(len(train_labels), args, 0)))
+
     model = make_model()
     try:
-        compressor = make_compressor(args)
+        compressor = make_compressor(args, total_steps)
     except ValueError as error:
         raise SystemExit(f"torch_fashion_mnist.py: {error}") from None
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
@@ -215,7 +222,6 @@ def main() -> int:
         optimizer, named_parameters=model.named_parameters(), compression=compressor
     )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    total_steps = args.epochs * len(list(batches(len(train_labels), args, 0)))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
 
     log = None
