@@ -11,7 +11,7 @@ import numpy as np
 from hvd_quant.schemes import DQSGD, check_integer
 
 _FORECAST = 64  # steps of the future that stand for all of them
-_BISECTIONS = 50
+_PRECISION = 2.0**-10  # of log2 k, where it is chosen
 
 
 class BitSchedule:
@@ -33,11 +33,12 @@ class BitSchedule:
         self.scheme = scheme
         self.step = 0  # steps taken
         self.spent = 0  # bits a value, over all of them
-        self._bits = scheme.max_bits if scheme.k is not None else round(scheme.mean_bits)
         self._log_norm: float | None = None  # log2 |g| of the last step whose norm was of use
         self._log_norms = 0.0  # the sum of these
         self._norms = 0
         self._warned = False
+        first = scheme.max_bits if scheme.mean_bits is None else round(scheme.mean_bits)
+        self._bits = self._within_budget(first)
 
     @property
     def bits(self) -> int:
@@ -48,8 +49,8 @@ class BitSchedule:
         """Note that a step has been taken with `bits`.
 
         Args:
-            square: the squared norm of its gradient, the same on all ranks. If it is 0 or not finite, the next
-                step has as many bits.
+            square: the squared norm of its gradient, the same on all ranks. If it is 0 or not finite, the
+                next step has as many bits.
         """
         self.step += 1
         self.spent += self._bits
@@ -62,7 +63,7 @@ class BitSchedule:
             if self.step > total and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"DQ-SGD was planned for total_steps={total}, and training goes on: from now on every step "
+                    f"DQ-SGD was planned for total_steps={total}, and training goes on: every further step "
                     f"has {self._bits} bits, as the last one",
                     stacklevel=2,
                 )
@@ -87,7 +88,7 @@ class BitSchedule:
         # From where all steps have min_bits to where all have max_bits.
         reach = -math.log2(scheme.alpha) * left / 2
         low, high = -mean_norm - 1.0, scheme.max_bits - mean_norm + reach
-        for _ in range(_BISECTIONS):
+        while high - low > _PRECISION:
             middle = (low + high) / 2
             if self._continuous(middle + mean_norm, steps).mean() < target:
                 low = middle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -221,7 +221,15 @@ class DQSGD:
             check_integer("total_steps", self.total_steps, 1, 2**53)
         elif self.mean_bits is not None or self.alpha != 1.0:
             raise ValueError("DQSGD needs total_steps= for mean_bits=, and for alpha= below 1")
-        self.at(self.min_bits)  # checks the rest
+        # Plain numbers, not NumPy's: ranks compare them as text.
+        for name, kind in (("k", float), ("mean_bits", float), ("alpha", float), ("total_steps", int)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        for name, value in asdict(self.at(self.min_bits)).items():  # which checks the rest
+            if name != "bits":
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "min_bits", int(self.min_bits))
+        object.__setattr__(self, "max_bits", int(self.max_bits))
 
     def at(self, bits: int) -> QSGD:
         """The scheme of a step with so many bits."""

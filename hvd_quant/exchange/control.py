@@ -4,15 +4,17 @@ The gradient's payload travels by an exchange of ours, which knows neither the r
 for nor whether the ranks agree. The control tensor tells both. Horovod reduces it under the parameter's own
 name, exactly as it would have reduced the gradient.
 
-Each rank r of n contributes the float64 vector c_r = [1, f, f^2, w_r], where f < 2^26 is a fingerprint of the
-rank's configuration and of the tensor, and w_r a large number of that rank's own. Any linear reduction
+Each rank r of n contributes the float64 vector c_r = [1, f, f^2, w_r, g_r], where f < 2^26 is a fingerprint
+of the rank's configuration and of the tensor, w_r a large number of that rank's own, and g_r the squared norm
+of its gradient, where some scheme asks for it, or 0. Any linear reduction
 (Average, Sum, predivide, pre- and postscale) gives sum_r k c_r / n with a factor k of its own, 1 for Average
 and n for Sum, hence:
 
 - its first entry is k, by which the decoded mean is to be multiplied;
-- its last entry is k times the mean of the w_r. These dominate the vectors and differ from rank to rank, so
+- its fourth entry is k times the mean of the w_r. These dominate the vectors and differ from rank to rank, so
   for reductions that are not linear (Adasum, Min, Max, Product), or that took place over other ranks than we
   believe, it is something else;
+- its last entry is k times the mean of the g_r;
 - mean and mean square of f are f and f^2 only if all ranks have the same f. If they have not, no rank finds
   its own, so that every rank notices.
 """
@@ -26,7 +28,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or nearly
-SIZE = 4
+SIZE = 5
+SQUARE = 4  # where the squared norm is
 NBYTES = 8 * SIZE
 
 _NAMED_AT_MOST = 5  # different parameters in a message
@@ -66,7 +69,7 @@ def _mean_weight(size: int) -> float:
 
 def values(own: int, rank: int) -> list[float]:
     """What rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
-    return [1.0, float(own), float(own) ** 2, _weight(rank)]
+    return [1.0, float(own), float(own) ** 2, _weight(rank), 0.0]
 
 
 def check(reduced: Sequence[float], own: int, size: int) -> float:
@@ -81,7 +84,7 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
         UnsupportedReductionError: no linear reduction over ``size`` ranks gives these values.
         FingerprintMismatch: the ranks' fingerprints differ.
     """
-    factor, mean, mean_square, weight = reduced
+    factor, mean, mean_square, weight = reduced[:SQUARE]
 
     def close(value: float, expected: float) -> bool:
         return math.isclose(value, expected, rel_tol=1e-12 * max(1, size))
@@ -118,6 +121,8 @@ def explain_mismatch(
             advice = "Create the same compressors, in the same order, on every rank."
         if found.keys() == {"resets"}:
             advice = "Call the compressor's reset() on every rank."
+        if found.keys() == {"schedule"}:
+            advice = "Load the same state_dict() into every rank's compressor."
         return (
             "hvd_quant is configured differently on the ranks: " + "; ".join(found.values()) + ". " + advice
         )

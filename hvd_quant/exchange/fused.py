@@ -19,8 +19,9 @@ import numpy as np
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
 from hvd_quant.exchange.transport import Buffer
-from hvd_quant.schemes import Scheme
+from hvd_quant.schemes import MAX_BITS, MIN_BITS, Scheme
 
+_BUCKETS_KEPT = MAX_BITS - MIN_BITS + 1  # of one group of gradients, for schemes that change their bits
 _ITEM_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
@@ -161,6 +162,7 @@ class Group:
         self.times_sent = 0
         self._splits = 0
         self._bucket: FusedBucket | None = None
+        self._buckets: dict[tuple[Entry, ...], FusedBucket] = {}  # of schemes that come and go
 
     @property
     def complete(self) -> bool:
@@ -192,13 +194,19 @@ class Group:
     def bucket(self, size: int, rank: int, seed: object) -> FusedBucket:
         """The fused bucket of the entries."""
         if self._bucket is None:
-            self._bucket = FusedBucket(list(self.entries.values()), size, rank, seed)
+            entries = tuple(self.entries.values())
+            if entries not in self._buckets:
+                if len(self._buckets) == _BUCKETS_KEPT:
+                    self._buckets.clear()
+                self._buckets[entries] = FusedBucket(entries, size, rank, seed)
+            self._bucket = self._buckets[entries]
         return self._bucket
 
     def forget(self) -> None:
         """Drop what has come, and the fused bucket with its memory."""
         self.arrived.clear()
         self._bucket = None
+        self._buckets.clear()
 
 
 class Fusion:

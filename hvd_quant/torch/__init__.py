@@ -30,10 +30,11 @@ except ImportError as error:
     ) from error
 
 from hvd_quant.exchange.control import RankMismatchError, UnsupportedReductionError
-from hvd_quant.torch.compressor import NUQSGDCompressor, QSGDCompressor, QuantizedCompressor
+from hvd_quant.torch.compressor import DQSGDCompressor, NUQSGDCompressor, QSGDCompressor, QuantizedCompressor
 from hvd_quant.torch.optimizer import DistributedOptimizer
 
 __all__ = [
+    "DQSGDCompressor",
     "DistributedOptimizer",
     "NUQSGDCompressor",
     "QSGDCompressor",

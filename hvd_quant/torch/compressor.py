@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import horovod.torch as hvd
@@ -26,7 +27,8 @@ from hvd_quant.codec import native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
-from hvd_quant.schemes import NUQSGD, QSGD, Scheme, check_choice, check_integer
+from hvd_quant.schedule import BitSchedule
+from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
@@ -60,7 +62,7 @@ class QuantizedCompressor(Compressor):
 
     def __init__(
         self,
-        scheme: Scheme,
+        scheme: Scheme | DQSGD,
         *,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         min_numel: int = 1024,
@@ -107,6 +109,11 @@ class QuantizedCompressor(Compressor):
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
         self._sent: list[Shipment] = []  # in this round
         self._announced: list[Shipment] = []  # in the round of which the results are waited for
+        # DQ-SGD: a step ends when nothing is on its way.
+        self._schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
+        self._present_scheme = scheme.at(self._schedule.bits) if self._schedule is not None else scheme
+        self._squares: list[float] = []  # squared norms of the gradients that have come back in this step
+        self._bits: list[int] = []  # of each step
         self._raw_bytes = 0
         self._wire_bytes = 0
         self._received_bytes = 0
@@ -189,6 +196,8 @@ class QuantizedCompressor(Compressor):
         known = self._known.get(key)
         if known is None or not known.fits(tensor):
             known = self._meet(key, name is not None, tensor)
+        elif known.entry.scheme is not self._present_scheme:
+            known.entry = replace(known.entry, scheme=self._present_scheme)
         use = self._uses[key]
         self._uses[key] = use + 1
         self._pending[key] = pending = Pending(known, tensor, use)
@@ -197,7 +206,7 @@ class QuantizedCompressor(Compressor):
         else:
             self._unsent.append(pending)
         self._wire_bytes += control.NBYTES
-        return known.fresh_control(), pending
+        return known.fresh_control(tensor if self._schedule is not None else None), pending
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """Finish the exchange of a gradient.
@@ -247,6 +256,10 @@ class QuantizedCompressor(Compressor):
             self._clear()
             raise
         del self._pending[ctx.known.key]
+        if self._schedule is not None:
+            self._squares.append(reduced[control.SQUARE] / factor)
+            if not self._pending:
+                self._end_step()
         if factor != ctx.shipment.factor:
             self._decode_again(ctx, factor)
         if self._watching and not self._pending:  # the first step is complete
@@ -256,7 +269,7 @@ class QuantizedCompressor(Compressor):
 
     # --- what users call --------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """What this rank has contributed so far.
 
         Returns:
@@ -264,9 +277,12 @@ class QuantizedCompressor(Compressor):
             known), those before a loaded state included; ``messages``, how many fused buckets were sent;
             ``raw_bytes``, the gradients as they were; ``wire_bytes``, what they were encoded into (messages,
             control tensors, uncompressed small gradients); ``received_bytes``, what came from other ranks by
-            our own exchanges; ``compression_ratio``, raw over wire bytes.
+            our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule of bits also
+            ``bits``, a list of those of each step.
         """
+        schedule = {} if self._schedule is None else {"bits": list(self._bits)}
         return {
+            **schedule,
             "steps": max(self._uses.values(), default=0),
             "messages": self._messages,
             "raw_bytes": self._raw_bytes,
@@ -305,6 +321,7 @@ class QuantizedCompressor(Compressor):
             pending.release()
         self._pending.clear()
         self._unsent.clear()
+        self._squares.clear()
         self._underway.clear()
         self._sent.clear()
         self._announced.clear()
@@ -316,8 +333,9 @@ class QuantizedCompressor(Compressor):
         self._transport = None  # the next gradient makes a new beginning
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same noise: the seed, and each gradient's uses."""
-        return {"seed": self.seed, "uses": dict(self._uses)}
+        """What a resumed run needs to continue with the same noise and the same schedule of bits."""
+        schedule = {} if self._schedule is None else {"schedule": self._schedule.state_dict()}
+        return {"seed": self.seed, "uses": dict(self._uses), **schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
@@ -333,6 +351,9 @@ class QuantizedCompressor(Compressor):
             check_integer("seed", seed, 0, 2**64 - 1)
             for key, count in uses.items():
                 check_integer(f"uses of {key}", count, 0, 2**63 - 1)
+            if self._schedule is not None:
+                self._schedule.load_state_dict(state["schedule"])
+                self._present_scheme = self.scheme.at(self._schedule.bits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error
         self.seed, self._uses = int(seed), uses
@@ -366,7 +387,7 @@ class QuantizedCompressor(Compressor):
             "shape": list(tensor.shape),
             "dtype": DTYPES[tensor.dtype],
         }
-        fingerprint = control.fingerprint({**self._state(), **description})
+        fingerprint = control.fingerprint({**self._config(), "resets": self._ranks.resets, **description})
         values = np.array(control.values(fingerprint, self._transport.rank))
         memory = values.copy()
         known = Known(
@@ -375,7 +396,7 @@ class QuantizedCompressor(Compressor):
             tensor.shape,
             tensor.dtype,
             tensor.device,
-            Entry(key, tensor.numel(), DTYPES[tensor.dtype], self.scheme, str(tensor.device)),
+            Entry(key, tensor.numel(), DTYPES[tensor.dtype], self._present_scheme, str(tensor.device)),
             description,
             fingerprint,
             torch.from_numpy(memory).to(tensor.device),
@@ -403,13 +424,13 @@ class QuantizedCompressor(Compressor):
         }
         # Their order is in it, too: it is that of the fused buckets.
         self._ranks.propose(
-            control.fingerprint({**self._config(), "parameters": list(self._parameters.items())})
+            control.fingerprint({**self._present(), "parameters": list(self._parameters.items())})
         )
         quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in DTYPES]
         for trained in (True, False):  # frozen ones apart: they may be trained later
             self._fusion.plan(
                 [
-                    Entry(name, p.numel(), DTYPES[p.dtype], self.scheme, str(p.device))
+                    Entry(name, p.numel(), DTYPES[p.dtype], self._present_scheme, str(p.device))
                     for name, p in reversed(quantized)
                     if p.requires_grad == trained
                 ]
@@ -474,14 +495,31 @@ class QuantizedCompressor(Compressor):
 
     def _state(self) -> control.Description:
         """The configuration, and what may come to differ later."""
-        return {**self._config(), "resets": self._ranks.resets}
+        return {**self._present(), "resets": self._ranks.resets}
+
+    def _present(self) -> control.Description:
+        """The configuration, and where the schedule is."""
+        if self._schedule is None:
+            return self._config()
+        return {**self._config(), "schedule": self._schedule.state_dict()}
 
     def _factor(self, known: Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
+        reduced = reduced[: control.SQUARE]
         if reduced != known.reduced:
             known.factor = control.check(reduced, known.fingerprint, self._transport.size)
             known.reduced = reduced
         return known.factor
+
+    def _end_step(self) -> None:
+        """All gradients of a step have come back: the next one may have another number of bits."""
+        # Exactly rounded, because they come back in another order on every rank.
+        square = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
+        self._squares.clear()
+        self._bits.append(self._schedule.bits)
+        self._schedule.advance(square)
+        if self._schedule.bits != self._present_scheme.bits:
+            self._present_scheme = self.scheme.at(self._schedule.bits)
 
     def _mismatch(self, pending: list[Pending]) -> control.RankMismatchError:
         """What to raise on a difference that was noticed at these gradients, by all ranks."""
@@ -669,3 +707,39 @@ class NUQSGDCompressor(QuantizedCompressor):
         **options: Any,
     ) -> None:
         super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
+
+
+class DQSGDCompressor(QuantizedCompressor):
+    """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
+
+    A step ends when nothing is on its way any more, as it is after ``optimizer.synchronize()``. The norm that
+    the next step's bits follow from is that of the quantized gradients: the root of the sum over them of the
+    ranks' mean squared norm.
+
+    Args:
+        k, mean_bits, total_steps, alpha, min_bits, max_bits: of the schedule, see `hvd_quant.DQSGD`.
+        norm, bucket_size, coding, rounding: of the scheme, see `hvd_quant.QSGD`.
+        **options: of the exchange, see `QuantizedCompressor`.
+
+    Example:
+        >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * len(loader))
+    """
+
+    def __init__(
+        self,
+        k: float | None = None,
+        mean_bits: float | None = None,
+        total_steps: int | None = None,
+        alpha: float = 1.0,
+        min_bits: int = 2,
+        max_bits: int = 8,
+        norm: str = "max",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str = "independent",
+        **options: Any,
+    ) -> None:
+        scheme = DQSGD(
+            k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
+        )
+        super().__init__(scheme, **options)

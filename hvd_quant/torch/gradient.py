@@ -39,19 +39,29 @@ class Known:
     control: torch.Tensor  # what Horovod is to reduce
     values: np.ndarray  # of the control tensor
     memory: np.ndarray | None = None  # of the control tensor on a CPU, which Horovod overwrites
-    reduced: list[float] | None = None  # the control tensor as it came back last, and the factor in it
-    factor: float = 1.0
+    reduced: list[float] | None = None  # the control tensor as it came back last, but for the squared norm
+    factor: float = 1.0  # in it
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a gradient is what it was last time."""
         return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
 
-    def fresh_control(self) -> torch.Tensor:
-        """The control tensor, as it was before Horovod reduced it."""
+    def fresh_control(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        """The control tensor, as it was before Horovod reduced it.
+
+        Args:
+            gradient: whose squared norm is to be in it, if any. On a GPU nothing waits for that.
+        """
         if self.memory is None:
-            return self.control.clone()
-        self.memory[:] = self.values
-        return self.control
+            fresh = self.control.clone()
+        else:
+            self.memory[:] = self.values
+            fresh = self.control
+        if gradient is not None:
+            wide = torch.promote_types(gradient.dtype, torch.float32)  # squares of halves overflow
+            norm = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
+            fresh[control.SQUARE] = norm.double().square()
+        return fresh
 
 
 @dataclass(slots=True, eq=False)

@@ -362,7 +362,7 @@ def check_stats_count_what_is_sent(exchange):
     assert stats["steps"] == 3
     assert stats["raw_bytes"] == 3 * 4 * (2 * 2048 + 64 + 32)
     payload = 32 + 4 * 4 + 2048 // 2  # header, norms, codes
-    control = 32
+    control = 40
     preamble = 8  # of the one message in which both weights travel
     assert stats["messages"] == 3
     assert stats["wire_bytes"] == 3 * (2 * (payload + control) + preamble + 4 * (64 + 32))

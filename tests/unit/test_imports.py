@@ -13,7 +13,13 @@ import hvd_quant
 PACKAGE = Path(hvd_quant.__file__).parent
 FRAMEWORKS = ("torch", "tensorflow", "horovod", "mpi4py", "keras")
 # From the bottom up. What stands on one line may not import from each other, but for the codec's own parts.
-FLOORS = [["schemes", "wire", "version"], ["codec"], ["exchange"], ["torch", "tensorflow", "mpi"], ["cli"]]
+FLOORS = [
+    ["schemes", "schedule", "wire", "version"],
+    ["codec"],
+    ["exchange"],
+    ["torch", "tensorflow", "mpi"],
+    ["cli"],
+]
 # Who may import which framework; nobody else may import any.
 ALLOWED = {
     "codec/torch_ops.py": {"torch"},

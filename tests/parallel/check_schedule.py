@@ -1,0 +1,123 @@
+"""DQ-SGD: all ranks take the same number of bits in the same step, from norms that none knows alone."""
+
+import math
+
+import horovod.torch as hvd
+import pytest
+import torch
+from common import (
+    backward,
+    error_of,
+    gathered,
+    local_gradients,
+    mlp,
+    own_randn,
+    same_everywhere,
+    same_mismatch,
+)
+
+import hvd_quant.torch as hq
+
+
+def optimizer_of(model, compressor, **options):
+    return hq.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compressor,
+        **options,
+    )
+
+
+def train(model, optimizer, steps, scale=lambda step: 1.0):
+    """Steps whose gradients are multiplied by ``scale(step)`` before they are exchanged."""
+    for step in steps:
+        optimizer.zero_grad()
+        x = own_randn(16, 32, seed=step)
+        (scale(step) * model(x).square().mean()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+@pytest.mark.parametrize("fusion_bytes", [0, 1 << 20])
+def check_all_ranks_take_the_same_bits(exchange, fusion_bytes):
+    model = mlp()
+    compressor = hq.DQSGDCompressor(
+        mean_bits=4.5, total_steps=20, exchange=exchange, fusion_bytes=fusion_bytes, min_numel=0
+    )
+    train(model, optimizer_of(model, compressor), range(20), lambda step: 3.0 ** (step % 4))
+    bits = compressor.stats()["bits"]
+    assert gathered(bits) == [bits] * hvd.size()
+    assert sum(bits) == 90
+    assert len(set(bits)) > 1
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"op": hvd.Sum}, {"gradient_predivide_factor": 3.0}])
+def check_bits_follow_the_mean_squared_norm(options):
+    model = mlp()
+    compressor = hq.DQSGDCompressor(k=100.0, min_numel=0)
+    optimizer = optimizer_of(model, compressor, **options)
+    expected = [8]
+    for step in range(4):
+        local = gathered(local_gradients(model, step))
+        square = sum(float(one.double().square().sum()) for of_rank in local for one in of_rank) / hvd.size()
+        expected.append(min(max(math.ceil(math.log2(100 * math.sqrt(square) + 1)) + 1, 2), 8))
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert compressor.stats()["bits"] == expected[:-1]
+    assert expected[1] < 8
+
+
+def check_a_resumed_run_is_the_same_run():
+    def compressor_of():
+        return hq.DQSGDCompressor(mean_bits=4, total_steps=10, min_numel=0)
+
+    whole, compressor = mlp(), compressor_of()
+    train(whole, optimizer_of(whole, compressor), range(10), lambda step: 2.0**step)
+    bits = compressor.stats()["bits"]
+
+    begun, first = mlp(), compressor_of()
+    train(begun, optimizer_of(begun, first), range(4), lambda step: 2.0**step)
+    model, second = mlp(), compressor_of()
+    model.load_state_dict(begun.state_dict())
+    second.load_state_dict(first.state_dict())
+    train(model, optimizer_of(model, second), range(4, 10), lambda step: 2.0**step)
+    assert first.stats()["bits"] + second.stats()["bits"] == bits
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def check_ranks_at_different_places_of_the_schedule():
+    states = []
+    for steps in (2, 3):
+        model, compressor = mlp(), hq.DQSGDCompressor(k=10.0)
+        train(model, optimizer_of(model, compressor), range(steps))
+        states.append(compressor.state_dict())
+    model, compressor = mlp(), hq.DQSGDCompressor(k=10.0)
+    compressor.load_state_dict(states[hvd.rank() > 0])
+    optimizer = optimizer_of(model, compressor)
+    text = same_mismatch(error_of(lambda: train(model, optimizer, range(1))))
+    assert 'schedule is {"step": 2, ' in text
+    assert "Load the same state_dict() into every rank's compressor." in text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def check_a_step_that_is_not_finite_keeps_the_bits(value):
+    model, compressor = mlp(), hq.DQSGDCompressor(k=10.0, min_numel=0)
+    optimizer = optimizer_of(model, compressor)
+    train(model, optimizer, range(2))
+    bits = compressor.state_dict()["schedule"]["bits"]
+    optimizer.zero_grad()
+    (model(own_randn(16, 32)).square().mean() * (value if hvd.rank() == hvd.size() - 1 else 1.0)).backward()
+    optimizer.synchronize()
+    assert not torch.isfinite(next(model.parameters()).grad).all()
+    assert compressor.state_dict()["schedule"]["bits"] == bits
+
+
+def check_states_that_do_not_fit():
+    compressor = hq.DQSGDCompressor(k=1.0)
+    state = compressor.state_dict()
+    for other in ({"seed": 0, "uses": {}}, {**state, "schedule": {**state["schedule"], "bits": 9}}):
+        with pytest.raises(ValueError, match="not a state of an hvd_quant compressor"):
+            compressor.load_state_dict(other)
+    assert compressor.state_dict() == state
