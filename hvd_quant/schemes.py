@@ -12,7 +12,7 @@ import numpy as np
 
 NORMS = ("max", "l2")
 CODINGS = ("packed",)
-ROUNDINGS = ("independent",)
+ROUNDINGS = ("independent", "correlated")
 SPACINGS = ("uniform", "exponential")
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -73,7 +73,8 @@ class Scheme(ABC):
         bucket_size: values that share a norm, 1 or more. Smaller is more accurate, and 32 / bucket_size
             more bits a value.
         coding: ``"packed"``, every code in exactly ``bits`` bits.
-        rounding: ``"independent"``, own noise on every rank.
+        rounding: ``"independent"``, own noise on every rank, or ``"correlated"``, noise spread evenly over
+            the ranks, so that the errors of similar gradients cancel in the mean.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.

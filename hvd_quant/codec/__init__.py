@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from hvd_quant.codec import _native, native
+from hvd_quant.codec.noise import shift
 from hvd_quant.schemes import Scheme, check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def native_isa() -> str:
     return _native.isa()
 
 
-def encode(x: Array, scheme: Scheme, *, seed: int = 0, backend: str = "auto") -> Array:
+def encode(
+    x: Array, scheme: Scheme, *, seed: int = 0, rank: int = 0, size: int = 1, backend: str = "auto"
+) -> Array:
     """Encode an array or tensor into a self-describing payload.
 
     Args:
@@ -38,6 +41,9 @@ def encode(x: Array, scheme: Scheme, *, seed: int = 0, backend: str = "auto") ->
             float32 cannot hold make their bucket non-finite.
         scheme: how, e.g. ``QSGD(bits=4)``.
         seed: of the rounding noise, 0 to 2^64 - 1.
+        rank: which of the payloads that are to be averaged this is, for ``rounding="correlated"``. All of
+            them need the same seed.
+        size: how many they are.
         backend: ``"native"``, ``"torch"``, or ``"auto"``: native for CPU memory, torch elsewhere.
 
     Returns:
@@ -45,7 +51,7 @@ def encode(x: Array, scheme: Scheme, *, seed: int = 0, backend: str = "auto") ->
 
     Raises:
         TypeError: ``x`` is no array or tensor of a floating type named above, or ``scheme`` is no scheme.
-        ValueError: ``seed`` or ``backend`` is out of range.
+        ValueError: ``seed``, ``rank``, ``size`` or ``backend`` is out of range.
 
     Example:
         >>> payload = hvd_quant.encode(gradient, hvd_quant.QSGD(bits=4))
@@ -54,6 +60,8 @@ def encode(x: Array, scheme: Scheme, *, seed: int = 0, backend: str = "auto") ->
     if not isinstance(scheme, Scheme):
         raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
     check_integer("seed", seed, 0, 2**64 - 1)
+    check_integer("size", size, 1, 2**24)
+    check_integer("rank", rank, 0, size - 1)
     backend = _backend(backend, x)
     tensor_given = is_tensor(x)
     if not tensor_given and not isinstance(x, np.ndarray):
@@ -66,12 +74,14 @@ def encode(x: Array, scheme: Scheme, *, seed: int = 0, backend: str = "auto") ->
     if dtype not in native.DTYPES:
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
     if backend == "native":
-        payload = native.encode(flat_array(x), scheme, seed, dtype)
+        payload = native.encode(
+            flat_array(x), scheme, int(seed), shift(scheme, int(rank), int(size)), dtype=dtype
+        )
         return _tensor(payload) if tensor_given else payload
     from hvd_quant.codec import torch_ops
 
     tensor = x.detach() if tensor_given else _tensor(_writable(x))
-    payload = torch_ops.encode(tensor.reshape(-1), scheme, int(seed))
+    payload = torch_ops.encode(tensor.reshape(-1), scheme, int(seed), shift(scheme, int(rank), int(size)))
     return payload if tensor_given else payload.numpy()
 
 

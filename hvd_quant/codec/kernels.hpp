@@ -172,9 +172,10 @@ Bucket measure(const T* x, std::uint64_t n, Norm kind, std::int32_t levels) {
 
 // --- stochastic rounding --------------------------------------------------------------------------------
 
-// kFractionBits random bits a value, a pure function of (seed, chunk, place in the chunk). One 32-bit hash
-// serves two values, the second with its halves exchanged: both are uniform, and independent down to 2^-16.
-inline void fill_noise(std::int32_t* noise, std::uint64_t seed, std::uint64_t chunk) {
+// kFractionBits random bits a value, a pure function of (seed, chunk, place in the chunk), plus `shift`, modulo
+// 2^kFractionBits. One 32-bit hash serves two values, the second with its halves exchanged: both are uniform,
+// and independent down to 2^-16.
+inline void fill_noise(std::int32_t* noise, std::uint64_t seed, std::uint32_t shift, std::uint64_t chunk) {
   const std::uint64_t key = mix64(seed ^ mix64(chunk + 0x9e3779b97f4a7c15u));
   const auto key_low = static_cast<std::uint32_t>(key);
   const auto key_high = static_cast<std::uint32_t>(key >> 32);
@@ -184,8 +185,8 @@ inline void fill_noise(std::int32_t* noise, std::uint64_t seed, std::uint64_t ch
     hash = (hash ^ hash >> 16) * 0x21f0aaadu;
     hash = ((hash ^ hash >> 15) + key_high) * 0x735a2d97u;
     hash ^= hash >> 15;
-    noise[i] = static_cast<std::int32_t>(hash) & kMask;
-    noise[i + kChunk / 2] = static_cast<std::int32_t>(hash << 16 | hash >> 16) & kMask;
+    noise[i] = static_cast<std::int32_t>(hash + shift) & kMask;
+    noise[i + kChunk / 2] = static_cast<std::int32_t>((hash << 16 | hash >> 16) + shift) & kMask;
   }
 }
 
@@ -396,7 +397,7 @@ std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64
   std::uint64_t bucket_end = begin;  // of the bucket measured last
   for (std::uint64_t at = begin; at < end; at += kChunk) {
     const std::uint64_t n = std::min(kChunk, end - at);
-    fill_noise(noise, job.seed, at / kChunk);
+    fill_noise(noise, job.seed, job.shift, at / kChunk);
     for (std::uint64_t i = 0; i < n;) {
       if (at + i == bucket_end) {
         const std::uint64_t index = bucket_end / layout.bucket_size;

@@ -75,6 +75,7 @@ struct Encoding {
   Norm norm;
   Spacing spacing;
   std::uint64_t seed;
+  std::uint32_t shift;  // added to the noise
   std::uint64_t first_word;
   std::uint8_t* body;
 };
@@ -305,8 +306,8 @@ std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, 
 // --- one payload ----------------------------------------------------------------------------------------
 
 std::uint32_t encode(const py::array& values, const std::string& dtype, int bits, const std::string& norm,
-                     const std::string& spacing, std::uint64_t bucket_size, std::uint64_t seed, std::uint64_t first_word,
-                     const py::array& body, std::int64_t threads) {
+                     const std::string& spacing, std::uint64_t bucket_size, std::uint64_t seed, std::uint32_t shift,
+                     std::uint64_t first_word, const py::array& body, std::int64_t threads) {
   const std::size_t type = dtype_index(dtype);
   const auto count = static_cast<std::uint64_t>(values.size());
   const Layout layout = checked_layout(count, bucket_size, bits);
@@ -316,6 +317,7 @@ std::uint32_t encode(const py::array& values, const std::string& dtype, int bits
                norm == "max" ? Norm::kMax : Norm::kL2,
                spacing_of(spacing),
                seed,
+               shift,
                first_word,
                contiguous_bytes(body, 1, true, "body")};
   if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) {
@@ -372,6 +374,7 @@ constexpr std::uint64_t kWordSize = 4;
 using Table = py::array_t<std::int64_t, py::array::c_style>;
 using Headers = py::array_t<std::uint8_t, py::array::c_style>;
 using Seeds = py::array_t<std::uint64_t, py::array::c_style>;
+using Shifts = py::array_t<std::uint32_t, py::array::c_style>;
 
 // Reads the table and compares every number in it with the buffers that it speaks of.
 struct CheckedTable {
@@ -446,22 +449,24 @@ Seeds step_seeds(const Seeds& base, const py::array_t<std::int64_t, py::array::c
 }
 
 void encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
-                     const Seeds& seeds, std::uint64_t first_word, std::uint64_t checksum_word,
-                     const py::array& message, std::int64_t threads) {
+                     const Seeds& seeds, const Shifts& shifts, std::uint64_t first_word,
+                     std::uint64_t checksum_word, const py::array& message, std::int64_t threads) {
   std::uint8_t* const out = contiguous_bytes(message, 1, true, "message");
   const CheckedTable checked(table, headers, arrays, false, static_cast<std::uint64_t>(message.size()),
                              checksum_word);
-  if (seeds.ndim() != 1 || static_cast<std::size_t>(seeds.size()) != checked.segments.size()) {
-    throw py::value_error("there must be one seed a table row");
+  if (seeds.ndim() != 1 || static_cast<std::size_t>(seeds.size()) != checked.segments.size() ||
+      shifts.ndim() != 1 || shifts.size() != seeds.size()) {
+    throw py::value_error("there must be one seed and one shift a table row");
   }
   const std::uint64_t* const seed = seeds.data();
+  const std::uint32_t* const shift = shifts.data();
   const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
   for (std::size_t i = 0; i < checked.segments.size(); ++i) {
     const Segment& segment = checked.segments[i];
     std::uint8_t* const payload = out + segment.offset;
     const Encoding job{checked.values[i], checked.layouts[i], segment.norm == 0 ? Norm::kMax : Norm::kL2,
-                       spacing_of(segment), seed[i], first_word, payload + kHeaderSize};
+                       spacing_of(segment), seed[i], shift[i], first_word, payload + kHeaderSize};
     const std::uint32_t sum = run_encoding(job, kernels.encode[segment.dtype][segment.bits - kMinBits], threads);
     std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
     const std::uint32_t word = load_word(payload + checksum_word * kWordSize) + sum;
@@ -531,14 +536,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("available_isas", &available_isas);
   module.def("choose_isa", &choose_isa, py::arg("name"));
   module.def("encode", &encode, py::arg("values"), py::arg("dtype"), py::arg("bits"), py::arg("norm"),
-             py::arg("spacing"), py::arg("bucket_size"), py::arg("seed"), py::arg("first_word"), py::arg("body"),
-             py::arg("threads"));
+             py::arg("spacing"), py::arg("bucket_size"), py::arg("seed"), py::arg("shift"), py::arg("first_word"),
+             py::arg("body"), py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("spacing"), py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
   module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
-             py::arg("seeds"), py::arg("first_word"), py::arg("checksum_word"), py::arg("message"),
-             py::arg("threads"));
+             py::arg("seeds"), py::arg("shifts"), py::arg("first_word"), py::arg("checksum_word"),
+             py::arg("message"), py::arg("threads"));
   module.def("decode_segments", &decode_segments, py::arg("messages"), py::arg("table"), py::arg("headers"),
              py::arg("first_word"), py::arg("checksum_word"), py::arg("weight"), py::arg("outs"),
              py::arg("threads"));

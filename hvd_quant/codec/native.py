@@ -10,6 +10,7 @@ import numpy as np
 from hvd_quant import wire
 from hvd_quant.codec import _native
 from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
+from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import Scheme
 
 __all__ = [
@@ -36,7 +37,9 @@ def threads() -> int:
     return int(text)
 
 
-def encode(values: np.ndarray, scheme: Scheme, seed: int, dtype: str | None = None) -> np.ndarray:
+def encode(
+    values: np.ndarray, scheme: Scheme, seed: int, shift: int = 0, *, dtype: str | None = None
+) -> np.ndarray:
     """Encode a contiguous one-dimensional array.
 
     Args:
@@ -44,6 +47,7 @@ def encode(values: np.ndarray, scheme: Scheme, seed: int, dtype: str | None = No
         scheme: how.
         seed: of the rounding noise, 0 to 2^64 - 1. The same input, scheme and seed give the same payload
             on every machine.
+        shift: added to the noise, see `hvd_quant.codec.noise`.
         dtype: what the items of ``values`` are, where their own dtype does not say it.
 
     Returns:
@@ -58,6 +62,7 @@ def encode(values: np.ndarray, scheme: Scheme, seed: int, dtype: str | None = No
         spacing=scheme.spacing,
         bucket_size=scheme.bucket_size,
         seed=seed,
+        shift=shift,
         first_word=wire.FIRST_BODY_WORD,
         body=payload[wire.HEADER_SIZE :],
         threads=threads(),
@@ -118,7 +123,7 @@ def empty(count: int, dtype: str, like: np.ndarray) -> np.ndarray:
 
 
 def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.ndarray:
-    """Seeds for `encode_message`.
+    """Seeds of `Noise` for `encode_message`.
 
     Args:
         base: whose noise each segment has, uint64 of shape (segments,).
@@ -132,7 +137,7 @@ def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.nd
 
 
 def encode_message(
-    values: Sequence[np.ndarray], layout: MessageLayout, seeds: np.ndarray, message: np.ndarray
+    values: Sequence[np.ndarray], layout: MessageLayout, noise: Noise, message: np.ndarray
 ) -> None:
     """Encode all segments of a message.
 
@@ -140,7 +145,7 @@ def encode_message(
         values: the contiguous arrays that the segments are ranges of, of any shape. Their items are what
             the segments' dtypes say.
         layout: of the message.
-        seeds: of the noise, one a segment, uint64.
+        noise: of its segments.
         message: where to; contiguous uint8 of shape (layout.size,).
     """
     message[:PREAMBLE_SIZE] = np.frombuffer(layout.preamble, np.uint8)
@@ -148,7 +153,8 @@ def encode_message(
         values,
         layout.table,
         layout.headers,
-        seeds,
+        noise.seeds,
+        noise.shifts,
         first_word=wire.FIRST_BODY_WORD,
         checksum_word=wire.CHECKSUM_WORD,
         message=message,

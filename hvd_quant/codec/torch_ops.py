@@ -13,6 +13,7 @@ import torch
 
 from hvd_quant import wire
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
+from hvd_quant.codec.noise import FRACTION_BITS, Noise
 from hvd_quant.schemes import Scheme
 
 # See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
@@ -22,13 +23,14 @@ MANTISSA_BITS = 23  # of float32
 TOP_POWER = 2.0**24  # what a norm is scaled to before rounding to powers: nothing near it is subnormal
 
 
-def encode(values: torch.Tensor, scheme: Scheme, seed: int) -> torch.Tensor:
+def encode(values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0) -> torch.Tensor:
     """Encode a one-dimensional floating-point tensor into a payload on its device.
 
     Args:
         values: float32, float64, float16 or bfloat16, of shape (d,).
         scheme: how.
         seed: of the noise, from torch's generator on that device, 0 to 2^64 - 1.
+        shift: added to the noise, see `hvd_quant.codec.noise`.
 
     Returns:
         The payload, uint8 of shape (payload_size,).
@@ -36,7 +38,7 @@ def encode(values: torch.Tensor, scheme: Scheme, seed: int) -> torch.Tensor:
     count = values.numel()
     payload = torch.zeros(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
     if count:
-        norms, codes = _quantize(values, scheme, seed)
+        norms, codes = _quantize(values, scheme, seed, shift)
         codes_at = wire.HEADER_SIZE + wire.norms_size(scheme, count)
         payload[wire.HEADER_SIZE : codes_at] = norms.view(torch.uint8)
         codes_end = codes_at + wire.codes_size(scheme, count)
@@ -75,14 +77,16 @@ def decode_mean(
 
 
 def encode_message(
-    values: Sequence[torch.Tensor], layout: MessageLayout, seeds: Sequence[int], message: torch.Tensor
+    values: Sequence[torch.Tensor], layout: MessageLayout, noise: Noise, message: torch.Tensor
 ) -> None:
     """Encode all segments of a message; see `hvd_quant.codec.native.encode_message`."""
     preamble = torch.frombuffer(bytearray(layout.preamble), dtype=torch.uint8)
     message[:PREAMBLE_SIZE].copy_(preamble, non_blocking=True)
-    for segment, offset, seed in zip(layout.segments, layout.offsets, seeds, strict=True):
+    for segment, offset, seed, shift in zip(
+        layout.segments, layout.offsets, noise.seeds, noise.shifts, strict=True
+    ):
         part = values[segment.tensor].detach().reshape(-1)[segment.start : segment.start + segment.count]
-        message[offset : offset + segment.payload_size] = encode(part, segment.scheme, int(seed))
+        message[offset : offset + segment.payload_size] = encode(part, segment.scheme, int(seed), int(shift))
 
 
 def decode_messages(
@@ -115,7 +119,9 @@ def empty(count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=getattr(torch, dtype), device=like.device)
 
 
-def _quantize(values: torch.Tensor, scheme: Scheme, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(
+    values: torch.Tensor, scheme: Scheme, seed: int, shift: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms (float32, one a bucket) and codes (int8, one a value of the filled-up last bucket too)."""
     fill = -values.numel() % min(scheme.bucket_size, values.numel())
     x = values.to(torch.float32)
@@ -136,19 +142,22 @@ def _quantize(values: torch.Tensor, scheme: Scheme, seed: int) -> tuple[torch.Te
     scaled *= scale.unsqueeze(1)
     scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # what a non-finite bucket leaves
     round_ = _round_down if scheme.spacing == "uniform" else _round_to_power
-    codes = round_(scaled, scheme.steps, generator)
+    codes = round_(scaled, scheme.steps, generator, shift)
     return norms, codes.view(-1)[: values.numel()]
 
 
-def _round_down(scaled: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
+def _round_down(scaled: torch.Tensor, steps: int, generator: torch.Generator, shift: int) -> torch.Tensor:
     """Codes of values in units of a uniform level, int8; overwrites ``scaled``."""
     noise = torch.rand(scaled.shape, generator=generator, device=scaled.device)
+    if shift:
+        noise += shift / 2**FRACTION_BITS
+        noise -= (noise >= 1.0).to(noise.dtype)
     floor = scaled.floor()
     floor += noise < scaled.sub_(floor)
     return floor.clamp_(-steps, steps).to(torch.int8)
 
 
-def _round_to_power(scaled: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
+def _round_to_power(scaled: torch.Tensor, steps: int, generator: torch.Generator, shift: int) -> torch.Tensor:
     """Codes of values in units of 1 / TOP_POWER of the norm, rounded to powers of two, int8.
 
     As the native codec: the mantissa of a float is the probability of rounding it up to the next power, so
@@ -161,7 +170,11 @@ def _round_to_power(scaled: torch.Tensor, steps: int, generator: torch.Generator
     below = scaled < lowest
     lifted = torch.where(below, scaled + lowest, scaled).view(torch.int32)
     random = torch.empty_like(lifted)
-    lifted += random.random_(0, 2**MANTISSA_BITS, generator=generator)
+    random.random_(0, 2**MANTISSA_BITS, generator=generator)
+    if shift:
+        random += shift >> (FRACTION_BITS - MANTISSA_BITS)
+        random &= 2**MANTISSA_BITS - 1
+    lifted += random
     lifted >>= MANTISSA_BITS
     exponent = 127 + round(math.log2(lowest))
     levels = lifted.sub_(exponent - 1).sub_(below.to(torch.int32)).clamp_(0, steps).to(torch.int8)

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from hvd_quant.codec.message import MessageLayout
+from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.fused import FusedBucket
 from hvd_quant.exchange.transport import Buffer, Handle, Transport
 
@@ -28,7 +29,7 @@ class Codec(Protocol):
         """Room for a message or for values, on the device of ``like``."""
 
     def encode_message(
-        self, values: Sequence[Buffer], layout: MessageLayout, seeds: np.ndarray, message: Buffer
+        self, values: Sequence[Buffer], layout: MessageLayout, noise: Noise, message: Buffer
     ) -> None:
         """Encode the segments of a message."""
 
@@ -77,7 +78,7 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     """
     whole = work.bucket.whole
     message = work.room("message", whole.size, "uint8")
-    work.codec.encode_message(work.values, whole, work.bucket.seeds(whole, "whole", work.uses), message)
+    work.codec.encode_message(work.values, whole, work.bucket.noise(whole, "whole", work.uses), message)
     messages = yield work.transport.allgather(message, [whole.size] * work.bucket.size, work.name)
     return [(whole, messages)]
 
@@ -93,8 +94,8 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     chunks, sizes = bucket.chunks, [chunk.size for chunk in bucket.chunks]
     message = work.room("message", sum(sizes), "uint8")
     for chunk, end in zip(chunks, itertools.accumulate(sizes), strict=True):
-        seeds = bucket.seeds(chunk, "chunk", work.uses)
-        work.codec.encode_message(work.values, chunk, seeds, message[end - chunk.size : end])
+        noise = bucket.noise(chunk, "chunk", work.uses)
+        work.codec.encode_message(work.values, chunk, noise, message[end - chunk.size : end])
     parts = yield work.transport.alltoall(message, sizes, f"{work.name}.scatter")
 
     own, flat = chunks[bucket.rank], bucket.own_chunk
@@ -103,7 +104,7 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     damage = None
     try:
         work.codec.decode_messages(parts, flat, [mean], 1.0)
-        work.codec.encode_message([mean], flat, bucket.seeds(own, "mean", work.uses), message)
+        work.codec.encode_message([mean], flat, bucket.noise(own, "mean", work.uses), message)
     except ValueError as error:
         damage, message = error, message[:0]  # no mean: nobody takes an empty message for one
     messages = yield work.transport.allgather(message, sizes, f"{work.name}.gather")

@@ -18,6 +18,7 @@ import numpy as np
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
+from hvd_quant.codec.noise import Noise, shift
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import MAX_BITS, MIN_BITS, Scheme
 
@@ -62,7 +63,7 @@ class FusedBucket:
         entries: the gradients.
         size: ranks that take part.
         rank: this one.
-        seed: of the noise; anything that JSON can hold.
+        seed: of the noise, the same on all ranks; anything that JSON can hold.
     """
 
     def __init__(self, entries: Sequence[Entry], size: int, rank: int, seed: object) -> None:
@@ -70,7 +71,7 @@ class FusedBucket:
         self.size, self.rank = size, rank
         self._seed = seed
         self.buffers: dict[str, Buffer] = {}  # what an exchange needs in every step
-        self._base_seeds: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        self._noise: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     @cached_property
     def digest(self) -> bytes:
@@ -123,27 +124,30 @@ class FusedBucket:
         """The chunk that this rank averages, over one float32 tensor of its values."""
         return self.chunks[self.rank].flattened()
 
-    def seeds(self, layout: MessageLayout, stage: str, uses: np.ndarray) -> np.ndarray:
-        """Of the noise of a message's segments: a function of seed, rank, tensor, place, stage and step.
+    def noise(self, layout: MessageLayout, stage: str, uses: np.ndarray) -> Noise:
+        """Of a message's segments: a function of seed, rank, tensor, place, stage and step.
 
         Args:
             layout: of the message.
-            stage: sets the first rounding of an exchange apart from the second.
+            stage: sets the first rounding of an exchange, ``"whole"`` or ``"chunk"``, apart from the second,
+                ``"mean"``, which every rank does for itself, so that nothing correlates there.
             uses: how often each gradient has been exchanged before, uint64 of shape (entries,).
-
-        Returns:
-            uint64 of shape (segments,).
         """
         cache = (stage, layout.preamble)
-        if cache not in self._base_seeds:
-            keys = [
-                digest(self._seed, self.rank, stage, self.entries[s.tensor].key, s.start)
-                for s in layout.segments
-            ]
-            base = np.frombuffer(b"".join(keys), "<u8").astype(np.uint64)
-            self._base_seeds[cache] = base, np.array([s.tensor for s in layout.segments], np.int64)
-        base, tensors = self._base_seeds[cache]
-        return native.step_seeds(base, tensors, uses)
+        if cache not in self._noise:
+            keys, shifts = [], []
+            for segment in layout.segments:
+                together = stage != "mean" and segment.scheme.rounding == "correlated"
+                whose = "all" if together else self.rank
+                keys.append(digest(self._seed, whose, stage, self.entries[segment.tensor].key, segment.start))
+                shifts.append(shift(segment.scheme, self.rank, self.size) if together else 0)
+            self._noise[cache] = (
+                np.frombuffer(b"".join(keys), "<u8").astype(np.uint64),
+                np.array([segment.tensor for segment in layout.segments], np.int64),
+                np.array(shifts, np.uint32),
+            )
+        base, tensors, shifts = self._noise[cache]
+        return Noise(native.step_seeds(base, tensors, uses), shifts)
 
 
 class Group:

@@ -54,7 +54,8 @@ class QuantizedCompressor(Compressor):
         fusion_bytes: gradients travel together in fused buckets of about so many bytes (before they are
             encoded). A bucket is sent when its last gradient is there. 0 sends every gradient alone.
         process_set: the ranks that take part; give the optimizer the same.
-        seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it.
+        seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
+            ``rounding="correlated"`` all ranks need the same one.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.
@@ -198,9 +199,7 @@ class QuantizedCompressor(Compressor):
             known = self._meet(key, name is not None, tensor)
         elif known.entry.scheme is not self._present_scheme:
             known.entry = replace(known.entry, scheme=self._present_scheme)
-        use = self._uses[key]
-        self._uses[key] = use + 1
-        self._pending[key] = pending = Pending(known, tensor, use)
+        self._pending[key] = pending = Pending(known, tensor)
         if self._agreed():
             self._take(pending)
         else:
@@ -424,7 +423,9 @@ class QuantizedCompressor(Compressor):
         }
         # Their order is in it, too: it is that of the fused buckets.
         self._ranks.propose(
-            control.fingerprint({**self._present(), "parameters": list(self._parameters.items())})
+            control.fingerprint({**self._present(), "parameters": list(self._parameters.items())}),
+            digest(sorted(self._uses.items())),
+            max(self._uses.values(), default=0),
         )
         quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in DTYPES]
         for trained in (True, False):  # frozen ones apart: they may be trained later
@@ -491,6 +492,7 @@ class QuantizedCompressor(Compressor):
             "link": asdict(self._link),
             "wire version": wire.VERSION,
             "compressor": self._number,
+            **({"seed": self.seed} if self.scheme.rounding == "correlated" else {}),
         }
 
     def _state(self) -> control.Description:
@@ -499,9 +501,10 @@ class QuantizedCompressor(Compressor):
 
     def _present(self) -> control.Description:
         """The configuration, and where the schedule is."""
-        if self._schedule is None:
-            return self._config()
-        return {**self._config(), "schedule": self._schedule.state_dict()}
+        present = self._config()
+        if self._schedule is not None:
+            present["schedule"] = self._schedule.state_dict()
+        return present
 
     def _factor(self, known: Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
@@ -594,14 +597,17 @@ class QuantizedCompressor(Compressor):
 
     def _take(self, pending: Pending) -> None:
         """Have a gradient travel, as soon as its fused bucket is complete."""
+        key = pending.known.key
+        pending.use = max(self._uses[key], self._ranks.least_use)
+        self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)
         if self._underway:
             self._advance(wait=False)
 
     def _bucket(self, group: Group) -> FusedBucket:
-        # The rank in Horovod, not in the process set: sets side by side must not share their noise.
-        return group.bucket(self._transport.size, self._transport.rank, (self.seed, hvd.rank()))
+        # With the ranks of the process set in the seed: sets side by side must not share their noise.
+        return group.bucket(self._transport.size, self._transport.rank, (self.seed, self.process_set.ranks))
 
     def _send(self, group: Group) -> None:
         """Encode a fused bucket and start its exchange."""

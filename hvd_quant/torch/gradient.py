@@ -70,7 +70,7 @@ class Pending:
 
     known: Known
     gradient: torch.Tensor | None
-    use: int
+    use: int = 0  # how often the gradient has been exchanged before
     in_place: bool = False  # whether the mean is to overwrite the gradient
     result: torch.Tensor | None = None
     shipment: Shipment | None = None

@@ -45,7 +45,8 @@ class Ranks:
     """The ranks that exchange a compressor's gradients.
 
     With their first gradient, and with the first one after every reset, they make a *beginning*: each tells a
-    fingerprint of what it has, and how many beginnings it knows of, so that all go on from the same number.
+    fingerprint of what it has, and how many beginnings and steps it knows of, so that all go on from the same
+    numbers.
 
     Args:
         process_set: the ranks.
@@ -57,6 +58,9 @@ class Ranks:
         self._number = number
         self._beginnings = 0
         self._proposal: Collective | None = None  # until all ranks have made theirs
+        # How often every gradient counts as used, at least: after a reset in mid-step, or a state that some
+        # ranks have loaded, they may not agree on that by themselves.
+        self.least_use = 0
         self._rounds = 0  # since the beginning
         self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
 
@@ -82,11 +86,18 @@ class Ranks:
         """Beginnings before the present one."""
         return self._beginnings - (not self.proposed)
 
-    def propose(self, fingerprint: int) -> None:
-        """Tell the others what this rank has, or wait on, if they have not yet come to a new beginning."""
+    def propose(self, fingerprint: int, uses: bytes, most: int) -> None:
+        """Tell the others what this rank has, or wait on, if they have not yet come to a new beginning.
+
+        Args:
+            fingerprint: of what must be the same.
+            uses: 8 bytes of what tells how often each gradient has been used.
+            most: how often the one that was used most often has been.
+        """
         self._rounds = 0
         if not self.proposed:
-            told = torch.tensor([[fingerprint, self._beginnings]])
+            signed = int.from_bytes(uses, "little", signed=True)
+            told = torch.tensor([[fingerprint, self._beginnings, signed, most]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
 
     def agree(self) -> bool | None:
@@ -103,6 +114,8 @@ class Ranks:
         proposal, self._proposal = self._proposal, None
         told = proposal.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
+        if (told[:, 2] != told[0, 2]).any():
+            self.least_use = int(told[:, 3].max())
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
         for key, asked in list(_unanswered.items()):

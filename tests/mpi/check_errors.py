@@ -266,8 +266,8 @@ def check_damage_that_every_rank_notices(exchange, monkeypatch):
     """The arguments are the same, but a rank has sent other bytes: its codec is broken."""
     encode_message = comm_module.native.encode_message
 
-    def broken(values, layout, seeds, message):
-        encode_message(values, layout, seeds, message)
+    def broken(values, layout, noise, message):
+        encode_message(values, layout, noise, message)
         message[-1] ^= 1
 
     x, good = own_values(3000), own_values(200)

@@ -177,7 +177,7 @@ def test_every_half_precision_value_is_read_right(isa):
         ("float16", patterns.view(np.float16).astype(np.float32)),
         ("bfloat16", (patterns.astype(np.uint32) << 16).view(np.float32)),
     ]:
-        payload = native.encode(patterns, QSGD(bits=2, bucket_size=1), 0, dtype)
+        payload = native.encode(patterns, QSGD(bits=2, bucket_size=1), 0, dtype=dtype)
         expected = np.where(np.isfinite(expected), expected, np.nan)
         np.testing.assert_array_equal(native.decode_mean([payload]), expected)
 
@@ -554,7 +554,9 @@ def test_other_python_threads_run_meanwhile(direction):
     common = {"bucket_size": scheme.bucket_size, "bits": scheme.bits, "first_word": 8, "threads": 1}
     common["spacing"] = "uniform"
     calls = {
-        "encode": lambda: _native.encode(values, dtype="float32", norm="max", seed=0, body=again, **common),
+        "encode": lambda: _native.encode(
+            values, dtype="float32", norm="max", seed=0, shift=0, body=again, **common
+        ),
         "decode": lambda: _native.decode_sum([body], weight=1.0, out=values, dtype="float32", **common),
     }
     call, turns, stop = calls[direction], 0, threading.Event()

@@ -198,7 +198,7 @@ def test_no_two_segments_share_their_noise():
             (bucket.chunks[1], "chunk"),
             (bucket.chunks[1], "mean"),
         ):
-            for seed in bucket.seeds(layout, stage, np.full(3, use, np.uint64)):
+            for seed in bucket.noise(layout, stage, np.full(3, use, np.uint64)).seeds:
                 payload = native.encode(half, QSGD(bits=4), int(seed))
                 patterns.append(native.decode_mean([payload]) > 0)
     assert len(patterns) > 20

@@ -10,8 +10,10 @@ from reference import with_checksum
 from hvd_quant import NUQSGD, QSGD, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
+from hvd_quant.codec.noise import Noise
 
 PREAMBLE = b"preamble"
+NO_NOISE = {"seeds": np.zeros(1, np.uint64), "shifts": np.zeros(1, np.uint32)}
 
 
 def layout_of(*segments):
@@ -30,10 +32,14 @@ def values_of(layout, seed=0):
     return arrays, [torch.from_numpy(array) for array in arrays]
 
 
-def native_message(layout, arrays, seeds=None):
+def noise_of(layout, seeds=None):
+    seeds = np.arange(len(layout.segments)) if seeds is None else seeds
+    return Noise(np.array(seeds, np.uint64), np.zeros(len(seeds), np.uint32))
+
+
+def native_message(layout, arrays, noise=None):
     message = np.full(layout.size, 0xAB, np.uint8)
-    seeds = np.arange(len(layout.segments), dtype=np.uint64) if seeds is None else seeds
-    native.encode_message(arrays, layout, seeds, message)
+    native.encode_message(arrays, layout, noise_of(layout) if noise is None else noise, message)
     return message
 
 
@@ -75,7 +81,7 @@ def test_both_backends_read_both_backends_messages(dtype, factor):
 
     one = native_message(layout, arrays(tensors))
     two = torch.empty(layout.size, dtype=torch.uint8)
-    torch_ops.encode_message(tensors, layout, [5, 6], two)
+    torch_ops.encode_message(tensors, layout, noise_of(layout, [5, 6]), two)
     by_native, by_torch = ([torch.full_like(t, float("nan")) for t in tensors] for _ in range(2))
     native.decode_messages([one, two.numpy()], layout, arrays(by_native), factor)
     torch_ops.decode_messages([torch.from_numpy(one), two], layout, by_torch, factor)
@@ -204,9 +210,7 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
     size = layout_of((0, 0, 100, "float32", QSGD())).size
     array, message = np.ones(100, np.float32), np.zeros(size, np.uint8)
     with pytest.raises(ValueError, match=r"table row 0|wrong size|count is too large"):
-        _native.encode_segments(
-            [array], seeds=np.zeros(1, np.uint64), message=message, **arguments(table=table)
-        )
+        _native.encode_segments([array], **NO_NOISE, message=message, **arguments(table=table))
     with pytest.raises(ValueError, match=r"table row 0|wrong size|count is too large"):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments(table=table))
     assert np.all(array == 1)
@@ -225,9 +229,7 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
 def test_tables_of_the_wrong_shape_are_refused(changes, says):
     array, message = np.ones(100, np.float32), np.zeros(500, np.uint8)
     with pytest.raises(ValueError, match=says):
-        _native.encode_segments(
-            [array], seeds=np.zeros(1, np.uint64), message=message, **arguments(**changes)
-        )
+        _native.encode_segments([array], **NO_NOISE, message=message, **arguments(**changes))
     with pytest.raises(ValueError, match=says):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments(**changes))
 
@@ -244,16 +246,21 @@ def test_seeds_of_tensors_that_are_not_there_are_refused():
 
 def test_arrays_that_cannot_be_used_are_refused():
     message = np.zeros(500, np.uint8)
-    seeds = np.zeros(1, np.uint64)
     for array in (np.ones(200, np.float32)[::2], np.ones(100), np.ones(100, np.float16)):
         with pytest.raises(ValueError, match=r"contiguous|wrong size"):
-            _native.encode_segments([array], seeds=seeds, message=message, **arguments())
+            _native.encode_segments([array], **NO_NOISE, message=message, **arguments())
     array = np.ones(100, np.float32)
     with pytest.raises(ValueError, match="one seed"):
-        _native.encode_segments([array], seeds=np.zeros(2, np.uint64), message=message, **arguments())
+        _native.encode_segments(
+            [array], seeds=NO_NOISE["seeds"], shifts=np.zeros(2, np.uint32), message=message, **arguments()
+        )
+    with pytest.raises(ValueError, match="one seed"):
+        _native.encode_segments(
+            [array], seeds=np.zeros(2, np.uint64), shifts=NO_NOISE["shifts"], message=message, **arguments()
+        )
     message.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
-        _native.encode_segments([array], seeds=seeds, message=message, **arguments())
+        _native.encode_segments([array], **NO_NOISE, message=message, **arguments())
     array.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments())

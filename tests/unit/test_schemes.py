@@ -35,7 +35,7 @@ def test_bucket_size_not_an_integer(bucket_size):
 
 @pytest.mark.parametrize(
     ("field", "allowed"),
-    [("norm", "'max' or 'l2'"), ("coding", "'packed'"), ("rounding", "'independent'")],
+    [("norm", "'max' or 'l2'"), ("coding", "'packed'"), ("rounding", "'independent' or 'correlated'")],
 )
 def test_unknown_choice(field, allowed):
     for value in ("", "MAX", "elias"):
