@@ -12,7 +12,7 @@ import numpy as np
 
 NORMS = ("max", "l2")
 CODINGS = ("packed",)
-ROUNDINGS = ("independent", "correlated")
+ROUNDINGS = ("independent", "correlated", "nearest")
 SPACINGS = ("uniform", "exponential")
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -74,7 +74,8 @@ class Scheme(ABC):
             more bits a value.
         coding: ``"packed"``, every code in exactly ``bits`` bits.
         rounding: ``"independent"``, own noise on every rank, or ``"correlated"``, noise spread evenly over
-            the ranks, so that the errors of similar gradients cancel in the mean.
+            the ranks, so that the errors of similar gradients cancel in the mean. Both are unbiased.
+            ``"nearest"`` is not; it is for error feedback, which makes up for that.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.

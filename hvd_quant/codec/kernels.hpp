@@ -391,13 +391,14 @@ std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64
   alignas(64) std::int32_t noise[kChunk];
   alignas(64) std::int8_t codes[kChunk];
   alignas(64) std::uint8_t packed[kChunk];
-  const bool streamed = layout.body_size() >= kStreamedSize;
+  const bool streamed = layout.body_size() >= kStreamedSize && job.residual == nullptr;  // else read back at once
+  if (job.nearest) std::fill_n(noise, kChunk, 1 << (kFractionBits - 1));
   std::uint32_t sum = 0;
   Bucket bucket{};
   std::uint64_t bucket_end = begin;  // of the bucket measured last
   for (std::uint64_t at = begin; at < end; at += kChunk) {
     const std::uint64_t n = std::min(kChunk, end - at);
-    fill_noise(noise, job.seed, job.shift, at / kChunk);
+    if (!job.nearest) fill_noise(noise, job.seed, job.shift, at / kChunk);
     for (std::uint64_t i = 0; i < n;) {
       if (at + i == bucket_end) {
         const std::uint64_t index = bucket_end / layout.bucket_size;
@@ -514,4 +515,58 @@ void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, s
     }
   }
   if (streamed) stream_end();
+}
+
+// --- error feedback -------------------------------------------------------------------------------------
+
+// before[i] = residual[i] and residual[i] += x[i], for n values.
+template <class T>
+void add_to_residual(const void* values, std::uint64_t n, float* residual, float* before) {
+  const T* const x = static_cast<const T*>(values);
+  const std::uint64_t whole = n - n % kBlock;
+  for (std::uint64_t i = 0; i < whole; i += kBlock) {
+    for (const Half half : {Half::kFirst, Half::kSecond}) {
+      fetch_ahead(x + i, half);
+      fetch_ahead(residual + i, half);
+    }
+    for (std::uint64_t j = i; j < i + kBlock; ++j) {
+      before[j] = residual[j];
+      residual[j] += load(x + j);
+    }
+  }
+  for (std::uint64_t i = whole; i < n; ++i) {
+    before[i] = residual[i];
+    residual[i] += load(x + i);
+  }
+}
+
+// What was encoded of the values [begin, end), which are the residual's own, is subtracted from them: what is left
+// is to be sent later. Where nothing finite is, the residual becomes what it was, `before` (of `begin`). `begin` is a
+// multiple of kChunk and begins a bucket.
+template <int kBits>
+void subtract_encoded(const Encoding& job, std::uint64_t begin, std::uint64_t end, const float* before) {
+  constexpr float kLevels = (1 << (kBits - 1)) - 1;
+  const Layout& layout = job.layout;
+  alignas(64) std::int8_t codes[kChunk];
+  for (std::uint64_t at = begin; at < end; at += kChunk) {
+    const std::uint64_t n = std::min(kChunk, end - at);
+    float* const residual = job.residual + at;
+    unpack<kBits>(job.body + layout.codes_offset() + at / 8 * kBits, n, codes);
+    for (std::uint64_t i = 0; i < n;) {
+      const std::uint64_t index = (at + i) / layout.bucket_size;
+      const std::uint64_t m = std::min(n - i, layout.bucket_size - (at + i - index * layout.bucket_size));
+      float norm;
+      std::memcpy(&norm, job.body + 4 * index, 4);
+      if (job.spacing == Spacing::kUniform) {
+        add_values(codes + i, m, -norm, kLevels, false, residual + i);
+      } else {
+        add_powers<kBits>(codes + i, m, -norm, false, residual + i);
+      }
+      i += m;
+    }
+    const float* const old = before + (at - begin);
+    for (std::uint64_t i = 0; i < n; ++i) {
+      residual[i] = std::fabs(residual[i]) <= std::numeric_limits<float>::max() ? residual[i] : old[i];
+    }
+  }
 }

@@ -76,7 +76,7 @@ class MessageLayout:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """What the native codec reads: a row a segment, int64 of shape (segments, 9)."""
+        """What the native codec reads: a row a segment, int64 of shape (segments, 10)."""
         rows = [
             (
                 segment.tensor,
@@ -86,12 +86,13 @@ class MessageLayout:
                 segment.scheme.bits,
                 NORMS.index(segment.scheme.norm),
                 SPACINGS.index(segment.scheme.spacing),
+                segment.scheme.rounding == "nearest",
                 segment.scheme.bucket_size,
                 offset,
             )
             for segment, offset in zip(self.segments, self.offsets, strict=True)
         ]
-        return np.array(rows, np.int64).reshape(-1, 9)
+        return np.array(rows, np.int64).reshape(-1, 10)
 
     @cached_property
     def headers(self) -> np.ndarray:

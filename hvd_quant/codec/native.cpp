@@ -14,6 +14,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -76,8 +78,10 @@ struct Encoding {
   Spacing spacing;
   std::uint64_t seed;
   std::uint32_t shift;  // added to the noise
+  bool nearest;         // rounding, without noise
   std::uint64_t first_word;
   std::uint8_t* body;
+  float* residual;  // of error feedback, or null
 };
 
 struct Decoding {
@@ -142,6 +146,8 @@ namespace avx512 {
 
 using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint64_t);
 using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std::uint32_t*);
+using AddToResidual = void (*)(const void*, std::uint64_t, float*, float*);
+using SubtractEncoded = void (*)(const Encoding&, std::uint64_t, std::uint64_t, const float*);
 
 constexpr int kBitWidths = kMaxBits - kMinBits + 1;
 const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -152,6 +158,8 @@ struct Kernels {
   bool supported;
   EncodeRange encode[kDtypes.size()][kBitWidths];
   DecodeRange decode[kDtypes.size()][kBitWidths];
+  AddToResidual add_to_residual[kDtypes.size()];
+  SubtractEncoded subtract_encoded[kBitWidths];
 };
 
 #define HVD_QUANT_ROW(isa, fn, T) \
@@ -161,8 +169,15 @@ struct Kernels {
     HVD_QUANT_ROW(isa, fn, float), HVD_QUANT_ROW(isa, fn, double),     \
         HVD_QUANT_ROW(isa, fn, Float16), HVD_QUANT_ROW(isa, fn, BFloat16) \
   }
-#define HVD_QUANT_KERNELS(isa, supported) \
-  { #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range) }
+#define HVD_QUANT_BY_DTYPE(isa, fn) \
+  { isa::fn<float>, isa::fn<double>, isa::fn<Float16>, isa::fn<BFloat16> }
+#define HVD_QUANT_BY_BITS(isa, fn) \
+  { isa::fn<2>, isa::fn<3>, isa::fn<4>, isa::fn<5>, isa::fn<6>, isa::fn<7>, isa::fn<8> }
+#define HVD_QUANT_KERNELS(isa, supported)                                                      \
+  {                                                                                            \
+    #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range),   \
+        HVD_QUANT_BY_DTYPE(isa, add_to_residual), HVD_QUANT_BY_BITS(isa, subtract_encoded)     \
+  }
 
 // Best last.
 const std::vector<Kernels>& all_kernels() {
@@ -226,6 +241,13 @@ std::uint8_t* contiguous_bytes(const py::array& array, std::size_t item_size, bo
   return static_cast<std::uint8_t*>(const_cast<void*>(array.data()));
 }
 
+// A float for every value.
+float* residual_of(const py::array& residual, const py::array& values) {
+  std::uint8_t* const bytes = contiguous_bytes(residual, sizeof(float), true, "residual", true);
+  if (residual.size() != values.size()) throw py::value_error("residual has the wrong size");
+  return reinterpret_cast<float*>(bytes);
+}
+
 Spacing spacing_of(const std::string& name) {
   if (name == "uniform") return Spacing::kUniform;
   if (name == "exponential") return Spacing::kExponential;
@@ -242,11 +264,11 @@ Layout checked_layout(std::uint64_t count, std::uint64_t bucket_size, int bits) 
 
 // --- work, on one thread or several ---------------------------------------------------------------------
 
-// Calls work(part, begin, end) for `threads` parts of [0, count) that begin at multiples of kChunk.
+// Calls work(part, begin, end) for `threads` parts of [0, count) that begin at multiples of `unit`.
 template <class Work>
-void in_parts(std::uint64_t count, std::size_t threads, const Work& work) {
-  const std::uint64_t chunks = (count + kChunk - 1) / kChunk;
-  const std::uint64_t part = (chunks + threads - 1) / threads * kChunk;
+void in_parts(std::uint64_t count, std::uint64_t unit, std::size_t threads, const Work& work) {
+  const std::uint64_t units = (count + unit - 1) / unit;
+  const std::uint64_t part = (units + threads - 1) / threads * unit;
   std::vector<std::thread> others;
   for (std::size_t i = 1; i < threads && i * part < count; ++i) {
     const std::uint64_t begin = i * part;
@@ -268,14 +290,44 @@ std::size_t thread_count(std::int64_t asked, std::uint64_t count) {
                                       std::min<std::uint64_t>(useful, 256))));
 }
 
-std::uint32_t run_encoding(const Encoding& job, EncodeRange range, std::int64_t threads) {
+// Encodes the values plus the residual, and keeps in the residual what that loses, block by block: a block is in
+// the cache when it is read again.
+std::uint32_t encode_with_feedback(const Encoding& job, const Kernels& kernels, std::size_t type, std::uint64_t block,
+                                   std::uint64_t begin, std::uint64_t end) {
+  const std::size_t bits_index = static_cast<std::size_t>(job.layout.bits - kMinBits);
+  Encoding corrected = job;
+  corrected.values = job.residual;
+  std::vector<float> before(std::min(block, end - begin));
+  std::uint32_t sum = 0;
+  for (std::uint64_t at = begin; at < end; at += block) {
+    const std::uint64_t n = std::min(block, end - at);
+    const char* const values = static_cast<const char*>(job.values) + at * kItemSizes[type];
+    kernels.add_to_residual[type](values, n, job.residual + at, before.data());
+    sum += kernels.encode[0][bits_index](corrected, at, at + n);
+    kernels.subtract_encoded[bits_index](corrected, at, at + n, before.data());
+  }
+  return sum;
+}
+
+// Values that are encoded at a time with error feedback: whole chunks and whole buckets.
+std::uint64_t feedback_block(const Layout& layout) {
+  const std::uint64_t whole = std::max<std::uint64_t>(1, (layout.count + kChunk - 1) / kChunk) * kChunk;
+  return layout.bucket_size < layout.count ? std::min(whole, std::lcm(kChunk, layout.bucket_size)) : whole;
+}
+
+std::uint32_t run_encoding(const Encoding& job, const Kernels& kernels, std::size_t type, std::int64_t threads) {
   const Layout& layout = job.layout;
   std::memset(job.body + layout.used_size(), 0, layout.body_size() - layout.used_size());
+  const std::uint64_t unit = job.residual == nullptr ? kChunk : feedback_block(layout);
+  const auto range = [&](std::uint64_t begin, std::uint64_t end) {
+    if (job.residual != nullptr) return encode_with_feedback(job, kernels, type, unit, begin, end);
+    return kernels.encode[type][layout.bits - kMinBits](job, begin, end);
+  };
   const std::size_t parts = thread_count(threads, layout.count);
-  if (parts == 1) return range(job, 0, layout.count);
+  if (parts == 1) return range(0, layout.count);
   std::vector<std::uint32_t> sums(parts, 0);
-  in_parts(layout.count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
-    sums[part] = range(job, begin, end);
+  in_parts(layout.count, unit, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+    sums[part] = range(begin, end);
   });
   std::uint32_t sum = 0;
   for (const std::uint32_t one : sums) sum += one;
@@ -288,7 +340,7 @@ std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, 
   const Layout& layout = job.layout;
   const std::size_t parts = thread_count(threads, layout.count);
   std::vector<std::vector<std::uint32_t>> sums(parts, std::vector<std::uint32_t>(job.bodies.size(), 0));
-  in_parts(layout.count, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+  in_parts(layout.count, kChunk, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
     range(job, begin, end, sums[part].data());
   });
   for (std::size_t part = 1; part < parts; ++part) {
@@ -307,7 +359,8 @@ std::vector<std::uint32_t> run_decoding(const Decoding& job, DecodeRange range, 
 
 std::uint32_t encode(const py::array& values, const std::string& dtype, int bits, const std::string& norm,
                      const std::string& spacing, std::uint64_t bucket_size, std::uint64_t seed, std::uint32_t shift,
-                     std::uint64_t first_word, const py::array& body, std::int64_t threads) {
+                     bool nearest, std::uint64_t first_word, const py::array& body, const std::optional<py::array>& residual,
+                     std::int64_t threads) {
   const std::size_t type = dtype_index(dtype);
   const auto count = static_cast<std::uint64_t>(values.size());
   const Layout layout = checked_layout(count, bucket_size, bits);
@@ -318,14 +371,16 @@ std::uint32_t encode(const py::array& values, const std::string& dtype, int bits
                spacing_of(spacing),
                seed,
                shift,
+               nearest,
                first_word,
-               contiguous_bytes(body, 1, true, "body")};
+               contiguous_bytes(body, 1, true, "body"),
+               residual ? residual_of(*residual, values) : nullptr};
   if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) {
     throw py::value_error("body has the wrong size");
   }
-  const EncodeRange range = chosen->encode[type][bits - kMinBits];
+  const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
-  return run_encoding(job, range, threads);
+  return run_encoding(job, kernels, type, threads);
 }
 
 std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std::uint64_t bucket_size, int bits,
@@ -363,7 +418,8 @@ struct Segment {
   std::int64_t dtype;  // index into kDtypes
   std::int64_t bits;
   std::int64_t norm;     // 0 max, 1 l2
-  std::int64_t spacing;  // 0 uniform, 1 exponential
+  std::int64_t spacing;   // 0 uniform, 1 exponential
+  std::int64_t rounding;  // 0 stochastic, 1 nearest
   std::int64_t bucket_size;
   std::int64_t offset;  // of its payload in the message
 };
@@ -400,7 +456,8 @@ struct CheckedTable {
       if (segment.tensor < 0 || static_cast<std::size_t>(segment.tensor) >= arrays.size() || segment.dtype < 0 ||
           static_cast<std::size_t>(segment.dtype) >= kDtypes.size() || segment.start < 0 || segment.count < 0 ||
           segment.bits < kMinBits || segment.bits > kMaxBits || segment.norm < 0 || segment.norm > 1 ||
-          segment.spacing < 0 || segment.spacing > 1 || segment.bucket_size < 1 || segment.offset < 0) {
+          segment.spacing < 0 || segment.spacing > 1 || segment.rounding < 0 || segment.rounding > 1 ||
+          segment.bucket_size < 1 || segment.offset < 0) {
         throw py::value_error("table row " + std::to_string(i) + " is out of range");
       }
       const py::array& array = arrays[static_cast<std::size_t>(segment.tensor)];
@@ -450,7 +507,8 @@ Seeds step_seeds(const Seeds& base, const py::array_t<std::int64_t, py::array::c
 
 void encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
                      const Seeds& seeds, const Shifts& shifts, std::uint64_t first_word,
-                     std::uint64_t checksum_word, const py::array& message, std::int64_t threads) {
+                     std::uint64_t checksum_word, const py::array& message,
+                     const std::vector<py::array>& residuals, std::int64_t threads) {
   std::uint8_t* const out = contiguous_bytes(message, 1, true, "message");
   const CheckedTable checked(table, headers, arrays, false, static_cast<std::uint64_t>(message.size()),
                              checksum_word);
@@ -458,16 +516,25 @@ void encode_segments(const std::vector<py::array>& arrays, const Table& table, c
       shifts.ndim() != 1 || shifts.size() != seeds.size()) {
     throw py::value_error("there must be one seed and one shift a table row");
   }
+  if (!residuals.empty() && residuals.size() != arrays.size()) {
+    throw py::value_error("there must be one residual an array, or none at all");
+  }
   const std::uint64_t* const seed = seeds.data();
   const std::uint32_t* const shift = shifts.data();
+  std::vector<float*> residual(checked.segments.size(), nullptr);
+  for (std::size_t i = 0; i < checked.segments.size() && !residuals.empty(); ++i) {
+    const auto tensor = static_cast<std::size_t>(checked.segments[i].tensor);
+    residual[i] = residual_of(residuals[tensor], arrays[tensor]) + checked.segments[i].start;
+  }
   const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
   for (std::size_t i = 0; i < checked.segments.size(); ++i) {
     const Segment& segment = checked.segments[i];
     std::uint8_t* const payload = out + segment.offset;
     const Encoding job{checked.values[i], checked.layouts[i], segment.norm == 0 ? Norm::kMax : Norm::kL2,
-                       spacing_of(segment), seed[i], shift[i], first_word, payload + kHeaderSize};
-    const std::uint32_t sum = run_encoding(job, kernels.encode[segment.dtype][segment.bits - kMinBits], threads);
+                       spacing_of(segment), seed[i], shift[i], segment.rounding == 1, first_word,
+                       payload + kHeaderSize, residual[i]};
+    const std::uint32_t sum = run_encoding(job, kernels, static_cast<std::size_t>(segment.dtype), threads);
     std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
     const std::uint32_t word = load_word(payload + checksum_word * kWordSize) + sum;
     std::memcpy(payload + checksum_word * kWordSize, &word, kWordSize);
@@ -536,14 +603,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("available_isas", &available_isas);
   module.def("choose_isa", &choose_isa, py::arg("name"));
   module.def("encode", &encode, py::arg("values"), py::arg("dtype"), py::arg("bits"), py::arg("norm"),
-             py::arg("spacing"), py::arg("bucket_size"), py::arg("seed"), py::arg("shift"), py::arg("first_word"),
-             py::arg("body"), py::arg("threads"));
+             py::arg("spacing"), py::arg("bucket_size"), py::arg("seed"), py::arg("shift"), py::arg("nearest"),
+             py::arg("first_word"), py::arg("body"), py::arg("residual"), py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("spacing"), py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
   module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
              py::arg("seeds"), py::arg("shifts"), py::arg("first_word"), py::arg("checksum_word"),
-             py::arg("message"), py::arg("threads"));
+             py::arg("message"), py::arg("residuals"), py::arg("threads"));
   module.def("decode_segments", &decode_segments, py::arg("messages"), py::arg("table"), py::arg("headers"),
              py::arg("first_word"), py::arg("checksum_word"), py::arg("weight"), py::arg("outs"),
              py::arg("threads"));

@@ -38,7 +38,13 @@ def threads() -> int:
 
 
 def encode(
-    values: np.ndarray, scheme: Scheme, seed: int, shift: int = 0, *, dtype: str | None = None
+    values: np.ndarray,
+    scheme: Scheme,
+    seed: int,
+    shift: int = 0,
+    *,
+    residual: np.ndarray | None = None,
+    dtype: str | None = None,
 ) -> np.ndarray:
     """Encode a contiguous one-dimensional array.
 
@@ -48,6 +54,8 @@ def encode(
         seed: of the rounding noise, 0 to 2^64 - 1. The same input, scheme and seed give the same payload
             on every machine.
         shift: added to the noise, see `hvd_quant.codec.noise`.
+        residual: for error feedback, a contiguous float32 array as large as ``values``. It is added to them,
+            and becomes what the payload lacks of the sum; where that is not finite, it stays as it is.
         dtype: what the items of ``values`` are, where their own dtype does not say it.
 
     Returns:
@@ -63,8 +71,10 @@ def encode(
         bucket_size=scheme.bucket_size,
         seed=seed,
         shift=shift,
+        nearest=scheme.rounding == "nearest",
         first_word=wire.FIRST_BODY_WORD,
         body=payload[wire.HEADER_SIZE :],
+        residual=residual,
         threads=threads(),
     )
     header = wire.pack_header(scheme, values.size, checksum)
@@ -137,7 +147,11 @@ def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.nd
 
 
 def encode_message(
-    values: Sequence[np.ndarray], layout: MessageLayout, noise: Noise, message: np.ndarray
+    values: Sequence[np.ndarray],
+    layout: MessageLayout,
+    noise: Noise,
+    message: np.ndarray,
+    residuals: Sequence[np.ndarray] = (),
 ) -> None:
     """Encode all segments of a message.
 
@@ -147,6 +161,7 @@ def encode_message(
         layout: of the message.
         noise: of its segments.
         message: where to; contiguous uint8 of shape (layout.size,).
+        residuals: for error feedback, one for each array, as in `encode`; or none at all.
     """
     message[:PREAMBLE_SIZE] = np.frombuffer(layout.preamble, np.uint8)
     _native.encode_segments(
@@ -158,6 +173,7 @@ def encode_message(
         first_word=wire.FIRST_BODY_WORD,
         checksum_word=wire.CHECKSUM_WORD,
         message=message,
+        residuals=residuals,
         threads=threads(),
     )
 

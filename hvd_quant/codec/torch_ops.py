@@ -23,7 +23,9 @@ MANTISSA_BITS = 23  # of float32
 TOP_POWER = 2.0**24  # what a norm is scaled to before rounding to powers: nothing near it is subnormal
 
 
-def encode(values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0) -> torch.Tensor:
+def encode(
+    values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0, residual: torch.Tensor | None = None
+) -> torch.Tensor:
     """Encode a one-dimensional floating-point tensor into a payload on its device.
 
     Args:
@@ -31,11 +33,14 @@ def encode(values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0) -> t
         scheme: how.
         seed: of the noise, from torch's generator on that device, 0 to 2^64 - 1.
         shift: added to the noise, see `hvd_quant.codec.noise`.
+        residual: for error feedback, see `hvd_quant.codec.native.encode`.
 
     Returns:
         The payload, uint8 of shape (payload_size,).
     """
     count = values.numel()
+    if residual is not None:
+        values = values.to(torch.float32) + residual
     payload = torch.zeros(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
     if count:
         norms, codes = _quantize(values, scheme, seed, shift)
@@ -44,6 +49,9 @@ def encode(values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0) -> t
         codes_end = codes_at + wire.codes_size(scheme, count)
         payload[codes_at:codes_end] = _pack(codes, scheme.bits)[: codes_end - codes_at]
     _write_header(payload, scheme, count)
+    if residual is not None:
+        lost = values - _dequantize(payload, scheme, count)
+        residual.copy_(torch.where(lost.isfinite(), lost, residual))
     return payload
 
 
@@ -68,16 +76,20 @@ def decode_mean(
             raise ValueError("payload is damaged: its padding is not zero")
         headers.append(header)
     header = wire.common_header(headers)
-    total = _dequantize(payloads[0], header)
+    total = _dequantize(payloads[0], header.scheme, header.count)
     for payload in payloads[1:]:
-        total += _dequantize(payload, header)
+        total += _dequantize(payload, header.scheme, header.count)
     # As the native codec: the weight is rounded to float32 before it multiplies.
     weight = torch.tensor(factor / len(payloads), dtype=torch.float32, device=total.device)
     return total.mul_(weight).to(dtype)
 
 
 def encode_message(
-    values: Sequence[torch.Tensor], layout: MessageLayout, noise: Noise, message: torch.Tensor
+    values: Sequence[torch.Tensor],
+    layout: MessageLayout,
+    noise: Noise,
+    message: torch.Tensor,
+    residuals: Sequence[torch.Tensor] = (),
 ) -> None:
     """Encode all segments of a message; see `hvd_quant.codec.native.encode_message`."""
     preamble = torch.frombuffer(bytearray(layout.preamble), dtype=torch.uint8)
@@ -85,8 +97,12 @@ def encode_message(
     for segment, offset, seed, shift in zip(
         layout.segments, layout.offsets, noise.seeds, noise.shifts, strict=True
     ):
-        part = values[segment.tensor].detach().reshape(-1)[segment.start : segment.start + segment.count]
-        message[offset : offset + segment.payload_size] = encode(part, segment.scheme, int(seed), int(shift))
+        place = slice(segment.start, segment.start + segment.count)
+        part = values[segment.tensor].detach().reshape(-1)[place]
+        residual = residuals[segment.tensor].view(-1)[place] if residuals else None
+        message[offset : offset + segment.payload_size] = encode(
+            part, segment.scheme, int(seed), int(shift), residual
+        )
 
 
 def decode_messages(
@@ -137,7 +153,9 @@ def _quantize(
     # What the norm becomes. An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
     top = scheme.steps if scheme.spacing == "uniform" else TOP_POWER
     scale = torch.nan_to_num(top / torch.where(norms > 0, norms * prescale, 1.0), nan=0.0)
-    generator = torch.Generator(x.device).manual_seed(_mix64(seed))
+    generator = None  # rounding to nearest needs none
+    if scheme.rounding != "nearest":
+        generator = torch.Generator(x.device).manual_seed(_mix64(seed))
     scaled = x * (prescale.unsqueeze(1))
     scaled *= scale.unsqueeze(1)
     scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # what a non-finite bucket leaves
@@ -146,8 +164,12 @@ def _quantize(
     return norms, codes.view(-1)[: values.numel()]
 
 
-def _round_down(scaled: torch.Tensor, steps: int, generator: torch.Generator, shift: int) -> torch.Tensor:
+def _round_down(
+    scaled: torch.Tensor, steps: int, generator: torch.Generator | None, shift: int
+) -> torch.Tensor:
     """Codes of values in units of a uniform level, int8; overwrites ``scaled``."""
+    if generator is None:
+        return scaled.add_(0.5).floor_().clamp_(-steps, steps).to(torch.int8)
     noise = torch.rand(scaled.shape, generator=generator, device=scaled.device)
     if shift:
         noise += shift / 2**FRACTION_BITS
@@ -157,7 +179,9 @@ def _round_down(scaled: torch.Tensor, steps: int, generator: torch.Generator, sh
     return floor.clamp_(-steps, steps).to(torch.int8)
 
 
-def _round_to_power(scaled: torch.Tensor, steps: int, generator: torch.Generator, shift: int) -> torch.Tensor:
+def _round_to_power(
+    scaled: torch.Tensor, steps: int, generator: torch.Generator | None, shift: int
+) -> torch.Tensor:
     """Codes of values in units of 1 / TOP_POWER of the norm, rounded to powers of two, int8.
 
     As the native codec: the mantissa of a float is the probability of rounding it up to the next power, so
@@ -169,12 +193,15 @@ def _round_to_power(scaled: torch.Tensor, steps: int, generator: torch.Generator
     scaled.abs_()
     below = scaled < lowest
     lifted = torch.where(below, scaled + lowest, scaled).view(torch.int32)
-    random = torch.empty_like(lifted)
-    random.random_(0, 2**MANTISSA_BITS, generator=generator)
-    if shift:
-        random += shift >> (FRACTION_BITS - MANTISSA_BITS)
-        random &= 2**MANTISSA_BITS - 1
-    lifted += random
+    if generator is None:
+        lifted += 2 ** (MANTISSA_BITS - 1)
+    else:
+        random = torch.empty_like(lifted)
+        random.random_(0, 2**MANTISSA_BITS, generator=generator)
+        if shift:
+            random += shift >> (FRACTION_BITS - MANTISSA_BITS)
+            random &= 2**MANTISSA_BITS - 1
+        lifted += random
     lifted >>= MANTISSA_BITS
     exponent = 127 + round(math.log2(lowest))
     levels = lifted.sub_(exponent - 1).sub_(below.to(torch.int32)).clamp_(0, steps).to(torch.int8)
@@ -188,8 +215,7 @@ def _mix64(x: int) -> int:
     return x ^ x >> 31
 
 
-def _dequantize(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
-    scheme, count = header.scheme, header.count
+def _dequantize(payload: torch.Tensor, scheme: Scheme, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros(0, dtype=torch.float32, device=payload.device)
     codes_at = wire.HEADER_SIZE + wire.norms_size(scheme, count)

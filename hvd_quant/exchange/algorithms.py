@@ -29,9 +29,14 @@ class Codec(Protocol):
         """Room for a message or for values, on the device of ``like``."""
 
     def encode_message(
-        self, values: Sequence[Buffer], layout: MessageLayout, noise: Noise, message: Buffer
+        self,
+        values: Sequence[Buffer],
+        layout: MessageLayout,
+        noise: Noise,
+        message: Buffer,
+        residuals: Sequence[Buffer] = (),
     ) -> None:
-        """Encode the segments of a message."""
+        """Encode the segments of a message, with error feedback if there are residuals."""
 
     def decode_messages(
         self, messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
@@ -54,6 +59,7 @@ class Work:
         codec: for their device.
         transport: between the ranks.
         name: the same on all ranks, and no other exchange's at the same time.
+        residuals: of error feedback: what this rank has not sent yet, flat float32, one a gradient; or none.
     """
 
     bucket: FusedBucket
@@ -62,6 +68,7 @@ class Work:
     codec: Codec
     transport: Transport
     name: str
+    residuals: Sequence[Buffer] = ()
 
     def room(self, purpose: str, count: int, dtype: str) -> Buffer:
         """Memory that is the same in every step: fresh pages cost more than what is written to them."""
@@ -78,7 +85,9 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     """
     whole = work.bucket.whole
     message = work.room("message", whole.size, "uint8")
-    work.codec.encode_message(work.values, whole, work.bucket.noise(whole, "whole", work.uses), message)
+    work.codec.encode_message(
+        work.values, whole, work.bucket.noise(whole, "whole", work.uses), message, work.residuals
+    )
     messages = yield work.transport.allgather(message, [whole.size] * work.bucket.size, work.name)
     return [(whole, messages)]
 
@@ -86,7 +95,8 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
 def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     """Every rank averages one chunk of the gradients, and sends the mean, encoded again, to every other.
 
-    Two roundings, each unbiased given what it rounds, so the result is. A rank receives 2 (n - 1) / n
+    Two roundings, each unbiased given what it rounds, so the result is. With error feedback what either loses
+    is kept. A rank receives 2 (n - 1) / n
     payloads, however many ranks there are. The rank that has a chunk's mean takes it from its encoded form,
     too, so that all ranks have the same.
     """
@@ -95,16 +105,26 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     message = work.room("message", sum(sizes), "uint8")
     for chunk, end in zip(chunks, itertools.accumulate(sizes), strict=True):
         noise = bucket.noise(chunk, "chunk", work.uses)
-        work.codec.encode_message(work.values, chunk, noise, message[end - chunk.size : end])
+        work.codec.encode_message(work.values, chunk, noise, message[end - chunk.size : end], work.residuals)
     parts = yield work.transport.alltoall(message, sizes, f"{work.name}.scatter")
 
     own, flat = chunks[bucket.rank], bucket.own_chunk
     mean = work.room("mean", flat.count, "float32")
     message = work.room("mean's message", flat.size, "uint8")
     damage = None
+    noise = bucket.noise(own, "mean", work.uses)
     try:
         work.codec.decode_messages(parts, flat, [mean], 1.0)
-        work.codec.encode_message([mean], flat, bucket.noise(own, "mean", work.uses), message)
+        if work.residuals:
+            lost = work.room("mean's residual", flat.count, "float32")
+            lost[:] = 0.0
+            work.codec.encode_message([mean], flat, noise, message, [lost])
+            # What the mean lost is n times as much of this rank's own gradients.
+            for segment, place in zip(own.segments, flat.segments, strict=True):
+                residual = work.residuals[segment.tensor][segment.start : segment.start + segment.count]
+                residual += bucket.size * lost[place.start : place.start + place.count]
+        else:
+            work.codec.encode_message([mean], flat, noise, message)
     except ValueError as error:
         damage, message = error, message[:0]  # no mean: nobody takes an empty message for one
     messages = yield work.transport.allgather(message, sizes, f"{work.name}.gather")

@@ -181,6 +181,10 @@ class QuantizedComm:
             raise ValueError("comm is an intercommunicator; merge its groups first, by comm.Merge()")
         if not isinstance(scheme, Scheme):
             raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
+        if scheme.rounding == "nearest":
+            raise ValueError(
+                'rounding="nearest" is biased, and is for error feedback, which is not to be had here'
+            )
         check_choice("exchange", exchange, EXCHANGES)
         check_integer("seed", seed, 0, 2**64 - 1)
         _check_not_within()

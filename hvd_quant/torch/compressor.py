@@ -51,6 +51,9 @@ class QuantizedCompressor(Compressor):
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
             rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
+        error_feedback: whether each rank keeps, for every parameter, what quantization has lost of its
+            gradients, and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 a value
+            of memory, and needs the parameters' names.
         fusion_bytes: gradients travel together in fused buckets of about so many bytes (before they are
             encoded). A bucket is sent when its last gradient is there. 0 sends every gradient alone.
         process_set: the ranks that take part; give the optimizer the same.
@@ -68,12 +71,19 @@ class QuantizedCompressor(Compressor):
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         min_numel: int = 1024,
         exchange: str = "auto",
+        error_feedback: bool = False,
         fusion_bytes: int = FUSION_BYTES,
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
         check_integer("min_numel", min_numel, 0, 2**63 - 1)
         check_choice("exchange", exchange, EXCHANGES)
+        if not isinstance(error_feedback, bool):
+            raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
+        if scheme.rounding == "nearest" and not error_feedback:
+            raise ValueError(
+                'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
+            )
         check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
         check_integer("seed", seed, 0, 2**64 - 1)
         native.threads()  # this and the next check what the environment says
@@ -88,6 +98,7 @@ class QuantizedCompressor(Compressor):
         self.scheme = scheme
         self.min_numel = int(min_numel)
         self.exchange = exchange
+        self.error_feedback = error_feedback
         self.fusion_bytes = int(fusion_bytes)
         self.process_set = process_set
         self.seed = int(seed)
@@ -103,6 +114,8 @@ class QuantizedCompressor(Compressor):
         self._known: dict[str, Known] = {}
         self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
+        # Of error feedback: by parameter, what has not been sent of its gradients, flat.
+        self._residuals: dict[str, torch.Tensor] = {}
         self._places = 0  # taken since nothing was on its way
         self._unsent: list[Pending] = []  # while there is no agreement
         self._pending: dict[str, Pending] = {}
@@ -188,6 +201,12 @@ class QuantizedCompressor(Compressor):
                 self._uses[name] += 1
             return tensor.contiguous(), None
 
+        if self.error_feedback and name is None:
+            raise ValueError(
+                "error_feedback=True keeps something for every parameter, and this gradient is of none that "
+                "the compressor knows: pass it named_parameters=model.named_parameters(), or use "
+                "hvd_quant.torch.DistributedOptimizer, which does so"
+            )
         key = name if name is not None else f"#{self._place()}"
         if key in self._pending:
             raise RuntimeError(
@@ -332,9 +351,16 @@ class QuantizedCompressor(Compressor):
         self._transport = None  # the next gradient makes a new beginning
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same noise and the same schedule of bits."""
-        schedule = {} if self._schedule is None else {"schedule": self._schedule.state_dict()}
-        return {"seed": self.seed, "uses": dict(self._uses), **schedule}
+        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
+
+        With ``error_feedback`` every rank has a state of its own, because it has residuals of its own.
+        """
+        state: dict[str, Any] = {"seed": self.seed, "uses": dict(self._uses)}
+        if self._schedule is not None:
+            state["schedule"] = self._schedule.state_dict()
+        if self.error_feedback:
+            state["residuals"] = {key: residual.clone() for key, residual in self._residuals.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
@@ -350,12 +376,16 @@ class QuantizedCompressor(Compressor):
             check_integer("seed", seed, 0, 2**64 - 1)
             for key, count in uses.items():
                 check_integer(f"uses of {key}", count, 0, 2**63 - 1)
+            residuals = {
+                key: torch.as_tensor(residual, dtype=torch.float32).detach().flatten().clone()
+                for key, residual in (state["residuals"] if self.error_feedback else {}).items()
+            }
             if self._schedule is not None:
                 self._schedule.load_state_dict(state["schedule"])
                 self._present_scheme = self.scheme.at(self._schedule.bits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error
-        self.seed, self._uses = int(seed), uses
+        self.seed, self._uses, self._residuals = int(seed), uses, residuals
         self._fusion.forget()  # fused buckets know the seed
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -488,6 +518,7 @@ class QuantizedCompressor(Compressor):
             **asdict(self.scheme),
             "min_numel": self.min_numel,
             "exchange": self.exchange,
+            "error_feedback": self.error_feedback,
             "fusion_bytes": self.fusion_bytes,
             "link": asdict(self._link),
             "wire version": wire.VERSION,
@@ -631,6 +662,9 @@ class QuantizedCompressor(Compressor):
             native if on_cpu else torch_ops,
             self._transport,
             name,
+            [values_of(self._residual(member), plain=True) for member in members]
+            if self.error_feedback
+            else (),
         )
         algorithm = self.exchange
         if algorithm == "auto":
@@ -644,6 +678,15 @@ class QuantizedCompressor(Compressor):
             member.shipment = shipment
         self._underway.append(exchange)
         self._sent.append(shipment)
+
+    def _residual(self, pending: Pending) -> torch.Tensor:
+        """What has not been sent of a parameter's earlier gradients; nothing, if these were others."""
+        key, gradient = pending.known.key, pending.gradient
+        residual = self._residuals.get(key)
+        if residual is None or residual.numel() != gradient.numel():
+            residual = torch.zeros(gradient.numel(), device=gradient.device)
+        self._residuals[key] = residual.to(gradient.device)
+        return self._residuals[key]
 
     def _advance(self, *, wait: bool) -> bool:
         """Take exchanges to their last collective, in the order in which they began; are all there?"""
@@ -670,11 +713,19 @@ class QuantizedCompressor(Compressor):
         ctx.result.copy_(results[members.index(ctx)])
 
 
+def _rounding(given: str | None, options: dict[str, Any]) -> str:
+    """To nearest with error feedback: stochastic rounding to few levels loses more than it is given."""
+    if given is not None:
+        return given
+    return "nearest" if options.get("error_feedback") is True else "independent"
+
+
 class QSGDCompressor(QuantizedCompressor):
     """Gradients quantized by QSGD: ``hvd.DistributedOptimizer(..., compression=QSGDCompressor(bits=4))``.
 
     Args:
-        bits, norm, bucket_size, coding, rounding: of the scheme, see `hvd_quant.QSGD`.
+        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
+        rounding: of the scheme; by default ``"independent"``, or ``"nearest"`` with ``error_feedback``.
         **options: of the exchange, see `QuantizedCompressor`.
 
     Warning:
@@ -689,9 +740,10 @@ class QSGDCompressor(QuantizedCompressor):
         norm: str = "max",
         bucket_size: int = 512,
         coding: str = "packed",
-        rounding: str = "independent",
+        rounding: str | None = None,
         **options: Any,
     ) -> None:
+        rounding = _rounding(rounding, options)
         super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
 
 
@@ -699,7 +751,8 @@ class NUQSGDCompressor(QuantizedCompressor):
     """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
 
     Args:
-        bits, norm, bucket_size, coding, rounding: of the scheme, see `hvd_quant.NUQSGD`.
+        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.NUQSGD`.
+        rounding: as in `QSGDCompressor`.
         **options: of the exchange, see `QuantizedCompressor`.
     """
 
@@ -709,9 +762,10 @@ class NUQSGDCompressor(QuantizedCompressor):
         norm: str = "l2",
         bucket_size: int = 512,
         coding: str = "packed",
-        rounding: str = "independent",
+        rounding: str | None = None,
         **options: Any,
     ) -> None:
+        rounding = _rounding(rounding, options)
         super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
 
 
@@ -724,7 +778,8 @@ class DQSGDCompressor(QuantizedCompressor):
 
     Args:
         k, mean_bits, total_steps, alpha, min_bits, max_bits: of the schedule, see `hvd_quant.DQSGD`.
-        norm, bucket_size, coding, rounding: of the scheme, see `hvd_quant.QSGD`.
+        norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
+        rounding: as in `QSGDCompressor`.
         **options: of the exchange, see `QuantizedCompressor`.
 
     Example:
@@ -742,9 +797,10 @@ class DQSGDCompressor(QuantizedCompressor):
         norm: str = "max",
         bucket_size: int = 512,
         coding: str = "packed",
-        rounding: str = "independent",
+        rounding: str | None = None,
         **options: Any,
     ) -> None:
+        rounding = _rounding(rounding, options)
         scheme = DQSGD(
             k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
         )

@@ -553,10 +553,9 @@ def test_other_python_threads_run_meanwhile(direction):
     body, again = payload[wire.HEADER_SIZE :], np.empty_like(payload[wire.HEADER_SIZE :])
     common = {"bucket_size": scheme.bucket_size, "bits": scheme.bits, "first_word": 8, "threads": 1}
     common["spacing"] = "uniform"
+    encoding = {"seed": 0, "shift": 0, "nearest": False, "residual": None, **common}
     calls = {
-        "encode": lambda: _native.encode(
-            values, dtype="float32", norm="max", seed=0, shift=0, body=again, **common
-        ),
+        "encode": lambda: _native.encode(values, dtype="float32", norm="max", body=again, **encoding),
         "decode": lambda: _native.decode_sum([body], weight=1.0, out=values, dtype="float32", **common),
     }
     call, turns, stop = calls[direction], 0, threading.Event()

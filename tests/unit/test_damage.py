@@ -193,6 +193,8 @@ def native_encode(**changes):
         "bucket_size": 10,
         "seed": 0,
         "shift": 0,
+        "nearest": False,
+        "residual": None,
         "first_word": wire.FIRST_BODY_WORD,
         "body": np.empty(PAYLOAD.size - 32, np.uint8),
         "threads": 1,

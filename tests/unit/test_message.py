@@ -13,7 +13,7 @@ from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
 from hvd_quant.codec.noise import Noise
 
 PREAMBLE = b"preamble"
-NO_NOISE = {"seeds": np.zeros(1, np.uint64), "shifts": np.zeros(1, np.uint32)}
+ENCODING = {"seeds": np.zeros(1, np.uint64), "shifts": np.zeros(1, np.uint32), "residuals": []}
 
 
 def layout_of(*segments):
@@ -185,7 +185,18 @@ def arguments(**changes):
     }
 
 
-COLUMNS = ("tensor", "start", "count", "dtype", "bits", "norm", "spacing", "bucket_size", "offset")
+COLUMNS = (
+    "tensor",
+    "start",
+    "count",
+    "dtype",
+    "bits",
+    "norm",
+    "spacing",
+    "rounding",
+    "bucket_size",
+    "offset",
+)
 BAD_ROWS = [
     (column, value)
     for column, bad in {
@@ -196,6 +207,7 @@ BAD_ROWS = [
         "bits": (-1, 0, 1, 9, 2**32 + 4),
         "norm": (-1, 2),
         "spacing": (-1, 2),
+        "rounding": (-1, 2),
         "bucket_size": (-1, 0),
         "offset": (-1, 9, 2**62, 2**63 - 1),
     }.items()
@@ -210,7 +222,7 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
     size = layout_of((0, 0, 100, "float32", QSGD())).size
     array, message = np.ones(100, np.float32), np.zeros(size, np.uint8)
     with pytest.raises(ValueError, match=r"table row 0|wrong size|count is too large"):
-        _native.encode_segments([array], **NO_NOISE, message=message, **arguments(table=table))
+        _native.encode_segments([array], **ENCODING, message=message, **arguments(table=table))
     with pytest.raises(ValueError, match=r"table row 0|wrong size|count is too large"):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments(table=table))
     assert np.all(array == 1)
@@ -219,8 +231,8 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"table": np.zeros((1, 8), np.int64)}, "table has the wrong shape"),
-        ({"table": np.zeros(9, np.int64)}, "table has the wrong shape"),
+        ({"table": np.zeros((1, 9), np.int64)}, "table has the wrong shape"),
+        ({"table": np.zeros(10, np.int64)}, "table has the wrong shape"),
         ({"headers": np.zeros((2, 32), np.uint8)}, "headers have the wrong shape"),
         ({"headers": np.zeros((1, 31), np.uint8)}, "headers have the wrong shape"),
         ({"checksum_word": 8}, "checksum_word is outside"),
@@ -229,7 +241,7 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
 def test_tables_of_the_wrong_shape_are_refused(changes, says):
     array, message = np.ones(100, np.float32), np.zeros(500, np.uint8)
     with pytest.raises(ValueError, match=says):
-        _native.encode_segments([array], **NO_NOISE, message=message, **arguments(**changes))
+        _native.encode_segments([array], **ENCODING, message=message, **arguments(**changes))
     with pytest.raises(ValueError, match=says):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments(**changes))
 
@@ -248,19 +260,19 @@ def test_arrays_that_cannot_be_used_are_refused():
     message = np.zeros(500, np.uint8)
     for array in (np.ones(200, np.float32)[::2], np.ones(100), np.ones(100, np.float16)):
         with pytest.raises(ValueError, match=r"contiguous|wrong size"):
-            _native.encode_segments([array], **NO_NOISE, message=message, **arguments())
+            _native.encode_segments([array], **ENCODING, message=message, **arguments())
     array = np.ones(100, np.float32)
     with pytest.raises(ValueError, match="one seed"):
         _native.encode_segments(
-            [array], seeds=NO_NOISE["seeds"], shifts=np.zeros(2, np.uint32), message=message, **arguments()
+            [array], **(ENCODING | {"shifts": np.zeros(2, np.uint32)}), message=message, **arguments()
         )
     with pytest.raises(ValueError, match="one seed"):
         _native.encode_segments(
-            [array], seeds=np.zeros(2, np.uint64), shifts=NO_NOISE["shifts"], message=message, **arguments()
+            [array], **(ENCODING | {"seeds": np.zeros(2, np.uint64)}), message=message, **arguments()
         )
     message.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
-        _native.encode_segments([array], **NO_NOISE, message=message, **arguments())
+        _native.encode_segments([array], **ENCODING, message=message, **arguments())
     array.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         _native.decode_segments([message], outs=[array], weight=1.0, **arguments())

@@ -1,0 +1,139 @@
+"""Error feedback through Horovod: what the steps bring and the ranks keep is all there was."""
+
+import horovod.torch as hvd
+import pytest
+import torch
+from common import error_of, mlp, own_randn, recover, same_everywhere
+
+import hvd_quant.torch as hq
+
+exchanges = pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+
+
+def optimizer_of(model, compressor, **options):
+    return hq.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compressor,
+        **options,
+    )
+
+
+def mean_over_ranks(tensor):
+    return hvd.allreduce(tensor.double(), op=hvd.Average)
+
+
+def kept(compressor, like):
+    """The mean over the ranks of what they have kept of the weights' gradients."""
+    residuals = compressor.state_dict()["residuals"]
+    return {
+        name: mean_over_ranks(residuals[name]).view_as(p) for name, p in like.items() if name in residuals
+    }
+
+
+def fixed_gradients(model, seed, names):
+    """Backward through the parameters of these names, to gradients that differ from rank to rank."""
+    loss, gradients = 0.0, {}
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if name in names:
+            gradients[name] = own_randn(*parameter.shape, seed=100 * seed + i)
+            loss = loss + (parameter * gradients[name]).sum()
+    loss.backward()
+    return gradients
+
+
+@exchanges
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 4, "norm": "l2", "rounding": "independent"}])
+def check_nothing_is_lost(exchange, passes, options):
+    """With all parameters in some steps, and some in others."""
+    model = mlp()
+    names = [name for name, _ in model.named_parameters()]
+    compressor = hq.QSGDCompressor(error_feedback=True, exchange=exchange, min_numel=0, **options)
+    optimizer = optimizer_of(model, compressor, backward_passes_per_step=passes)
+    brought = {name: torch.zeros(p.shape, dtype=torch.double) for name, p in model.named_parameters()}
+    exact = {name: torch.zeros(p.shape, dtype=torch.double) for name, p in model.named_parameters()}
+    for step in range(6):
+        for turn in range(passes):
+            gradients = fixed_gradients(model, 10 * step + turn, names if step % 3 else names[:2])
+            for name, gradient in gradients.items():
+                exact[name] += mean_over_ranks(gradient)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert same_everywhere(parameter.grad)
+                brought[name] += parameter.grad
+        optimizer.zero_grad()
+    for name, residual in kept(compressor, dict(model.named_parameters())).items():
+        torch.testing.assert_close(brought[name] + residual, exact[name], atol=1e-4, rtol=0)
+        assert residual.abs().max() > 1e-4
+
+
+@exchanges
+def check_a_step_that_is_skipped_for_nan(exchange):
+    model = mlp()
+    compressor = hq.QSGDCompressor(bits=2, error_feedback=True, exchange=exchange)
+    optimizer = optimizer_of(model, compressor)
+    step = 0
+    model[0].weight.register_hook(lambda grad: grad / 0.0 if (step, hvd.rank()) == (2, 1) else grad)
+    for step in range(4):
+        fixed_gradients(model, step, ["0.weight", "2.weight"])
+        optimizer.synchronize()
+        assert model[0].weight.grad.isfinite().all() == (step != 2)
+        assert model[2].weight.grad.isfinite().all()
+        optimizer.zero_grad()
+        residuals = compressor.state_dict()["residuals"]
+        assert set(residuals) == {"0.weight", "2.weight"}
+        assert all(residual.isfinite().all() for residual in residuals.values())
+
+
+@exchanges
+def check_a_resumed_run_is_the_same_run(exchange):
+    def train(model, compressor, steps):
+        optimizer = optimizer_of(model, compressor)
+        for step in steps:
+            optimizer.zero_grad()
+            model(own_randn(16, 32, seed=step)).square().mean().backward()
+            optimizer.step()
+
+    def compressor_of():
+        return hq.QSGDCompressor(bits=2, error_feedback=True, exchange=exchange, min_numel=0)
+
+    whole = mlp()
+    train(whole, compressor_of(), range(8))
+    begun, first = mlp(), compressor_of()
+    train(begun, first, range(5))
+    model, second = mlp(), compressor_of()
+    model.load_state_dict(begun.state_dict())
+    second.load_state_dict(first.state_dict())
+    train(model, second, range(5, 8))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), whole.parameters(), strict=True))
+    without = hq.QSGDCompressor(bits=2, error_feedback=True, min_numel=0)
+    error = error_of(lambda: without.load_state_dict(hq.QSGDCompressor().state_dict()))
+    assert isinstance(error, ValueError)
+
+
+def check_names_are_needed():
+    model = mlp()
+    compressor = hq.QSGDCompressor(bits=2, error_feedback=True)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=compressor
+    )
+    error = error_of(lambda: model(own_randn(16, 32)).square().mean().backward())
+    assert isinstance(error, ValueError)
+    assert "named_parameters" in str(error)
+    recover(compressor, optimizer)
+
+
+@pytest.mark.parametrize("feedback", [1, "yes", None])
+def check_what_is_no_choice(feedback):
+    with pytest.raises(TypeError, match="error_feedback must be True or False"):
+        hq.QSGDCompressor(error_feedback=feedback)
+
+
+def check_nearest_alone_is_refused():
+    with pytest.raises(ValueError, match="biased"):
+        hq.QSGDCompressor(rounding="nearest")
+    assert hq.NUQSGDCompressor(error_feedback=True).scheme.rounding == "nearest"
+    assert hq.DQSGDCompressor(k=1.0, error_feedback=True).scheme.rounding == "nearest"
+    assert hq.QSGDCompressor().scheme.rounding == "independent"
