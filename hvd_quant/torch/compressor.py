@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import threading
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from hvd_quant.codec import native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
+from hvd_quant.overrides import Overrides
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
@@ -56,6 +59,10 @@ class QuantizedCompressor(Compressor):
             of memory, and needs the parameters' names.
         fusion_bytes: gradients travel together in fused buckets of about so many bytes (before they are
             encoded). A bucket is sent when its last gradient is there. 0 sends every gradient alone.
+        overrides: which parameters are quantized otherwise, or not at all: a mapping of shell patterns on
+            their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path
+            of a YAML or TOML file with one; see `hvd_quant.overrides.Overrides`. The first pattern that
+            matches holds. ``min_numel`` holds for all. It needs the parameters' names.
         process_set: the ranks that take part; give the optimizer the same.
         seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
             ``rounding="correlated"`` all ranks need the same one.
@@ -73,6 +80,7 @@ class QuantizedCompressor(Compressor):
         exchange: str = "auto",
         error_feedback: bool = False,
         fusion_bytes: int = FUSION_BYTES,
+        overrides: Mapping[str, Scheme | None] | str | os.PathLike | None = None,
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
@@ -80,7 +88,10 @@ class QuantizedCompressor(Compressor):
         check_choice("exchange", exchange, EXCHANGES)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
-        if scheme.rounding == "nearest" and not error_feedback:
+        self._overrides = Overrides(overrides)
+        schemes = [scheme, *(other for _, other in self._overrides if other is not None)]
+        self._correlated = any(one.rounding == "correlated" for one in schemes)
+        if any(one.rounding == "nearest" for one in schemes) and not error_feedback:
             raise ValueError(
                 'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
             )
@@ -148,6 +159,12 @@ class QuantizedCompressor(Compressor):
                 "optimizer: make another one for another optimizer."
             )
         if self._names is None:
+            for pattern in self._overrides.unused(name for name, _ in names.named_parameters()):
+                warnings.warn(
+                    f"the override of {pattern!r} holds for no parameter: no name matches it, or all that do "
+                    "match an earlier pattern",
+                    stacklevel=3,
+                )
             self._names = names
             names.watch()
             self._watching = True
@@ -195,7 +212,8 @@ class QuantizedCompressor(Compressor):
         name = self._name(tensor)
         raw_bytes = tensor.nbytes
         self._raw_bytes += raw_bytes
-        if tensor.numel() < self.min_numel:
+        scheme = self._present_scheme if name is None else self._scheme_of(name)
+        if scheme is None or tensor.numel() < self.min_numel:
             self._wire_bytes += raw_bytes
             if name is not None:
                 self._uses[name] += 1
@@ -204,8 +222,7 @@ class QuantizedCompressor(Compressor):
         if self.error_feedback and name is None:
             raise ValueError(
                 "error_feedback=True keeps something for every parameter, and this gradient is of none that "
-                "the compressor knows: pass it named_parameters=model.named_parameters(), or use "
-                "hvd_quant.torch.DistributedOptimizer, which does so"
+                "the compressor knows"
             )
         key = name if name is not None else f"#{self._place()}"
         if key in self._pending:
@@ -215,9 +232,9 @@ class QuantizedCompressor(Compressor):
             )
         known = self._known.get(key)
         if known is None or not known.fits(tensor):
-            known = self._meet(key, name is not None, tensor)
-        elif known.entry.scheme is not self._present_scheme:
-            known.entry = replace(known.entry, scheme=self._present_scheme)
+            known = self._meet(key, name is not None, tensor, scheme)
+        elif known.entry.scheme is not scheme:
+            known.entry = replace(known.entry, scheme=scheme)
         self._pending[key] = pending = Pending(known, tensor)
         if self._agreed():
             self._take(pending)
@@ -401,6 +418,10 @@ class QuantizedCompressor(Compressor):
             return None
         return self._names.find(tensor) or self._names.find_sparse(tensor, self._pending)
 
+    def _scheme_of(self, name: str) -> Scheme | None:
+        """A parameter's scheme in this step; None if it stays uncompressed."""
+        return self._overrides.scheme(name, self._present_scheme) if self._overrides else self._present_scheme
+
     def _place(self) -> int:
         """The next place in the order of arrival, since nothing was on its way."""
         if not self._pending:
@@ -408,7 +429,7 @@ class QuantizedCompressor(Compressor):
         self._places += 1
         return self._places - 1
 
-    def _meet(self, key: str, named: bool, tensor: torch.Tensor) -> Known:
+    def _meet(self, key: str, named: bool, tensor: torch.Tensor, scheme: Scheme) -> Known:
         """Note a gradient that is new, or has changed."""
         description = {
             "name": key,
@@ -425,7 +446,7 @@ class QuantizedCompressor(Compressor):
             tensor.shape,
             tensor.dtype,
             tensor.device,
-            Entry(key, tensor.numel(), DTYPES[tensor.dtype], self._present_scheme, str(tensor.device)),
+            Entry(key, tensor.numel(), DTYPES[tensor.dtype], scheme, str(tensor.device)),
             description,
             fingerprint,
             torch.from_numpy(memory).to(tensor.device),
@@ -441,6 +462,12 @@ class QuantizedCompressor(Compressor):
         """Lay out the parameters, and compare notes with the other ranks, once."""
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
+        if self._names is None and (self.error_feedback or self._overrides):
+            raise ValueError(
+                "error_feedback and overrides need the parameters' names: pass the compressor "
+                "named_parameters=model.named_parameters(), or use hvd_quant.torch.DistributedOptimizer, "
+                "which does so"
+            )
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
         named = self._names.named_parameters() if self._names is not None else []
         self._parameters = {
@@ -457,12 +484,18 @@ class QuantizedCompressor(Compressor):
             digest(sorted(self._uses.items())),
             max(self._uses.values(), default=0),
         )
-        quantized = [(name, p) for name, p in named if p.numel() >= self.min_numel and p.dtype in DTYPES]
+        quantized = [
+            (name, p, scheme)
+            for name, p in named
+            if p.numel() >= self.min_numel
+            and p.dtype in DTYPES
+            and (scheme := self._scheme_of(name)) is not None
+        ]
         for trained in (True, False):  # frozen ones apart: they may be trained later
             self._fusion.plan(
                 [
-                    Entry(name, p.numel(), DTYPES[p.dtype], self._present_scheme, str(p.device))
-                    for name, p in reversed(quantized)
+                    Entry(name, p.numel(), DTYPES[p.dtype], scheme, str(p.device))
+                    for name, p, scheme in reversed(quantized)
                     if p.requires_grad == trained
                 ]
             )
@@ -523,7 +556,8 @@ class QuantizedCompressor(Compressor):
             "link": asdict(self._link),
             "wire version": wire.VERSION,
             "compressor": self._number,
-            **({"seed": self.seed} if self.scheme.rounding == "correlated" else {}),
+            **({"seed": self.seed} if self._correlated else {}),
+            "overrides": [[pattern, str(scheme)] for pattern, scheme in self._overrides],
         }
 
     def _state(self) -> control.Description:

@@ -1,0 +1,108 @@
+"""Which parameters are quantized otherwise than the rest, by patterns on their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from hvd_quant.schemes import NUQSGD, QSGD, Scheme
+
+_SCHEMES = {"qsgd": QSGD, "nuqsgd": NUQSGD}
+
+
+class Overrides:
+    """Schemes of single parameters, or None for those that stay uncompressed.
+
+    Args:
+        given: a mapping of shell patterns (``*``, ``?``, ``[...]``; matched with regard to case) to schemes
+            or None. Of the patterns that match a name the first one holds. Or the path of a YAML or TOML file
+            (by its suffix, .yaml, .yml or .toml) with such a mapping, in which ``none`` stands for None (in
+            YAML ``null`` too) and a scheme is a mapping of ``scheme`` (qsgd or nuqsgd) and its arguments:
+
+                "*.bias": none
+                "embed.*": {scheme: qsgd, bits: 8}
+
+    Raises:
+        TypeError, ValueError: these are no such patterns or schemes, or the file is none that can be read.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, given: Mapping[str, Scheme | None] | str | os.PathLike | None = None) -> None:
+        if isinstance(given, (str, os.PathLike)):
+            path = Path(given)
+            read = _read(path)
+            if not isinstance(read, dict):
+                raise ValueError(f"{path} must hold a mapping of patterns to schemes")
+            given = {pattern: _scheme(path, pattern, value) for pattern, value in read.items()}
+        if not isinstance(given, Mapping | None):
+            raise TypeError(
+                f"overrides must be a mapping of patterns to schemes, or a file's path, not {given!r}"
+            )
+        self._schemes = dict(given or {})
+        for pattern, scheme in self._schemes.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"a pattern in overrides must be a string, not {pattern!r}")
+            if scheme is not None and not isinstance(scheme, Scheme):
+                raise TypeError(
+                    f"overrides[{pattern!r}] must be None or a scheme such as hvd_quant.QSGD(bits=8), "
+                    f"not {scheme!r}"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self._schemes)
+
+    def __iter__(self) -> Iterator[tuple[str, Scheme | None]]:
+        return iter(self._schemes.items())
+
+    def pattern(self, name: str) -> str | None:
+        """The first pattern that matches a parameter's name, or None."""
+        return next((pattern for pattern in self._schemes if fnmatchcase(name, pattern)), None)
+
+    def scheme(self, name: str, default: Any) -> Any:
+        """A parameter's scheme, None if it stays uncompressed; ``default`` if nothing is said of it."""
+        pattern = self.pattern(name)
+        return default if pattern is None else self._schemes[pattern]
+
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """The patterns that hold for none of these parameters."""
+        used = {self.pattern(name) for name in names}
+        return [pattern for pattern in self._schemes if pattern not in used]
+
+
+def _read(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            return yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+    if suffix == ".toml":
+        try:
+            import tomllib
+        except ImportError as error:
+            raise ValueError(f"{path}: Python reads TOML from version 3.11 on; use YAML") from error
+        try:
+            return tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no TOML: {error}") from error
+    raise ValueError(f"overrides must be in a .yaml, .yml or .toml file, not {path}")
+
+
+def _scheme(path: Path, pattern: Any, value: Any) -> Scheme | None:
+    if value is None or value == "none":
+        return None
+    if not isinstance(value, dict) or str(value.get("scheme")) not in _SCHEMES:
+        raise ValueError(
+            f"{path}: {pattern!r} must be none, or a scheme such as {{scheme: qsgd, bits: 8}}, not {value!r}"
+        )
+    arguments = dict(value)
+    kind = _SCHEMES[arguments.pop("scheme")]
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {pattern!r}: {error}") from error
