@@ -22,12 +22,13 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "torch_fashion_mnist.py"
 
 
 def train(kind: str, seed: int, args: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """The last epoch's record of a run; ``kind`` is none, fp16, or SCHEME:BITS."""
-    compression, _, bits = kind.partition(":")
+    """The last epoch's record of a run; ``kind`` is none, fp16, SCHEME:BITS, or SCHEME:BITS:ef."""
+    compression, *options = kind.split(":")
     launcher = Path(sys.executable).with_name("horovodrun")
     command = [launcher, f"--{args.controller}", "-np", str(args.ranks), sys.executable, EXAMPLE]
     command += ["--compression", compression, "--epochs", str(args.epochs), "--seed", str(seed)]
-    command += ["--json-log", log] + (["--bits", bits] if bits else [])
+    command += ["--json-log", log] + (["--bits", options[0]] if options else [])
+    command += ["--error-feedback"] if options[1:] == ["ef"] else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode or "bit-identical" not in done.stdout:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-4000:]}")
@@ -41,8 +42,8 @@ def main() -> None:
     parser.add_argument(
         "--kinds",
         nargs="+",
-        default=["none", "qsgd:4", "qsgd:2"],
-        metavar="none|fp16|qsgd:BITS|nuqsgd:BITS|dqsgd:BITS",
+        default=["none", "qsgd:4", "nuqsgd:4", "dqsgd:4", "qsgd:2", "qsgd:2:ef"],
+        metavar="none|fp16|(qsgd|nuqsgd|dqsgd):BITS[:ef]",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5)
@@ -71,7 +72,7 @@ def main() -> None:
         each = ", ".join(f"{100 * one['test_accuracy']:.2f}" for one in runs)
         difference = "" if kind == args.kinds[0] else f"{means[kind] - means[args.kinds[0]]:+.2f} points"
         ratio = runs[0]["raw_bytes"] / runs[0]["wire_bytes"]
-        name = LABELS.get(kind, runs[0]["compression"])
+        name = LABELS.get(kind, runs[0]["compression"]) + (", error feedback" if kind.endswith(":ef") else "")
         rows.append((name, f"{means[kind]:.2f} %", each, difference, f"{ratio:.2f} x"))
     separator = " | " if args.markdown else "   "
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

@@ -26,7 +26,8 @@ LABELS = {"none": "float32", "fp16": "float16", "qsgd": "QSGD", "nuqsgd": "NUQSG
 
 def label(run: Run) -> str:
     name, _, bits = run[0]["compression"].partition("-")
-    return f"{LABELS.get(name, name)} {bits.replace('bit', ' bits')}".strip()
+    feedback = "with error feedback" if run[0]["error_feedback"] else ""
+    return " ".join(f"{LABELS.get(name, name)} {bits.replace('bit', ' bits')} {feedback}".split())
 
 
 def show(runs: list[Run]) -> None:

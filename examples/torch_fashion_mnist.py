@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import hvd_quant.torch as hq
+from hvd_quant.schemes import CODINGS, ROUNDINGS
 
 DATA_DIR = Path("/usr/share/datasets/fashion-mnist")
 COMPRESSORS = {"qsgd": hq.QSGDCompressor, "nuqsgd": hq.NUQSGDCompressor, "dqsgd": hq.DQSGDCompressor}
@@ -39,6 +40,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4, help="bits a value (dqsgd: their mean over the run)")
     parser.add_argument("--norm", choices=("max", "l2"), help="norm of a bucket (default: the scheme's own)")
     parser.add_argument("--bucket-size", type=int, default=512, help="values that share a norm")
+    parser.add_argument("--coding", choices=CODINGS, default="packed", help="of the quantized values")
+    parser.add_argument("--rounding", choices=ROUNDINGS, help="default: independent")
+    parser.add_argument(
+        "--error-feedback", action="store_true", help="keep what quantization loses, and send it later"
+    )
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64, help="images a rank and step")
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate")
@@ -114,7 +120,13 @@ def make_model() -> torch.nn.Module:
 
 def make_compressor(args: argparse.Namespace, total_steps: int) -> Any:
     if args.compression in COMPRESSORS:
-        options: dict[str, Any] = {"bucket_size": args.bucket_size, "seed": args.seed}
+        options: dict[str, Any] = {
+            "bucket_size": args.bucket_size,
+            "coding": args.coding,
+            "rounding": args.rounding,
+            "error_feedback": args.error_feedback,
+            "seed": args.seed,
+        }
         if args.norm:
             options["norm"] = args.norm
         if args.compression == "dqsgd":
@@ -252,6 +264,7 @@ def main() -> int:
         raw_bytes, wire_bytes = sent_bytes(compressor, model, steps)
         record = {
             "compression": args.compression + (f"-{args.bits}bit" if args.compression in COMPRESSORS else ""),
+            "error_feedback": args.error_feedback,
             "seed": args.seed,
             "ranks": hvd.size(),
             "epoch": epoch,
