@@ -1,0 +1,87 @@
+"""Promises 1, 3, 4 and 5 for every kind of compressor. The others are of the codec and the wire: tests/unit."""
+
+import functools
+
+import horovod.torch as hvd
+import pytest
+import torch
+from common import backward, error_of, mlp, same_everywhere, same_mismatch
+
+import hvd_quant.torch as hq
+from hvd_quant import QSGD
+
+KINDS = {
+    "QSGD": hq.QSGDCompressor,
+    "QSGD l2": functools.partial(hq.QSGDCompressor, norm="l2"),
+    "NUQSGD": hq.NUQSGDCompressor,
+    "DQ-SGD": functools.partial(hq.DQSGDCompressor, mean_bits=3, total_steps=10),
+    "correlated": functools.partial(hq.QSGDCompressor, rounding="correlated"),
+    "correlated NUQSGD": functools.partial(hq.NUQSGDCompressor, rounding="correlated"),
+    "error feedback": functools.partial(hq.QSGDCompressor, bits=2, error_feedback=True),
+    "error feedback, DQ-SGD": functools.partial(hq.DQSGDCompressor, k=30.0, error_feedback=True),
+    "overrides": functools.partial(hq.QSGDCompressor, overrides={"0.*": QSGD(bits=8), "*.bias": None}),
+}
+exchanges = pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def optimizer_of(model, kind, **options):
+    """Stock Horovod's optimizer, with our compressor."""
+    compressor = KINDS[kind](named_parameters=model.named_parameters(), min_numel=0, **options)
+    return hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=compressor
+    )
+
+
+def trained(kind, exchange, seed):
+    model = mlp()
+    optimizer = optimizer_of(model, kind, exchange=exchange, seed=seed)
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.synchronize()
+        assert all(same_everywhere(parameter.grad) for parameter in model.parameters())
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@kinds
+@exchanges
+def check_same_bits_on_every_rank_and_in_every_run(kind, exchange):
+    one, two = trained(kind, exchange, seed=5), trained(kind, exchange, seed=5)
+    assert torch.equal(one, two)
+    if not kind.startswith("error feedback"):  # which rounds without noise
+        assert not torch.equal(one, trained(kind, exchange, seed=6))
+
+
+@kinds
+@exchanges
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def check_what_is_not_finite_reaches_every_rank(kind, exchange, value):
+    model = mlp()
+    optimizer = optimizer_of(model, kind, exchange=exchange, bucket_size=256)
+    place, last = model[2].weight.view(-1)[300], hvd.rank() == hvd.size() - 1
+    for step in range(3):
+        loss = sum(parameter.square().sum() for parameter in model.parameters())
+        (loss + place * (value if last and step == 1 else 0.0)).backward()
+        optimizer.synchronize()
+        finite = model[2].weight.grad.view(-1).isfinite()
+        assert finite[:256].all()
+        assert finite[512:].all()
+        assert (not finite[256:512].any()) if step == 1 else finite.all()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p is not model[2].weight)
+        assert all(same_everywhere(parameter.grad) for parameter in model.parameters())
+        optimizer.zero_grad()
+
+
+@kinds
+def check_another_configuration_is_an_error_everywhere(kind):
+    """One rank has this kind, and the others have the next one."""
+    names = list(KINDS)
+    other = names[(names.index(kind) + 1) % len(names)]
+    model = mlp()
+    optimizer = optimizer_of(model, kind if hvd.rank() == 0 else other)
+    text = same_mismatch(error_of(lambda: (backward(model), optimizer.step())))
+    assert "hvd_quant is configured differently on the ranks" in text
+    assert "on rank 0" in text
