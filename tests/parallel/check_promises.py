@@ -1,4 +1,4 @@
-"""Promises 1, 3, 4 and 5 for every kind of compressor. The others are of the codec and the wire: tests/unit."""
+"""Promises 1, 3, 4 and 5 for every kind of compressor. 2, 6 and 7 are of codec and wire: tests/unit."""
 
 import functools
 
