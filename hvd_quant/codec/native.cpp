@@ -14,11 +14,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -137,10 +139,13 @@ namespace avx512 {
 #pragma clang attribute pop
 #endif
 
+#include "entropy.hpp"
+
 // --- choice of dtype, bits and instruction set ----------------------------------------------------------
 
 using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint64_t);
 using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std::uint32_t*);
+using Checksum = std::uint32_t (*)(const std::uint8_t*, std::uint64_t, std::uint64_t);
 
 constexpr int kBitWidths = kMaxBits - kMinBits + 1;
 const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -151,6 +156,7 @@ struct Kernels {
   bool supported;
   EncodeRange encode[kDtypes.size()][kBitWidths];
   DecodeRange decode[kDtypes.size()][kBitWidths];
+  Checksum checksum;
 };
 
 #define HVD_QUANT_ROW(isa, fn, T) \
@@ -161,7 +167,7 @@ struct Kernels {
         HVD_QUANT_ROW(isa, fn, Float16), HVD_QUANT_ROW(isa, fn, BFloat16) \
   }
 #define HVD_QUANT_KERNELS(isa, supported) \
-  { #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range) }
+  { #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range), isa::checksum }
 
 // Best last.
 const std::vector<Kernels>& all_kernels() {
@@ -351,6 +357,68 @@ std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std:
   return sums;
 }
 
+// --- coded payloads -------------------------------------------------------------------------------------
+
+entropy::Coding coding_of(std::int64_t number) {
+  if (number == 1) return entropy::Coding::kElias;
+  if (number == 2) return entropy::Coding::kHuffman;
+  throw py::value_error("coding must be 1 (elias) or 2 (huffman)");
+}
+
+std::unique_ptr<std::uint8_t[]> scratch(std::uint64_t size) {  // uninitialised
+  return std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size + 8]);
+}
+
+// The coded body of a packed one, after `head` bytes that are left to the caller; and its checksum.
+std::pair<py::array, std::uint32_t> compact(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
+                                            int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
+  const Layout layout = checked_layout(count, bucket_size, bits);
+  const entropy::Coding checked_coding = coding_of(coding);
+  const std::uint8_t* const packed = contiguous_bytes(body, 1, false, "body");
+  if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) throw py::value_error("body has the wrong size");
+  if (head > 1 << 20) throw py::value_error("head is too large");
+  const Checksum checksum = chosen->checksum;
+  std::unique_ptr<std::uint8_t[]> room;
+  std::uint64_t size = 0;
+  std::uint32_t sum = 0;
+  {
+    py::gil_scoped_release release;
+    room = scratch(entropy::max_body_size(layout));
+    size = entropy::compact(packed, layout, checked_coding, room.get());
+    sum = checksum(room.get(), size, first_word);
+  }
+  py::array_t<std::uint8_t> payload(static_cast<py::ssize_t>(head + size));
+  std::memset(payload.mutable_data(), 0, head);
+  std::memcpy(payload.mutable_data() + head, room.get(), size);
+  return {payload, sum};
+}
+
+// The packed body of a coded one, after `head` bytes that are left to the caller; and the coded one's checksum.
+std::pair<py::array, std::uint32_t> expand(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
+                                           int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
+  const Layout layout = checked_layout(count, bucket_size, bits);
+  const entropy::Coding checked_coding = coding_of(coding);
+  const std::uint8_t* const coded = contiguous_bytes(body, 1, false, "body");
+  const auto size = static_cast<std::uint64_t>(body.size());
+  if (head > 1 << 20) throw py::value_error("head is too large");
+  if (!entropy::is_plausible(layout, size)) throw py::value_error("payload is damaged: it is too short for its values");
+  // Eight bytes more than the body takes are written to.
+  py::array_t<std::uint8_t> room(static_cast<py::ssize_t>(head + layout.body_size() + 8));
+  std::uint8_t* const out = room.mutable_data();
+  const Checksum checksum = chosen->checksum;
+  const char* wrong = nullptr;
+  std::uint32_t sum = 0;
+  {
+    py::gil_scoped_release release;
+    std::memset(out, 0, head);
+    sum = checksum(coded, size, first_word);
+    wrong = entropy::expand(coded, size, layout, checked_coding, out + head);
+  }
+  if (wrong != nullptr) throw py::value_error(std::string("payload is damaged: ") + wrong);
+  const auto end = static_cast<py::ssize_t>(head + layout.body_size());
+  return {py::array(room[py::slice(0, end, 1)]), sum};
+}
+
 // --- many payloads in one call --------------------------------------------------------------------------
 
 // A row of the table of segments, as codec/message.py makes it.
@@ -535,6 +603,10 @@ PYBIND11_MODULE(_native, module) {
              py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("spacing"), py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+  module.def("compact", &compact, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
+             py::arg("coding"), py::arg("first_word"), py::arg("head"));
+  module.def("expand", &expand, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
+             py::arg("coding"), py::arg("first_word"), py::arg("head"));
   module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
              py::arg("seeds"), py::arg("first_word"), py::arg("checksum_word"), py::arg("message"),

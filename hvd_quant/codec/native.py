@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hvd_quant import wire
-from hvd_quant.codec import _native
+from hvd_quant.codec import _native, entropy
 from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
 from hvd_quant.schemes import Scheme
 
@@ -47,8 +47,11 @@ def encode(values: np.ndarray, scheme: Scheme, seed: int, dtype: str | None = No
         dtype: what the items of ``values`` are, where their own dtype does not say it.
 
     Returns:
-        The payload, uint8 of shape (payload_size,).
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so many
+        where its codes are packed.
     """
+    if scheme.coding != "packed":
+        return entropy.compact(encode(values, entropy.packed(scheme), seed, dtype), scheme, values.size)
     payload = np.empty(wire.payload_size(scheme, values.size), np.uint8)
     checksum = _native.encode(
         values,
@@ -90,6 +93,9 @@ def decode_mean(
     """
     headers = [wire.parse_header(payload[: wire.HEADER_SIZE], payload.size) for payload in payloads]
     header = wire.common_header(headers)
+    is_coded = header.scheme.coding != "packed"
+    if is_coded:
+        payloads = [entropy.expand(*pair) for pair in zip(payloads, headers, strict=True)]
     if out is None:
         out = np.empty(header.count, np.float32)
     elif not out.dtype.isnative:
@@ -107,8 +113,9 @@ def decode_mean(
         dtype=dtype or out.dtype.name,
         threads=threads(),
     )
-    for one, checksum in zip(headers, checksums, strict=True):
-        wire.check_body(one, checksum)
+    if not is_coded:  # else they have been compared already
+        for one, checksum in zip(headers, checksums, strict=True):
+            wire.check_body(one, checksum)
     return out
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from hvd_quant import wire
+from hvd_quant.codec import entropy
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
 from hvd_quant.schemes import Scheme
 
@@ -31,9 +32,14 @@ def encode(values: torch.Tensor, scheme: Scheme, seed: int) -> torch.Tensor:
         seed: of the noise, from torch's generator on that device, 0 to 2^64 - 1.
 
     Returns:
-        The payload, uint8 of shape (payload_size,).
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where its
+        codes are packed. Elias and Huffman codes are made by the CPU: the packed payload is brought there for it,
+        so they wait for the device.
     """
     count = values.numel()
+    if scheme.coding != "packed":
+        payload = encode(values, entropy.packed(scheme), seed).cpu().numpy()
+        return torch.from_numpy(entropy.compact(payload, scheme, count)).to(values.device)
     payload = torch.zeros(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
     if count:
         norms, codes = _quantize(values, scheme, seed)
@@ -59,19 +65,26 @@ def decode_mean(
     headers = []
     for payload in payloads:
         head = payload[: wire.HEADER_SIZE].cpu().numpy().tobytes()
-        header = wire.parse_header(head, payload.numel())
-        wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
-        used = wire.used_size(header.scheme, header.count)
-        if used < payload.numel() and bool(payload[used:].any()):
-            raise ValueError("payload is damaged: its padding is not zero")
-        headers.append(header)
+        headers.append(wire.parse_header(head, payload.numel()))
     header = wire.common_header(headers)
-    total = _dequantize(payloads[0], header)
-    for payload in payloads[1:]:
+    packed = [_packed(payload, header) for payload, header in zip(payloads, headers, strict=True)]
+    total = _dequantize(packed[0], header)
+    for payload in packed[1:]:
         total += _dequantize(payload, header)
     # As the native codec: the weight is rounded to float32 before it multiplies.
     weight = torch.tensor(factor / len(payloads), dtype=torch.float32, device=total.device)
     return total.mul_(weight).to(dtype)
+
+
+def _packed(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
+    """The payload with packed codes, checked; its header is of no meaning."""
+    if header.scheme.coding != "packed":
+        return torch.from_numpy(entropy.expand(payload.cpu().numpy(), header)).to(payload.device)
+    wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
+    used = wire.used_size(header.scheme, header.count)
+    if used < payload.numel() and bool(payload[used:].any()):
+        raise ValueError("payload is damaged: its padding is not zero")
+    return payload
 
 
 def encode_message(
