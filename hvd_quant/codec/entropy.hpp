@@ -1,21 +1,19 @@
 // Entropy coding of the codes of a payload: packed codes <-> an Elias or Huffman bit stream, without loss.
-// docs/wire-format.md, "Coded codes", is its text. Included by native.cpp once.
+// docs/wire-format.md, "Coded codes", is its text. Included by native.cpp once per
+// instruction set, as kernels.hpp is: variable shifts are what it consists of.
 //
 // Packed codes are handled in units, as many codes as fit into 8 bits; eight units fill kUnitBits bytes.
 // Bit streams begin at the least significant bit of their first byte, and so do code words in them.
 
 namespace entropy {
 
-enum class Coding { kPacked, kElias, kHuffman };
 enum Form : std::uint64_t { kStored, kDense, kSparse };
 
-constexpr int kMaxLength = 12;       // of a Huffman code word, and of the index of a decoding table
+constexpr int kMaxLength = 11;       // of a Huffman code word, and of the index of a decoding table
 constexpr int kGapOctaves = 24;      // gaps are below 2^24
 constexpr int kLevelOctaves = 7;     // levels are below 2^7
 constexpr int kTokens = kGapOctaves * kLevelOctaves;
 constexpr int kSymbols = 256;        // of a Huffman code at most
-constexpr std::uint64_t kMaxStreamBits = (std::uint64_t{1} << 48) - 1;
-constexpr std::uint64_t kMaxValuesAByte = 4096;  // of a coded payload: what a decoder allocates for it
 
 // What dense forms write: the values, and zeros up to a multiple of 4, so that the last unit is a whole one.
 constexpr std::uint64_t filled(std::uint64_t count) { return (count + 3) / 4 * 4; }
@@ -44,14 +42,6 @@ inline int octave(std::uint64_t n) {  // floor(log2 n) of n >= 1
   int exponent = 0;
   while (n >>= 1) ++exponent;
   return exponent;
-#endif
-}
-
-inline int trailing_zeros(std::uint64_t word) {  // of a word that is not 0
-#if defined(__GNUC__)
-  return __builtin_ctzll(word);
-#else
-  return octave(word & (~word + 1));
 #endif
 }
 
@@ -172,12 +162,25 @@ inline bool canonical_code(const std::uint8_t* lengths, int symbols, Word* words
 
 // --- the layout of a section of codes -------------------------------------------------------------------
 
-// How codes are written. The first 8 bytes of the section say it.
+// Dense forms of long payloads are cut into lanes, streams of their own, that are decoded side by side: a single
+// one would wait at each table for the length of the last code word.
+constexpr int kLanes = 4;
+constexpr std::uint64_t kLaneUnit = 32;  // values; lanes begin at multiples of it
+
+constexpr int lanes_of(Form form, std::uint64_t count) { return form == kDense && count >= 1 << 14 ? kLanes : 1; }
+
+constexpr std::uint64_t lane_values(std::uint64_t count, int lanes) {
+  const std::uint64_t units = (count + kLaneUnit - 1) / kLaneUnit, n = static_cast<std::uint64_t>(lanes);
+  return (units + n - 1) / n * kLaneUnit;
+}
+
+// How codes are written; the head of the section says it.
 struct Plan {
   Form form = kStored;
   int width = 0;      // of a digit of a Huffman symbol, in dense form
   int digits = 0;     // of such a symbol
-  std::uint64_t stream_bits = 0;
+  int lanes = 1;
+  std::uint64_t stream_bits = 0;  // in all lanes
   std::uint64_t nonzero = 0;                      // in sparse form
   std::array<std::uint8_t, kSymbols> lengths{};  // of the Huffman code
 
@@ -185,11 +188,15 @@ struct Plan {
     if (coding != Coding::kHuffman || form == kStored) return 0;
     return form == kDense ? 1 << width * digits : kTokens;
   }
+  std::uint64_t lanes_offset() const { return form == kSparse ? 16 : 8; }
+  std::uint64_t table_offset() const { return lanes_offset() + (form == kStored ? 0 : 8 * static_cast<std::uint64_t>(lanes)); }
   std::uint64_t stream_offset(Coding coding) const {
-    const auto table = static_cast<std::uint64_t>(symbols(coding) + 1) / 2;
-    return (form == kSparse ? 16 : 8) + table;
+    return table_offset() + static_cast<std::uint64_t>(symbols(coding)) / 2;
   }
-  std::uint64_t size(Coding coding) const { return stream_offset(coding) + (stream_bits + 7) / 8; }
+  // Of the section at most: each lane ends with a whole byte.
+  std::uint64_t max_size(Coding coding) const {
+    return stream_offset(coding) + stream_bits / 8 + static_cast<std::uint64_t>(lanes);
+  }
 };
 
 // --- reading packed codes -------------------------------------------------------------------------------
@@ -244,20 +251,33 @@ void for_nonzero(const Packed& packed, const Use& use) {
   constexpr int kValues = unit_values(kBits) * 8;  // in a word
   constexpr std::uint64_t kMask = (1u << kBits) - 1;
   constexpr std::uint64_t kWhole = ~std::uint64_t{0} >> (64 - kValues * kBits);
+  constexpr std::size_t kBatch = 1024;
+  // They are collected first, each value of a word without a branch: which are zero cannot be predicted.
+  std::uint64_t found[kBatch + 64];  // place and code
+  std::size_t n = 0;
   std::uint64_t first = 1;  // one more than the place of the word's first value
   std::uint64_t last = 0;
+  const auto use_found = [&] {
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::uint64_t place = found[i] >> 8;
+      use(place - last, static_cast<std::uint32_t>(found[i] & 255));
+      last = place;
+    }
+    n = 0;
+  };
   for_words<kBits>(packed, [&](std::uint64_t word, int) {
     word &= kWhole;
-    while (word != 0) {
-      const int i = trailing_zeros(word) / kBits;
-      const auto code = static_cast<std::uint32_t>(word >> i * kBits & kMask);
-      word &= ~(kMask << i * kBits);
-      const std::uint64_t place = first + static_cast<std::uint64_t>(i);
-      use(place - last, code);
-      last = place;
+    if (word != 0) {
+      for (int i = 0; i < kValues; ++i) {
+        const std::uint64_t code = word >> i * kBits & kMask;
+        found[n] = (first + static_cast<std::uint64_t>(i)) << 8 | code;
+        n += code != 0 ? 1 : 0;
+      }
+      if (n >= kBatch) use_found();
     }
     first += kValues;
   });
+  use_found();
 }
 
 constexpr std::uint32_t magnitude_of(std::uint32_t code, int bits) {
@@ -425,6 +445,7 @@ template <int kBits>
 Plan dense_plan(const Packed& packed, const Histogram& histogram, Coding coding, int width, int digits) {
   Plan plan;
   plan.form = kDense;
+  plan.lanes = lanes_of(kDense, packed.count);
   if (coding == Coding::kElias) {
     for (std::uint32_t code = 0; code < 1u << kBits; ++code) {
       const std::uint32_t level = magnitude_of(code, kBits);
@@ -498,7 +519,7 @@ Plan choose_plan(const Packed& packed, Coding coding, std::uint64_t rest) {
   Plan plan;
   if (sparse_bits + 64 < best.bits) {
     plan = sparse_plan<kBits>(packed, histogram, coding);
-    const std::uint64_t size = rest + plan.size(coding);
+    const std::uint64_t size = rest + plan.max_size(coding);
     if (packed.count / kMaxValuesAByte > size) plan.form = kStored;
   }
   const auto packed_bits = static_cast<double>(8 * packed.size);
@@ -506,8 +527,7 @@ Plan choose_plan(const Packed& packed, Coding coding, std::uint64_t rest) {
     plan = dense_plan<kBits>(packed, histogram, coding, best.width, best.digits);
   }
   // Writing ends up to 8 bytes beyond the end, which must not be beyond what the stored form takes.
-  const bool smaller = plan.size(coding) + 8 <= packed.size && plan.stream_bits <= kMaxStreamBits;
-  return smaller ? plan : stored;
+  return plan.max_size(coding) + 8 <= packed.size ? plan : stored;
 }
 
 // --- writing --------------------------------------------------------------------------------------------
@@ -521,6 +541,9 @@ struct Writer {
     bits |= more << length;
     length += n;
   }
+  std::uint64_t written(const std::uint8_t* from) const {  // in bits
+    return static_cast<std::uint64_t>(out - from) * 8 + static_cast<std::uint64_t>(length);
+  }
   void flush() {  // of up to 63 bits; writes 8 bytes
     store64(out, bits);
     out += length >> 3;
@@ -531,7 +554,7 @@ struct Writer {
 
 // All codes of a unit by one table: a word in the low 24 bits, its length in the high 8.
 template <int kBits>
-void write_units(const Packed& packed, const std::array<std::uint32_t, kSymbols>& table, std::uint8_t* out) {
+std::uint64_t write_units(const Packed& packed, const std::array<std::uint32_t, kSymbols>& table, std::uint8_t* out) {
   constexpr int kUnitBits = unit_values(kBits) * kBits;
   constexpr std::uint64_t kMask = (1u << kUnitBits) - 1;
   Writer writer{out};
@@ -552,57 +575,95 @@ void write_units(const Packed& packed, const std::array<std::uint32_t, kSymbols>
     }
   });
   writer.flush();
+  return writer.written(out);
 }
 
+inline std::array<Word, kSymbols> huffman_words(const Plan& plan) {
+  std::array<Word, kSymbols> words{};
+  canonical_code(plan.lengths.data(), plan.symbols(Coding::kHuffman), words.data());
+  return words;
+}
+
+// The writers return how many bits they have written.
+
 template <int kBits>
-void write_dense(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
-  constexpr int kUnitBits = unit_values(kBits) * kBits;
+std::uint64_t write_narrow(const Packed& packed, const Plan& plan, const std::array<Word, kSymbols>& words,
+                           std::uint8_t* out) {
   constexpr std::uint32_t kMask = (1u << kBits) - 1;
-  std::array<Word, kSymbols> words;
+  const std::uint32_t digit_mask = (1u << plan.width) - 1;
+  std::array<bool, kSymbols> has_escape{};
+  for (std::uint32_t symbol = 0; symbol < kSymbols; ++symbol) {
+    for (int i = 0; i < plan.digits; ++i) {
+      has_escape[symbol] |= is_escape(symbol >> i * plan.width & digit_mask, kBits, plan.width);
+    }
+  }
+  Writer writer{out};
+  for_narrow<kBits>(packed, plan.width, plan.digits, [&](std::uint32_t symbol, std::uint64_t codes) {
+    writer.append(words[symbol].bits, words[symbol].length);
+    if (has_escape[symbol]) {
+      for (int i = 0; i < plan.digits; ++i, codes >>= kBits) {
+        if (is_escape(symbol >> i * plan.width & digit_mask, kBits, plan.width)) writer.append(codes & kMask, kBits);
+      }
+    }
+    writer.flush();
+  });
+  writer.flush();
+  return writer.written(out);
+}
+
+// The words of all units, for write_units.
+template <int kBits>
+std::array<std::uint32_t, kSymbols> unit_words(const Plan& plan, Coding coding) {
+  constexpr int kValues = unit_values(kBits);
+  constexpr std::uint32_t kMask = (1u << kBits) - 1;
+  std::array<Word, kSymbols> words{};
   if (coding == Coding::kHuffman) {
-    canonical_code(plan.lengths.data(), plan.symbols(coding), words.data());
+    words = huffman_words(plan);
   } else {
     for (std::uint32_t code = 0; code <= kMask; ++code) {
       words[code] = omega(magnitude_of(code, kBits) + 1);
       if (code != 0) words[code].append(code >> (kBits - 1), 1);
     }
   }
-  if (coding == Coding::kHuffman && plan.width != kBits) {
-    Writer writer{out};
-    std::array<bool, kSymbols> has_escape{};
-    const std::uint32_t digit_mask = (1u << plan.width) - 1;
-    for (std::uint32_t symbol = 0; symbol < kSymbols; ++symbol) {
-      for (int i = 0; i < plan.digits; ++i) {
-        has_escape[symbol] |= is_escape(symbol >> i * plan.width & digit_mask, kBits, plan.width);
-      }
-    }
-    for_narrow<kBits>(packed, plan.width, plan.digits, [&](std::uint32_t symbol, std::uint64_t codes) {
-      writer.append(words[symbol].bits, words[symbol].length);
-      if (has_escape[symbol]) {
-        for (int i = 0; i < plan.digits; ++i, codes >>= kBits) {
-          if (is_escape(symbol >> i * plan.width & digit_mask, kBits, plan.width)) writer.append(codes & kMask, kBits);
-        }
-      }
-      writer.flush();
-    });
-    writer.flush();
-    return;
-  }
   std::array<std::uint32_t, kSymbols> table{};
-  for (std::uint32_t unit = 0; unit < 1u << kUnitBits; ++unit) {
+  for (std::uint32_t unit = 0; unit < 1u << kValues * kBits; ++unit) {
     Word word;
-    if (plan.digits == unit_values(kBits)) {
+    if (plan.digits == kValues) {
       word = words[unit];
     } else {
-      for (int i = 0; i < unit_values(kBits); ++i) word.append(words[unit >> i * kBits & kMask]);
+      for (int i = 0; i < kValues; ++i) word.append(words[unit >> i * kBits & kMask]);
     }
     table[unit] = static_cast<std::uint32_t>(word.bits) | static_cast<std::uint32_t>(word.length) << 24;
   }
-  write_units<kBits>(packed, table, out);
+  return table;
+}
+
+// Writes the lanes one after another, and their bits to `sizes`; returns their bytes.
+template <int kBits>
+std::uint64_t write_dense(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out,
+                          std::uint64_t* sizes) {
+  const bool narrow = coding == Coding::kHuffman && plan.width != kBits;
+  std::array<Word, kSymbols> words;
+  std::array<std::uint32_t, kSymbols> table;
+  if (narrow) {
+    words = huffman_words(plan);
+  } else {
+    table = unit_words<kBits>(plan, coding);
+  }
+  std::uint64_t at = 0;
+  const std::uint64_t step = lane_values(packed.count, plan.lanes);
+  for (int i = 0; i < plan.lanes; ++i) {
+    const std::uint64_t start = static_cast<std::uint64_t>(i) * step;
+    const std::uint64_t n = std::min(step, packed.count - start);
+    const Packed lane{packed.bytes + start / 8 * kBits, n, packed_size(n, kBits)};
+    sizes[i] = narrow ? write_narrow<kBits>(lane, plan, words, out + at) : write_units<kBits>(lane, table, out + at);
+    at += (sizes[i] + 7) / 8;
+  }
+  return at;
 }
 
 template <int kBits>
-void write_sparse(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
+std::uint64_t write_sparse(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
   Writer writer{out};
   if (coding == Coding::kElias) {
     std::array<Word, 1 << kBits> level_words;  // sign and level
@@ -619,8 +680,7 @@ void write_sparse(const Packed& packed, const Plan& plan, Coding coding, std::ui
       writer.flush();
     });
   } else {
-    std::array<Word, kSymbols> words;
-    canonical_code(plan.lengths.data(), kTokens, words.data());
+    const std::array<Word, kSymbols> words = huffman_words(plan);
     for_nonzero<kBits>(packed, [&](std::uint64_t gap, std::uint32_t code) {
       const std::uint32_t level = magnitude_of(code, kBits);
       const int gap_octave = octave(gap), level_octave = octave(level);
@@ -633,48 +693,53 @@ void write_sparse(const Packed& packed, const Plan& plan, Coding coding, std::ui
     });
   }
   writer.flush();
+  return writer.written(out);
 }
 
-// Writes the section of codes: plan.size(coding) bytes, and up to 8 more.
+// Writes the section of codes, and up to 8 bytes more; returns its size.
 template <int kBits>
-void write_codes(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
-  store64(out, plan.form | static_cast<std::uint64_t>(plan.width | plan.digits << 4) << 8 | plan.stream_bits << 16);
+std::uint64_t write_codes(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
+  store64(out, plan.form | static_cast<std::uint64_t>(plan.width | plan.digits << 4) << 8);
   if (plan.form == kStored) {
     std::memcpy(out + 8, packed.bytes, packed.size);
-    return;
+    return 8 + packed.size;
   }
-  if (plan.form == kSparse) store64(out + 8, plan.nonzero);
-  std::uint8_t* const table = out + (plan.form == kSparse ? 16 : 8);
-  const auto symbols = static_cast<std::size_t>(plan.symbols(coding));
-  for (std::size_t i = 0; i < symbols; i += 2) {
+  std::uint8_t* const table = out + plan.table_offset();
+  for (std::size_t i = 0; i < static_cast<std::size_t>(plan.symbols(coding)); i += 2) {
     table[i / 2] = static_cast<std::uint8_t>(plan.lengths[i] | plan.lengths[i + 1] << 4);
   }
-  std::uint8_t* const stream = out + plan.stream_offset(coding);
+  const std::uint64_t stream = plan.stream_offset(coding);
+  std::uint64_t sizes[kLanes];
+  std::uint64_t size;
   if (plan.form == kDense) {
-    write_dense<kBits>(packed, plan, coding, stream);
+    size = write_dense<kBits>(packed, plan, coding, out + stream, sizes);
   } else {
-    write_sparse<kBits>(packed, plan, coding, stream);
+    store64(out + 8, plan.nonzero);
+    sizes[0] = write_sparse<kBits>(packed, plan, coding, out + stream);
+    size = (sizes[0] + 7) / 8;
   }
+  for (int i = 0; i < plan.lanes; ++i) store64(out + plan.lanes_offset() + 8 * i, sizes[i]);
+  return stream + size;
 }
 
 // --- reading --------------------------------------------------------------------------------------------
 
-// What a decoder is given, all of it checked but the stream itself.
-struct Coded {
-  Plan plan;
-  const std::uint8_t* stream;
-  std::uint64_t readable;  // bytes from the stream's beginning to the end of the section, padding included
-};
-
 constexpr const char* kBadStream = "its codes are not a valid bit stream";
 
-// The bits from `at` on, 57 of them at least; zeros after the end of what is readable.
-inline std::uint64_t window(const Coded& coded, std::uint64_t at) {
-  const std::uint64_t byte = at >> 3;
-  const std::uint64_t word = byte + 8 <= coded.readable ? load64(coded.stream + byte)
-                                                        : load_some(coded.stream, byte, coded.readable);
-  return word >> (at & 7);
-}
+// A bit stream that is read. Between its end and that of the section, anything may be read, but not used.
+struct Stream {
+  const std::uint8_t* bytes;
+  std::uint64_t readable;  // to the end of the section
+  std::uint64_t end;       // in bits
+  std::uint64_t at = 0;    // in bits
+
+  bool has_word() const { return (at >> 3) + 8 <= readable; }
+  // The bits from `at` on, 57 of them at least; zeros after the end of what is readable.
+  std::uint64_t next() const {
+    const std::uint64_t word = has_word() ? load64(bytes + (at >> 3)) : load_some(bytes, at >> 3, readable);
+    return word >> (at & 7);
+  }
+};
 
 // An entry of a table that is indexed by the next bits of a stream: how many of them to take, in its low 6 bits,
 // or 0 where the table does not say; then what the reader in question needs.
@@ -704,11 +769,9 @@ struct Fields {
 template <int kBits>
 class DenseReader {
  public:
-  DenseReader(const Coded& coded, Coding coding, std::uint64_t count) : coded_(coded), coding_(coding) {
-    const Plan& plan = coded.plan;
+  DenseReader(const Plan& plan, Coding coding, std::uint64_t count) : plan_(plan), coding_(coding) {
     if (coding == Coding::kHuffman) {
-      std::array<Word, kSymbols> words;
-      canonical_code(plan.lengths.data(), plan.symbols(coding), words.data());
+      const std::array<Word, kSymbols> words = huffman_words(plan);
       const int longest = *std::max_element(plan.lengths.begin(), plan.lengths.end());
       index_bits_ = std::clamp(octave(count + 1) - 5, longest, kMaxLength);
       fill_symbol_table(words.data(), plan.symbols(coding), index_bits_, symbols_);
@@ -731,49 +794,40 @@ class DenseReader {
   DenseReader(const DenseReader&) = delete;
   DenseReader& operator=(const DenseReader&) = delete;
 
-  // Writes the packed codes of `count` values and up to 8 bytes more. Returns what is wrong, or null.
-  const char* read(std::uint64_t count, std::uint8_t* out) const {
-    const std::uint64_t end = coded_.plan.stream_bits;
-    const std::uint64_t out_bits = filled(count) * kBits;
-    const std::uint64_t mask = (std::uint64_t{1} << index_bits_) - 1;
-    Writer writer{out};
-    std::uint64_t at = 0;
-    const auto written = [&] { return static_cast<std::uint64_t>(writer.out - out) * 8 + static_cast<std::uint64_t>(writer.length); };
-    while (written() < out_bits) {
-      if (written() + 4 * kMaxFields <= out_bits && (at >> 3) + 8 <= coded_.readable) {
-        std::uint64_t bits = load64(coded_.stream + (at >> 3)) >> (at & 7);
-        bool known = true;
-        for (int i = 0; i < 4; ++i) {
-          const Entry entry = table_[bits & mask];
-          const auto taken = static_cast<int>(entry & 63);
-          if (taken == 0) {
-            known = false;
-            break;
-          }
-          bits >>= taken;
-          at += static_cast<std::uint64_t>(taken);
-          writer.append(entry >> 12, static_cast<int>(entry >> 6 & 63));
-          writer.flush();
-        }
-        if (known) continue;
-      }
-      std::uint64_t bits = window(coded_, at);
-      int taken = 0;
-      const Fields fields = one(bits, &taken);
-      if (taken == 0 || fields.length == 0) return kBadStream;
-      at += static_cast<std::uint64_t>(taken);
-      // A symbol may be of more values than are left, or the stream at its end.
-      if (at > end || written() + static_cast<std::uint64_t>(fields.length) > out_bits) return kBadStream;
-      writer.append(fields.bits, fields.length);
-      writer.flush();
+  // Writes the packed codes of `count` values and up to kSlack bytes more. Returns what is wrong, or null.
+  const char* read(const Stream* streams, std::uint64_t count, std::uint8_t* out) const {
+    const std::uint64_t step = lane_values(count, plan_.lanes);
+    std::array<Lane, kLanes> lanes;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(plan_.lanes); ++i) {
+      const std::uint64_t start = i * step, n = std::min(step, count - start);
+      std::uint8_t* const begin = out + start / 8 * kBits;
+      lanes[i] = {streams[i], {begin}, begin, n, filled(n) * kBits};
     }
-    writer.flush();
-    if (writer.length > 0) *writer.out = static_cast<std::uint8_t>(writer.bits);
-    if (at != end) return kBadStream;
-    // The values that fill up must be zero.
-    const std::uint64_t used = count * kBits;
-    for (std::uint64_t i = used; i < out_bits; ++i) {
-      if ((out[i >> 3] >> (i & 7) & 1) != 0) return kBadStream;
+    if (plan_.lanes == kLanes) {
+      while (lanes[0].goes_on() && lanes[1].goes_on() && lanes[2].goes_on() && lanes[3].goes_on()) {
+        for (Lane& lane : lanes) {
+          if (!read_four(lane) && !read_one(lane)) return kBadStream;
+        }
+      }
+    }
+    for (std::size_t i = 0; i < static_cast<std::size_t>(plan_.lanes); ++i) {
+      Lane& lane = lanes[i];
+      // The last store of a lane may reach into the next one, which has been written already.
+      std::uint8_t* const next = lane.begin + packed_size(lane.count, kBits);
+      const bool is_last = i + 1 == static_cast<std::size_t>(plan_.lanes);
+      const std::uint64_t kept = is_last ? 0 : load64(next);
+      while (lane.writer.written(lane.begin) < lane.out_bits) {
+        if (lane.goes_on() && read_four(lane)) continue;
+        if (!read_one(lane)) return kBadStream;
+      }
+      lane.writer.flush();
+      if (lane.writer.length > 0) *lane.writer.out = static_cast<std::uint8_t>(lane.writer.bits);
+      if (lane.stream.at != lane.stream.end) return kBadStream;
+      // The values that fill up must be zero.
+      for (std::uint64_t bit = lane.count * kBits; bit < lane.out_bits; ++bit) {
+        if ((lane.begin[bit >> 3] >> (bit & 7) & 1) != 0) return kBadStream;
+      }
+      if (!is_last) store64(next, kept);
     }
     return nullptr;
   }
@@ -781,21 +835,64 @@ class DenseReader {
  private:
   static constexpr int kMaxFields = 48;  // bits of codes in an entry
 
-  Coded coded_;
+  struct Lane {
+    Stream stream;
+    Writer writer;
+    std::uint8_t* begin;  // of what is written
+    std::uint64_t count;
+    std::uint64_t out_bits;  // with the values that fill up
+
+    // Whether there is enough of everything for read_four.
+    bool goes_on() const { return writer.written(begin) + 4 * kMaxFields + 64 <= out_bits && stream.has_word(); }
+  };
+
+  Plan plan_;
   Coding coding_;
   int index_bits_ = kMaxLength;
   const Entry* table_;
   Table own_table_;
   SymbolTable symbols_;
 
+  // Four entries of the table; false where one does not say, the ones before it being read.
+  bool read_four(Lane& lane) const {
+    const std::uint64_t mask = (std::uint64_t{1} << index_bits_) - 1;
+    const Entry* const table = table_;
+    std::uint64_t bits = lane.stream.next(), taken = 0;
+    Writer writer = lane.writer;  // in registers
+    bool known = true;
+    for (int i = 0; i < 4; ++i) {
+      const Entry entry = table[bits & mask];
+      bits >>= entry & 63;
+      taken += entry & 63;
+      writer.append(entry >> 12, static_cast<int>(entry >> 6 & 63));
+      writer.flush();
+      known = (entry & 63) != 0;
+      if (!known) break;
+    }
+    lane.stream.at += taken;
+    lane.writer = writer;
+    return known;
+  }
+
+  // One symbol; false where there is none.
+  bool read_one(Lane& lane) const {
+    int taken = 0;
+    const Fields fields = one(lane.stream.next(), &taken);
+    lane.stream.at += static_cast<std::uint64_t>(taken);
+    if (fields.length == 0 || lane.stream.at > lane.stream.end) return false;
+    if (lane.writer.written(lane.begin) + static_cast<std::uint64_t>(fields.length) > lane.out_bits) return false;
+    lane.writer.append(fields.bits, fields.length);
+    lane.writer.flush();
+    return true;
+  }
+
   // The codes of a Huffman symbol; of none, where an escape is in it.
   Fields fields_of(int symbol) const {
-    const Plan& plan = coded_.plan;
     Fields fields;
-    for (int i = 0; i < plan.digits; ++i) {
-      const auto digit = static_cast<std::uint32_t>(symbol) >> i * plan.width & ((1u << plan.width) - 1);
-      if (is_escape(digit, kBits, plan.width)) return {};
-      const std::uint32_t sign = 1u << (plan.width - 1);
+    for (int i = 0; i < plan_.digits; ++i) {
+      const auto digit = static_cast<std::uint32_t>(symbol) >> i * plan_.width & ((1u << plan_.width) - 1);
+      if (is_escape(digit, kBits, plan_.width)) return {};
+      const std::uint32_t sign = 1u << (plan_.width - 1);
       fields.bits |= std::uint64_t{((digit ^ sign) - sign) & ((1u << kBits) - 1)} << i * kBits;
       fields.length += kBits;
     }
@@ -813,16 +910,15 @@ class DenseReader {
   // The codes of the next symbol.
   Fields one(std::uint64_t bits, int* taken) const {
     if (coding_ == Coding::kElias) return elias(bits, taken);
-    const Plan& plan = coded_.plan;
     const std::uint16_t entry = symbols_[bits & ((std::uint64_t{1} << index_bits_) - 1)];
     *taken = entry & 15;
     bits >>= *taken;
     Fields fields;
-    for (int i = 0; i < plan.digits; ++i) {
-      const std::uint32_t digit = static_cast<std::uint32_t>(entry >> 4) >> i * plan.width & ((1u << plan.width) - 1);
-      const std::uint32_t sign = 1u << (plan.width - 1);
+    for (int i = 0; i < plan_.digits; ++i) {
+      const std::uint32_t digit = static_cast<std::uint32_t>(entry >> 4) >> i * plan_.width & ((1u << plan_.width) - 1);
+      const std::uint32_t sign = 1u << (plan_.width - 1);
       std::uint32_t code = (digit ^ sign) - sign;
-      if (is_escape(digit, kBits, plan.width)) {
+      if (is_escape(digit, kBits, plan_.width)) {
         code = static_cast<std::uint32_t>(bits);
         bits >>= kBits;
         *taken += kBits;
@@ -855,11 +951,10 @@ class DenseReader {
 template <int kBits>
 class SparseReader {
  public:
-  SparseReader(const Coded& coded, Coding coding, std::uint64_t count) : coded_(coded), coding_(coding) {
+  SparseReader(const Plan& plan, Coding coding, std::uint64_t count) : coding_(coding) {
     if (coding == Coding::kHuffman) {
-      std::array<Word, kSymbols> words;
-      canonical_code(coded.plan.lengths.data(), kTokens, words.data());
-      const int longest = *std::max_element(coded.plan.lengths.begin(), coded.plan.lengths.end());
+      const std::array<Word, kSymbols> words = huffman_words(plan);
+      const int longest = *std::max_element(plan.lengths.begin(), plan.lengths.end());
       index_bits_ = std::clamp(octave(count + 1) - 5, longest, kMaxLength);
       fill_symbol_table(words.data(), kTokens, index_bits_, symbols_);
       fill_table(index_bits_, own_table_, [this](std::uint64_t bits) { return huffman(bits); });
@@ -877,27 +972,27 @@ class SparseReader {
   SparseReader& operator=(const SparseReader&) = delete;
 
   // Writes the packed codes of `count` values. Returns what is wrong, or null.
-  const char* read(std::uint64_t count, std::uint8_t* out) const {
+  const char* read(Stream stream, std::uint64_t nonzero, std::uint64_t count, std::uint8_t* out) const {
     std::memset(out, 0, packed_size(count, kBits));
     const std::uint64_t mask = (std::uint64_t{1} << index_bits_) - 1;
-    std::uint64_t at = 0, next = 0;
-    for (std::uint64_t left = coded_.plan.nonzero; left > 0; --left) {
-      const std::uint64_t bits = window(coded_, at);
+    std::uint64_t next = 0;
+    for (std::uint64_t left = nonzero; left > 0; --left) {
+      const std::uint64_t bits = stream.next();
       const Entry entry = table_[bits & mask];
       Token token{static_cast<int>(entry & 63), static_cast<std::uint32_t>(entry >> 6 & 255),
                   static_cast<std::uint32_t>(entry >> 16)};
       if (token.taken == 0) token = one(bits);
       if (token.gap == 0 || token.gap > count - next) return kBadStream;
-      at += static_cast<std::uint64_t>(token.taken);
+      stream.at += static_cast<std::uint64_t>(token.taken);
       next += token.gap;
       const std::uint64_t place = (next - 1) * kBits;
       const std::uint32_t field = token.code << (place & 7);
       std::uint8_t* const byte = out + (place >> 3);
       byte[0] = static_cast<std::uint8_t>(byte[0] | field);
       if (field >> 8 != 0) byte[1] = static_cast<std::uint8_t>(field >> 8);
-      if (at > coded_.plan.stream_bits) return kBadStream;
+      if (stream.at > stream.end) return kBadStream;
     }
-    return at == coded_.plan.stream_bits ? nullptr : kBadStream;
+    return stream.at == stream.end ? nullptr : kBadStream;
   }
 
  private:
@@ -907,7 +1002,6 @@ class SparseReader {
     std::uint32_t gap = 0;  // 0 where it is none
   };
 
-  Coded coded_;
   Coding coding_;
   int index_bits_ = kMaxLength;
   const Entry* table_;
@@ -958,42 +1052,46 @@ class SparseReader {
 };
 
 // Reads a section of codes of `size` bytes, padding included, into packed codes: packed_size(count, kBits)
-// bytes and up to 8 more. Returns what is wrong, or null.
+// bytes and up to kSlack more. Returns what is wrong, or null.
 template <int kBits>
 const char* read_codes(const std::uint8_t* section, std::uint64_t size, std::uint64_t count, Coding coding,
                        std::uint8_t* out, std::uint64_t* used) {
-  if (size < 8) return "it ends before its codes";
+  constexpr const char* kShort = "it ends before its codes";
+  if (size < 8) return kShort;
   const std::uint64_t head = load64(section);
-  Coded coded{};
-  Plan& plan = coded.plan;
   const auto shape = static_cast<int>(head >> 8 & 255);
   if ((head & 255) > kSparse) return "its codes have an unknown form";
+  Plan plan;
   plan.form = static_cast<Form>(head & 255);
   plan.width = shape & 15;
   plan.digits = shape >> 4;
-  plan.stream_bits = head >> 16;
-  const bool digital = plan.form == kDense && coding == Coding::kHuffman;
-  const bool shaped = digital ? plan.width >= 2 && plan.width <= kBits && plan.digits >= 1 && plan.digits <= 4 &&
-                                    plan.digits != 3 && plan.width * plan.digits <= 8
-                              : shape == 0;
-  if (!shaped || (plan.form == kStored && plan.stream_bits != 0)) return "the head of its codes holds undefined values";
+  plan.lanes = lanes_of(plan.form, count);
+  const bool has_shape = plan.form == kDense && coding == Coding::kHuffman;
+  const bool valid = has_shape ? plan.width >= 2 && plan.width <= kBits && plan.digits >= 1 && plan.digits <= 4 &&
+                                     plan.digits != 3 && plan.width * plan.digits <= 8
+                               : shape == 0;
+  if (!valid || head >> 16 != 0) return "the head of its codes holds undefined values";
   if (plan.form == kStored) {
     const std::uint64_t packed = packed_size(count, kBits);
-    *used = 8 + packed;
-    if (size - 8 < packed) return "it ends before its codes";
+    if (size - 8 < packed) return kShort;
     std::memcpy(out, section + 8, packed);
+    *used = 8 + packed;
     return nullptr;
   }
-  *used = plan.size(coding);
-  if (size < *used) return "it ends before its codes";
-  if (plan.form == kSparse) {
-    plan.nonzero = load64(section + 8);
-    if (plan.nonzero > count || plan.nonzero > plan.stream_bits) return kBadStream;
-  } else if (filled(count) / 4 > plan.stream_bits) {
-    return kBadStream;
+  const std::uint64_t offset = plan.stream_offset(coding);
+  if (size < offset) return kShort;
+  Stream streams[kLanes];
+  std::uint64_t at = offset;
+  for (int i = 0; i < plan.lanes; ++i) {
+    const std::uint64_t bits = load64(section + plan.lanes_offset() + 8 * i);
+    if (bits > 8 * (size - at)) return kShort;
+    streams[i] = {section + at, size - at, bits};
+    if (bits % 8 != 0 && section[at + bits / 8] >> bits % 8 != 0) return "its padding is not zero";
+    at += (bits + 7) / 8;
   }
+  *used = at;
   if (coding == Coding::kHuffman) {
-    const std::uint8_t* const table = section + (plan.form == kSparse ? 16 : 8);
+    const std::uint8_t* const table = section + plan.table_offset();
     const auto symbols = static_cast<std::size_t>(plan.symbols(coding));
     for (std::size_t i = 0; i < symbols; ++i) plan.lengths[i] = table[i / 2] >> i % 2 * 4 & 15;
     std::array<Word, kSymbols> words;
@@ -1001,26 +1099,13 @@ const char* read_codes(const std::uint8_t* section, std::uint64_t size, std::uin
       return "its code lengths are no complete prefix code";
     }
   }
-  const std::uint64_t stream_offset = plan.stream_offset(coding);
-  coded.stream = section + stream_offset;
-  coded.readable = size - stream_offset;
-  const std::uint64_t last = plan.stream_bits >> 3;
-  if (plan.stream_bits % 8 != 0 && coded.stream[last] >> plan.stream_bits % 8 != 0) {
-    return "its padding is not zero";
-  }
-  if (plan.form == kSparse) return SparseReader<kBits>(coded, coding, count).read(count, out);
-  return DenseReader<kBits>(coded, coding, count).read(count, out);
+  if (plan.form == kDense) return DenseReader<kBits>(plan, coding, count).read(streams, count, out);
+  plan.nonzero = load64(section + 8);
+  if (plan.nonzero > count) return kBadStream;
+  return SparseReader<kBits>(plan, coding, count).read(streams[0], plan.nonzero, count, out);
 }
 
 // --- payloads' bodies -----------------------------------------------------------------------------------
-
-// Norms, and codes in either coding, padding included.
-inline std::uint64_t padded(std::uint64_t size) { return (size + 7) / 8 * 8; }
-
-// The most that the coded body of such a payload takes: the stored form.
-inline std::uint64_t max_body_size(const Layout& layout) {
-  return padded(layout.codes_offset() + 8 + packed_size(layout.count, layout.bits));
-}
 
 // Calls use(std::integral_constant<int, bits>).
 template <class Use>
@@ -1042,20 +1127,14 @@ inline std::uint64_t compact(const std::uint8_t* body, const Layout& layout, Cod
   const Packed packed{body + norms, layout.count, packed_size(layout.count, layout.bits)};
   std::memcpy(out, body, norms);
   const std::uint64_t used = norms + with_bits(layout.bits, [&](auto bits) {
-    const Plan plan = choose_plan<bits>(packed, coding, norms);
-    write_codes<bits>(packed, plan, coding, out + norms);
-    return plan.form == kStored ? 8 + packed.size : plan.size(coding);
+    return write_codes<bits>(packed, choose_plan<bits>(packed, coding, norms), coding, out + norms);
   });
   std::memset(out + used, 0, padded(used) - used);
   return padded(used);
 }
 
-// Whether a body of `size` bytes may stand for so many values: what a decoder checks before it makes room.
-inline bool is_plausible(const Layout& layout, std::uint64_t size) {
-  return layout.count / kMaxValuesAByte <= size && layout.codes_offset() + 8 <= size;
-}
-
-// Writes the packed body of a coded one of `size` bytes that is_plausible: layout.body_size() bytes and up to 8 more.
+// Writes the packed body of a coded one of `size` bytes that is_plausible: layout.body_size() bytes, and up to kSlack
+// more.
 // Returns what is wrong, or null.
 inline const char* expand(const std::uint8_t* body, std::uint64_t size, const Layout& layout, Coding coding,
                           std::uint8_t* out) {

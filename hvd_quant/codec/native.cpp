@@ -71,6 +71,21 @@ struct Layout {
   std::uint64_t body_size() const { return (used_size() + 7) / 8 * 8; }
 };
 
+enum class Coding { kPacked, kElias, kHuffman };  // of the codes; what is not packed is entropy.hpp's
+
+constexpr std::uint64_t kMaxValuesAByte = 4096;  // of a coded payload: what a decoder makes room for
+constexpr std::uint64_t kSlack = 16;  // bytes that entropy decoding may write to beyond a packed body
+
+constexpr std::uint64_t padded(std::uint64_t size) { return (size + 7) / 8 * 8; }
+
+// The most that the coded body of such a payload takes: the packed codes and a head.
+inline std::uint64_t max_coded_size(const Layout& layout) { return padded(layout.used_size() + 8); }
+
+// Whether a coded body of `size` bytes may stand for so many values: to be asked before room is made for them.
+inline bool is_plausible(const Layout& layout, std::uint64_t size) {
+  return layout.count / kMaxValuesAByte <= size && layout.codes_offset() + 8 <= size;
+}
+
 struct Encoding {
   const void* values;
   Layout layout;
@@ -107,6 +122,7 @@ constexpr std::array<std::uint32_t, kChunk / 2> kWeyl = [] {
 
 namespace portable {
 #include "kernels.hpp"
+#include "entropy.hpp"
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -115,6 +131,7 @@ namespace portable {
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c")
 namespace avx2 {
 #include "kernels.hpp"
+#include "entropy.hpp"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -128,6 +145,7 @@ namespace avx512 {
 #pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,fma,f16c"))), apply_to = function)
 namespace avx2 {
 #include "kernels.hpp"
+#include "entropy.hpp"
 }
 #pragma clang attribute pop
 #pragma clang attribute push( \
@@ -139,13 +157,13 @@ namespace avx512 {
 #pragma clang attribute pop
 #endif
 
-#include "entropy.hpp"
-
 // --- choice of dtype, bits and instruction set ----------------------------------------------------------
 
 using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint64_t);
 using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std::uint32_t*);
 using Checksum = std::uint32_t (*)(const std::uint8_t*, std::uint64_t, std::uint64_t);
+using Compact = std::uint64_t (*)(const std::uint8_t*, const Layout&, Coding, std::uint8_t*);
+using Expand = const char* (*)(const std::uint8_t*, std::uint64_t, const Layout&, Coding, std::uint8_t*);
 
 constexpr int kBitWidths = kMaxBits - kMinBits + 1;
 const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -157,6 +175,8 @@ struct Kernels {
   EncodeRange encode[kDtypes.size()][kBitWidths];
   DecodeRange decode[kDtypes.size()][kBitWidths];
   Checksum checksum;
+  Compact compact;
+  Expand expand;
 };
 
 #define HVD_QUANT_ROW(isa, fn, T) \
@@ -166,20 +186,26 @@ struct Kernels {
     HVD_QUANT_ROW(isa, fn, float), HVD_QUANT_ROW(isa, fn, double),     \
         HVD_QUANT_ROW(isa, fn, Float16), HVD_QUANT_ROW(isa, fn, BFloat16) \
   }
-#define HVD_QUANT_KERNELS(isa, supported) \
-  { #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range), isa::checksum }
+// Entropy coding, which is not vectorised, takes its instruction set apart.
+#define HVD_QUANT_KERNELS(isa, supported, scalar_isa)                                                       \
+  {                                                                                                        \
+    #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range), isa::checksum, \
+        scalar_isa::entropy::compact, scalar_isa::entropy::expand                                          \
+  }
 
 // Best last.
 const std::vector<Kernels>& all_kernels() {
   static const std::vector<Kernels> kernels = {
-      HVD_QUANT_KERNELS(portable, true),
+      HVD_QUANT_KERNELS(portable, true, portable),
 #ifdef HVD_QUANT_X86
       HVD_QUANT_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-                                  __builtin_cpu_supports("fma")),
+                                  __builtin_cpu_supports("fma"),
+                        avx2),
       HVD_QUANT_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                     __builtin_cpu_supports("avx512dq") &&
                                     __builtin_cpu_supports("avx512vl") &&
-                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2")),
+                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"),
+                        avx2),
 #endif
   };
   return kernels;
@@ -359,33 +385,33 @@ std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std:
 
 // --- coded payloads -------------------------------------------------------------------------------------
 
-entropy::Coding coding_of(std::int64_t number) {
-  if (number == 1) return entropy::Coding::kElias;
-  if (number == 2) return entropy::Coding::kHuffman;
+Coding coding_of(std::int64_t number) {
+  if (number == 1) return Coding::kElias;
+  if (number == 2) return Coding::kHuffman;
   throw py::value_error("coding must be 1 (elias) or 2 (huffman)");
 }
 
 std::unique_ptr<std::uint8_t[]> scratch(std::uint64_t size) {  // uninitialised
-  return std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size + 8]);
+  return std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size + kSlack]);
 }
 
 // The coded body of a packed one, after `head` bytes that are left to the caller; and its checksum.
 std::pair<py::array, std::uint32_t> compact(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
                                             int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
   const Layout layout = checked_layout(count, bucket_size, bits);
-  const entropy::Coding checked_coding = coding_of(coding);
+  const Coding checked_coding = coding_of(coding);
   const std::uint8_t* const packed = contiguous_bytes(body, 1, false, "body");
   if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) throw py::value_error("body has the wrong size");
   if (head > 1 << 20) throw py::value_error("head is too large");
-  const Checksum checksum = chosen->checksum;
+  const Kernels& kernels = *chosen;
   std::unique_ptr<std::uint8_t[]> room;
   std::uint64_t size = 0;
   std::uint32_t sum = 0;
   {
     py::gil_scoped_release release;
-    room = scratch(entropy::max_body_size(layout));
-    size = entropy::compact(packed, layout, checked_coding, room.get());
-    sum = checksum(room.get(), size, first_word);
+    room = scratch(max_coded_size(layout));
+    size = kernels.compact(packed, layout, checked_coding, room.get());
+    sum = kernels.checksum(room.get(), size, first_word);
   }
   py::array_t<std::uint8_t> payload(static_cast<py::ssize_t>(head + size));
   std::memset(payload.mutable_data(), 0, head);
@@ -397,22 +423,21 @@ std::pair<py::array, std::uint32_t> compact(const py::array& body, std::uint64_t
 std::pair<py::array, std::uint32_t> expand(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
                                            int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
   const Layout layout = checked_layout(count, bucket_size, bits);
-  const entropy::Coding checked_coding = coding_of(coding);
+  const Coding checked_coding = coding_of(coding);
   const std::uint8_t* const coded = contiguous_bytes(body, 1, false, "body");
   const auto size = static_cast<std::uint64_t>(body.size());
   if (head > 1 << 20) throw py::value_error("head is too large");
-  if (!entropy::is_plausible(layout, size)) throw py::value_error("payload is damaged: it is too short for its values");
-  // Eight bytes more than the body takes are written to.
-  py::array_t<std::uint8_t> room(static_cast<py::ssize_t>(head + layout.body_size() + 8));
+  if (!is_plausible(layout, size)) throw py::value_error("payload is damaged: it is too short for its values");
+  py::array_t<std::uint8_t> room(static_cast<py::ssize_t>(head + layout.body_size() + kSlack));
   std::uint8_t* const out = room.mutable_data();
-  const Checksum checksum = chosen->checksum;
+  const Kernels& kernels = *chosen;
   const char* wrong = nullptr;
   std::uint32_t sum = 0;
   {
     py::gil_scoped_release release;
     std::memset(out, 0, head);
-    sum = checksum(coded, size, first_word);
-    wrong = entropy::expand(coded, size, layout, checked_coding, out + head);
+    sum = kernels.checksum(coded, size, first_word);
+    wrong = kernels.expand(coded, size, layout, checked_coding, out + head);
   }
   if (wrong != nullptr) throw py::value_error(std::string("payload is damaged: ") + wrong);
   const auto end = static_cast<py::ssize_t>(head + layout.body_size());
