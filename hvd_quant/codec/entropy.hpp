@@ -1133,11 +1133,11 @@ inline std::uint64_t compact(const std::uint8_t* body, const Layout& layout, Cod
   return padded(used);
 }
 
-// Writes the packed body of a coded one of `size` bytes that is_plausible: layout.body_size() bytes, and up to kSlack
-// more.
+// Writes the packed body of the coded one that `size` bytes, which are plausible, begin with: layout.body_size()
+// bytes, and up to kSlack more. *taken is the coded one's size.
 // Returns what is wrong, or null.
 inline const char* expand(const std::uint8_t* body, std::uint64_t size, const Layout& layout, Coding coding,
-                          std::uint8_t* out) {
+                          std::uint8_t* out, std::uint64_t* taken) {
   const std::uint64_t norms = layout.codes_offset();
   std::memcpy(out, body, norms);
   std::uint64_t used = 0;
@@ -1145,8 +1145,9 @@ inline const char* expand(const std::uint8_t* body, std::uint64_t size, const La
     return read_codes<bits>(body + norms, size - norms, layout.count, coding, out + norms, &used);
   });
   if (wrong != nullptr) return wrong;
-  if (padded(norms + used) != size) return "it has bytes left over";
-  for (std::uint64_t i = norms + used; i < size; ++i) {
+  *taken = padded(norms + used);
+  if (*taken > size) return "it ends before its codes";
+  for (std::uint64_t i = norms + used; i < *taken; ++i) {
     if (body[i] != 0) return "its padding is not zero";
   }
   std::memset(out + layout.used_size(), 0, layout.body_size() - layout.used_size());

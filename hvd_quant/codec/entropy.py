@@ -56,8 +56,23 @@ def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
     Raises:
         ValueError: the payload is damaged.
     """
-    expanded, checksum = _native.expand(
-        payload[wire.HEADER_SIZE :],
+    expanded, size = expand_first(payload, header)
+    if size != payload.size:
+        raise ValueError(f"payload is damaged: it has {payload.size} bytes, but its codes end after {size}")
+    return expanded
+
+
+def expand_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
+    """As `expand`, for a payload that others may follow.
+
+    Returns:
+        The packed payload, and the bytes that the coded one takes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    expanded, checksum, size = _native.expand(
+        payloads[wire.HEADER_SIZE :],
         count=header.count,
         bucket_size=header.scheme.bucket_size,
         bits=header.scheme.bits,
@@ -66,4 +81,4 @@ def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
         head=wire.HEADER_SIZE,
     )
     wire.check_body(header, checksum)
-    return expanded
+    return expanded, wire.HEADER_SIZE + size

@@ -19,6 +19,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -163,7 +164,7 @@ using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint6
 using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std::uint32_t*);
 using Checksum = std::uint32_t (*)(const std::uint8_t*, std::uint64_t, std::uint64_t);
 using Compact = std::uint64_t (*)(const std::uint8_t*, const Layout&, Coding, std::uint8_t*);
-using Expand = const char* (*)(const std::uint8_t*, std::uint64_t, const Layout&, Coding, std::uint8_t*);
+using Expand = const char* (*)(const std::uint8_t*, std::uint64_t, const Layout&, Coding, std::uint8_t*, std::uint64_t*);
 
 constexpr int kBitWidths = kMaxBits - kMinBits + 1;
 const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -419,8 +420,9 @@ std::pair<py::array, std::uint32_t> compact(const py::array& body, std::uint64_t
   return {payload, sum};
 }
 
-// The packed body of a coded one, after `head` bytes that are left to the caller; and the coded one's checksum.
-std::pair<py::array, std::uint32_t> expand(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
+// The packed body of the coded one that `body` begins with, after `head` bytes that are left to the caller; the
+// coded one's checksum and its size.
+std::tuple<py::array, std::uint32_t, std::uint64_t> expand(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
                                            int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
   const Layout layout = checked_layout(count, bucket_size, bits);
   const Coding checked_coding = coding_of(coding);
@@ -433,15 +435,16 @@ std::pair<py::array, std::uint32_t> expand(const py::array& body, std::uint64_t 
   const Kernels& kernels = *chosen;
   const char* wrong = nullptr;
   std::uint32_t sum = 0;
+  std::uint64_t taken = 0;
   {
     py::gil_scoped_release release;
     std::memset(out, 0, head);
-    sum = kernels.checksum(coded, size, first_word);
-    wrong = kernels.expand(coded, size, layout, checked_coding, out + head);
+    wrong = kernels.expand(coded, size, layout, checked_coding, out + head, &taken);
+    if (wrong == nullptr) sum = kernels.checksum(coded, taken, first_word);
   }
   if (wrong != nullptr) throw py::value_error(std::string("payload is damaged: ") + wrong);
   const auto end = static_cast<py::ssize_t>(head + layout.body_size());
-  return {py::array(room[py::slice(0, end, 1)]), sum};
+  return {py::array(room[py::slice(0, end, 1)]), sum, taken};
 }
 
 // --- many payloads in one call --------------------------------------------------------------------------
@@ -456,7 +459,8 @@ struct Segment {
   std::int64_t norm;     // 0 max, 1 l2
   std::int64_t spacing;  // 0 uniform, 1 exponential
   std::int64_t bucket_size;
-  std::int64_t offset;  // of its payload in the message
+  std::int64_t offset;  // of its payload in the message; at most, where sizes vary
+  std::int64_t coding;  // 0 packed, 1 elias, 2 huffman
 };
 constexpr py::ssize_t kColumns = sizeof(Segment) / sizeof(std::int64_t);
 constexpr std::uint64_t kHeaderSize = 32;
@@ -472,6 +476,7 @@ struct CheckedTable {
   std::vector<Layout> layouts;
   std::vector<std::uint8_t*> values;  // a segment's first value
   const std::uint8_t* headers;
+  bool varies = false;  // some payload's size depends on its values: then payloads follow each other without a gap
 
   CheckedTable(const Table& table, const Headers& headers_array, const std::vector<py::array>& arrays,
                bool writable, std::uint64_t message_size, std::uint64_t checksum_word)
@@ -484,13 +489,14 @@ struct CheckedTable {
     }
     if (checksum_word >= kHeaderSize / kWordSize) throw py::value_error("checksum_word is outside the header");
     segments.resize(rows);
+    std::uint64_t end = 0;  // of the payload before
     for (std::size_t i = 0; i < rows; ++i) {
       std::memcpy(&segments[i], table.data(static_cast<py::ssize_t>(i), 0), sizeof(Segment));
       const Segment& segment = segments[i];
       if (segment.tensor < 0 || static_cast<std::size_t>(segment.tensor) >= arrays.size() || segment.dtype < 0 ||
           static_cast<std::size_t>(segment.dtype) >= kDtypes.size() || segment.start < 0 || segment.count < 0 ||
           segment.bits < kMinBits || segment.bits > kMaxBits || segment.norm < 0 || segment.norm > 1 ||
-          segment.spacing < 0 || segment.spacing > 1 || segment.bucket_size < 1 || segment.offset < 0) {
+          segment.spacing < 0 || segment.spacing > 1 || segment.coding < 0 || segment.coding > 2 || segment.bucket_size < 1 || segment.offset < 0) {
         throw py::value_error("table row " + std::to_string(i) + " is out of range");
       }
       const py::array& array = arrays[static_cast<std::size_t>(segment.tensor)];
@@ -502,15 +508,38 @@ struct CheckedTable {
       layouts.push_back(checked_layout(static_cast<std::uint64_t>(segment.count),
                                        static_cast<std::uint64_t>(segment.bucket_size),
                                        static_cast<int>(segment.bits)));
-      const std::uint64_t size = kHeaderSize + layouts[i].body_size();
+      const std::uint64_t size =
+          kHeaderSize + (segment.coding == 0 ? layouts[i].body_size() : max_coded_size(layouts[i]));
+      varies = varies || segment.coding != 0;
       const auto offset = static_cast<std::uint64_t>(segment.offset);
       if (offset > message_size || size > message_size - offset) {
         throw py::value_error("table row " + std::to_string(i) + " reaches beyond the message");
       }
       values.push_back(base + static_cast<std::size_t>(segment.start) * item_size);
+      // So that each payload ends before the next one's offset.
+      if (offset < end && varies) throw py::value_error("table row " + std::to_string(i) + " overlaps the one before");
+      end = offset + size;
     }
   }
+
+  // The packed body of any segment that is coded, and its slack.
+  std::uint64_t scratch_size() const {
+    std::uint64_t size = 0;
+    for (std::size_t i = 0; i < segments.size(); ++i) {
+      if (segments[i].coding != 0) size = std::max(size, padded(layouts[i].body_size() + kSlack));
+    }
+    return size;
+  }
 };
+
+// Whether a table of the right shape has a segment that is coded.
+bool has_coded(const Table& table) {
+  if (table.ndim() != 2 || table.shape(1) != kColumns) return false;
+  for (py::ssize_t i = 0; i < table.shape(0); ++i) {
+    if (*table.data(i, kColumns - 1) != 0) return true;
+  }
+  return false;
+}
 
 Spacing spacing_of(const Segment& segment) {
   return segment.spacing == 0 ? Spacing::kUniform : Spacing::kExponential;
@@ -538,7 +567,8 @@ Seeds step_seeds(const Seeds& base, const py::array_t<std::int64_t, py::array::c
   return mixed;
 }
 
-void encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
+// Returns where the last payload ends.
+std::uint64_t encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
                      const Seeds& seeds, std::uint64_t first_word, std::uint64_t checksum_word,
                      const py::array& message, std::int64_t threads) {
   std::uint8_t* const out = contiguous_bytes(message, 1, true, "message");
@@ -550,16 +580,27 @@ void encode_segments(const std::vector<py::array>& arrays, const Table& table, c
   const std::uint64_t* const seed = seeds.data();
   const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
+  const std::unique_ptr<std::uint8_t[]> packed = scratch(checked.scratch_size());
+  std::uint64_t end = checked.segments.empty() ? 0 : static_cast<std::uint64_t>(checked.segments[0].offset);
   for (std::size_t i = 0; i < checked.segments.size(); ++i) {
     const Segment& segment = checked.segments[i];
-    std::uint8_t* const payload = out + segment.offset;
+    const bool is_coded = segment.coding != 0;
+    if (!checked.varies) end = static_cast<std::uint64_t>(segment.offset);
+    std::uint8_t* const payload = out + end;
     const Encoding job{checked.values[i], checked.layouts[i], segment.norm == 0 ? Norm::kMax : Norm::kL2,
-                       spacing_of(segment), seed[i], first_word, payload + kHeaderSize};
-    const std::uint32_t sum = run_encoding(job, kernels.encode[segment.dtype][segment.bits - kMinBits], threads);
+                       spacing_of(segment), seed[i], first_word, is_coded ? packed.get() : payload + kHeaderSize};
+    std::uint32_t sum = run_encoding(job, kernels.encode[segment.dtype][segment.bits - kMinBits], threads);
+    std::uint64_t size = checked.layouts[i].body_size();
+    if (is_coded) {
+      size = kernels.compact(packed.get(), checked.layouts[i], static_cast<Coding>(segment.coding), payload + kHeaderSize);
+      sum = kernels.checksum(payload + kHeaderSize, size, first_word);
+    }
     std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
     const std::uint32_t word = load_word(payload + checksum_word * kWordSize) + sum;
     std::memcpy(payload + checksum_word * kWordSize, &word, kWordSize);
+    end += kHeaderSize + size;
   }
+  return end;
 }
 
 void decode_segments(const std::vector<py::array>& messages, const Table& table, const Headers& headers,
@@ -567,40 +608,75 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
                      const std::vector<py::array>& outs, std::int64_t threads) {
   if (messages.empty()) throw py::value_error("no messages to decode");
   std::vector<const std::uint8_t*> sources;
+  std::vector<std::uint64_t> sizes;
   for (const py::array& message : messages) {
     sources.push_back(contiguous_bytes(message, 1, false, "message"));
-    if (message.size() != messages[0].size()) throw py::value_error("messages differ in size");
+    sizes.push_back(static_cast<std::uint64_t>(message.size()));
+    if (!has_coded(table) && sizes.back() != sizes[0]) throw py::value_error("messages differ in size");
   }
-  const CheckedTable checked(table, headers, outs, true, static_cast<std::uint64_t>(messages[0].size()),
-                             checksum_word);
+  // Where sizes vary, the table says where payloads end at most; what is there is compared with that below.
+  const std::uint64_t most = has_coded(table) ? std::numeric_limits<std::int64_t>::max() : sizes[0];
+  const CheckedTable checked(table, headers, outs, true, most, checksum_word);
+  const std::uint64_t begin = checked.segments.empty() ? 0 : static_cast<std::uint64_t>(checked.segments[0].offset);
+  std::vector<std::uint64_t> ends(sources.size(), begin);  // of the payloads read so far
   const Kernels& kernels = *chosen;
   // What is wrong with which message, told once the GIL is held again.
   const char* wrong = nullptr;
   std::size_t wrong_message = 0;
   {
     py::gil_scoped_release release;
+    const std::uint64_t scratch_size = checked.scratch_size();
+    std::unique_ptr<std::uint8_t[]> packed;
     for (std::size_t i = 0; i < checked.segments.size() && wrong == nullptr; ++i) {
       const Segment& segment = checked.segments[i];
+      const Layout& layout = checked.layouts[i];
+      const bool is_coded = segment.coding != 0;
       const std::uint8_t* const header = checked.headers + i * kHeaderSize;
       Decoding job{{}, checked.layouts[i], spacing_of(segment), weight, first_word, checked.values[i]};
-      for (std::size_t k = 0; k < sources.size(); ++k) {
-        const std::uint8_t* const payload = sources[k] + segment.offset;
+      std::vector<std::uint32_t> coded_sums;
+      std::vector<const std::uint8_t*> payloads;
+      for (std::size_t k = 0; k < sources.size() && wrong == nullptr; ++k) {
+        if (!checked.varies) ends[k] = static_cast<std::uint64_t>(segment.offset);
+        const std::uint64_t left = ends[k] <= sizes[k] ? sizes[k] - ends[k] : 0;
+        if (left < kHeaderSize || (is_coded ? !is_plausible(layout, left - kHeaderSize)
+                                            : left - kHeaderSize < layout.body_size())) {
+          wrong = "is too short";
+          wrong_message = k;
+          break;
+        }
+        const std::uint8_t* const payload = sources[k] + ends[k];
         const std::uint64_t split = checksum_word * kWordSize;
         if (std::memcmp(payload, header, split) != 0 ||
             std::memcmp(payload + split + kWordSize, header + split + kWordSize,
                         kHeaderSize - split - kWordSize) != 0) {
           wrong = "holds another payload than was expected";
           wrong_message = k;
+          break;
         }
-        job.bodies.push_back(payload + kHeaderSize);
+        payloads.push_back(payload);
+        std::uint64_t size = layout.body_size();
+        if (is_coded) {
+          if (packed == nullptr) packed = scratch(scratch_size * sources.size());
+          std::uint8_t* const body = packed.get() + k * scratch_size;
+          const auto coding = static_cast<Coding>(segment.coding);
+          wrong = kernels.expand(payload + kHeaderSize, left - kHeaderSize, layout, coding, body, &size);
+          wrong_message = k;
+          if (wrong != nullptr) break;
+          coded_sums.push_back(kernels.checksum(payload + kHeaderSize, size, first_word));
+          job.bodies.push_back(body);
+        } else {
+          job.bodies.push_back(payload + kHeaderSize);
+        }
+        ends[k] += kHeaderSize + size;
       }
       if (wrong != nullptr) break;
       std::size_t ill_padded = 0;
-      const std::vector<std::uint32_t> sums =
+      std::vector<std::uint32_t> sums =
           run_decoding(job, kernels.decode[segment.dtype][segment.bits - kMinBits], threads, &ill_padded);
+      if (is_coded) sums = coded_sums;
       for (std::size_t k = 0; k < sums.size(); ++k) {
         const std::uint32_t own = load_word(header + checksum_word * kWordSize) + sums[k];
-        if (own != load_word(job.bodies[k] - kHeaderSize + checksum_word * kWordSize)) {
+        if (own != load_word(payloads[k] + checksum_word * kWordSize)) {
           wrong = "is damaged: its checksum does not match its bytes";
           wrong_message = k;
         }
@@ -608,6 +684,12 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
       if (ill_padded != sources.size()) {
         wrong = "is damaged: its padding is not zero";
         wrong_message = ill_padded;
+      }
+    }
+    for (std::size_t k = 0; k < sources.size() && wrong == nullptr && checked.varies; ++k) {
+      if (ends[k] != sizes[k]) {
+        wrong = "has bytes left over";
+        wrong_message = k;
       }
     }
   }

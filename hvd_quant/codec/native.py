@@ -9,7 +9,7 @@ import numpy as np
 
 from hvd_quant import wire
 from hvd_quant.codec import _native, entropy
-from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
+from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
 from hvd_quant.schemes import Scheme
 
 __all__ = [
@@ -140,7 +140,7 @@ def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.nd
 
 def encode_message(
     values: Sequence[np.ndarray], layout: MessageLayout, seeds: np.ndarray, message: np.ndarray
-) -> None:
+) -> int:
     """Encode all segments of a message.
 
     Args:
@@ -149,9 +149,12 @@ def encode_message(
         layout: of the message.
         seeds: of the noise, one a segment, uint64.
         message: where to; contiguous uint8 of shape (layout.size,).
+
+    Returns:
+        The message's size, ``layout.size`` unless that varies.
     """
     message[:PREAMBLE_SIZE] = np.frombuffer(layout.preamble, np.uint8)
-    _native.encode_segments(
+    size = _native.encode_segments(
         values,
         layout.table,
         layout.headers,
@@ -161,6 +164,10 @@ def encode_message(
         message=message,
         threads=threads(),
     )
+    if not layout.varies:
+        return layout.size
+    message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE] = np.frombuffer(size.to_bytes(SIZE_SIZE, "little"), np.uint8)
+    return size
 
 
 def decode_messages(
@@ -169,7 +176,7 @@ def decode_messages(
     """Decode n messages of the same layout into ``factor`` times their mean.
 
     Args:
-        messages: contiguous uint8 arrays of shape (layout.size,).
+        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies.
         layout: of each of them.
         out: where to: arrays as ``values`` of `encode_message`.
         factor: multiplies the mean.
@@ -178,7 +185,8 @@ def decode_messages(
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
     for number, message in enumerate(messages):
-        if message.size != layout.size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
+        size = stated_size(message) if layout.varies else layout.size
+        if message.size != size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
             raise ValueError(f"message {number} is not the one that was expected")
     _native.decode_segments(
         messages,

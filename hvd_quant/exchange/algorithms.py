@@ -9,7 +9,6 @@ Whatever arrives, an exchange goes through all of its collectives, lest another 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,8 +28,8 @@ class Codec(Protocol):
 
     def encode_message(
         self, values: Sequence[Buffer], layout: MessageLayout, seeds: np.ndarray, message: Buffer
-    ) -> None:
-        """Encode the segments of a message."""
+    ) -> int:
+        """Encode the segments of a message, and return its size."""
 
     def decode_messages(
         self, messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
@@ -61,6 +60,7 @@ class Work:
     codec: Codec
     transport: Transport
     name: str
+    encoded_bytes: int = 0  # that the gradients have been encoded into
 
     def room(self, purpose: str, count: int, dtype: str) -> Buffer:
         """Memory that is the same in every step: fresh pages cost more than what is written to them."""
@@ -77,8 +77,9 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     """
     whole = work.bucket.whole
     message = work.room("message", whole.size, "uint8")
-    work.codec.encode_message(work.values, whole, work.bucket.seeds(whole, "whole", work.uses), message)
-    messages = yield work.transport.allgather(message, [whole.size] * work.bucket.size, work.name)
+    seeds = work.bucket.seeds(whole, "whole", work.uses)
+    size = work.encoded_bytes = work.codec.encode_message(work.values, whole, seeds, message)
+    messages = yield work.transport.allgather(message[:size], [whole.fixed_size] * work.bucket.size, work.name)
     return [(whole, messages)]
 
 
@@ -90,12 +91,14 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     too, so that all ranks have the same.
     """
     bucket = work.bucket
-    chunks, sizes = bucket.chunks, [chunk.size for chunk in bucket.chunks]
-    message = work.room("message", sum(sizes), "uint8")
-    for chunk, end in zip(chunks, itertools.accumulate(sizes), strict=True):
+    chunks, sizes, end = bucket.chunks, [], 0
+    message = work.room("message", sum(chunk.size for chunk in chunks), "uint8")
+    for chunk in chunks:
         seeds = bucket.seeds(chunk, "chunk", work.uses)
-        work.codec.encode_message(work.values, chunk, seeds, message[end - chunk.size : end])
-    parts = yield work.transport.alltoall(message, sizes, f"{work.name}.scatter")
+        sizes.append(work.codec.encode_message(work.values, chunk, seeds, message[end : end + chunk.size]))
+        end += sizes[-1]
+    work.encoded_bytes = end
+    parts = yield work.transport.alltoall(message[:end], sizes, f"{work.name}.scatter")
 
     own, flat = chunks[bucket.rank], bucket.own_chunk
     mean = work.room("mean", flat.count, "float32")
@@ -103,10 +106,12 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     damage = None
     try:
         work.codec.decode_messages(parts, flat, [mean], 1.0)
-        work.codec.encode_message([mean], flat, bucket.seeds(own, "mean", work.uses), message)
+        size = work.codec.encode_message([mean], flat, bucket.seeds(own, "mean", work.uses), message)
+        message = message[:size]
     except ValueError as error:
         damage, message = error, message[:0]  # no mean: nobody takes an empty message for one
-    messages = yield work.transport.allgather(message, sizes, f"{work.name}.gather")
+    expected = [chunk.fixed_size for chunk in chunks]
+    messages = yield work.transport.allgather(message, expected, f"{work.name}.gather")
     if damage is not None:
         raise damage
     return [(chunk, [part]) for chunk, part in zip(chunks, messages, strict=True)]
