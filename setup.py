@@ -26,7 +26,7 @@ setup(
         Pybind11Extension(
             "hvd_quant.codec._native",
             ["hvd_quant/codec/native.cpp"],
-            depends=["hvd_quant/codec/kernels.hpp"],
+            depends=["hvd_quant/codec/kernels.hpp", "hvd_quant/codec/entropy.hpp"],
             cxx_std=17,
             extra_compile_args=compile_args,
             extra_link_args=link_args,

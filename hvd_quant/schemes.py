@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 NORMS = ("max", "l2")
-CODINGS = ("packed",)
+CODINGS = ("packed", "elias", "huffman")
 ROUNDINGS = ("independent", "correlated", "nearest")
 SPACINGS = ("uniform", "exponential")
 
@@ -72,7 +72,11 @@ class Scheme(ABC):
         norm: ``"max"``, the largest magnitude, or ``"l2"``, the Euclidean norm.
         bucket_size: values that share a norm, 1 or more. Smaller is more accurate, and 32 / bucket_size
             more bits a value.
-        coding: ``"packed"``, every code in exactly ``bits`` bits.
+        coding: how codes are written. ``"packed"``: each in exactly ``bits`` bits. ``"elias"``: Elias omega
+            codes, those of the papers, shorter where most values are zero or nearly so. ``"huffman"``: codes
+            made for each payload from how often which value occurs in it, within a few percent of the
+            entropy. Both lose nothing, fall back on the packed codes where these are as short, and cost time
+            for bytes; how many they save depends on the values.
         rounding: ``"independent"``, own noise on every rank, or ``"correlated"``, noise spread evenly over
             the ranks, so that the errors of similar gradients cancel in the mean. Both are unbiased.
             ``"nearest"`` is not; it is for error feedback, which makes up for that.

@@ -13,6 +13,8 @@ from hvd_quant.schemes import CODINGS, NORMS, NUQSGD, QSGD, Scheme
 MAGIC = b"HVDQ"
 VERSION = 1
 HEADER_SIZE = 32
+CODES_HEAD_SIZE = 8  # of codes that are not packed
+MAX_VALUES_A_BYTE = 4096  # of a payload whose codes are not packed
 ALIGNMENT = 8  # of the payload's size, so that payloads laid end to end stay aligned
 
 # Positions of 32-bit words in the payload, for the checksum.
@@ -43,18 +45,37 @@ def norms_size(scheme: Scheme, count: int) -> int:
 
 
 def codes_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the codes of ``count`` values, padding excluded."""
+    """Bytes of the packed codes of ``count`` values, padding excluded."""
     return -(-count * scheme.bits // 8)
 
 
 def used_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the payload of ``count`` values, padding excluded."""
+    """Bytes of the packed payload of ``count`` values, padding excluded."""
     return HEADER_SIZE + norms_size(scheme, count) + codes_size(scheme, count)
 
 
 def payload_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the whole payload of ``count`` values; a function of its arguments alone."""
-    return -(-used_size(scheme, count) // ALIGNMENT) * ALIGNMENT
+    """Bytes of the whole packed payload of ``count`` values; a function of its arguments alone."""
+    return _aligned(used_size(scheme, count))
+
+
+def max_payload_size(scheme: Scheme, count: int) -> int:
+    """Bytes that the payload of ``count`` values takes at most; exactly so many if its codes are packed."""
+    if scheme.coding == "packed":
+        return payload_size(scheme, count)
+    return _aligned(used_size(scheme, count) + CODES_HEAD_SIZE)
+
+
+def min_payload_size(scheme: Scheme, count: int) -> int:
+    """Bytes that the payload of ``count`` values takes at least."""
+    if scheme.coding == "packed":
+        return payload_size(scheme, count)
+    size = HEADER_SIZE + norms_size(scheme, count) + CODES_HEAD_SIZE
+    return _aligned(max(size, -(-count // MAX_VALUES_A_BYTE)))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _header_checksum(header: bytes) -> int:
@@ -86,7 +107,7 @@ def parse_header(header: bytes, size: int) -> Header:
     """Read the first bytes of a payload of ``size`` bytes, and check everything but the body's checksum.
 
     Raises:
-        ValueError: this is no payload of a known version, or its size is not the one its header implies.
+        ValueError: this is no payload of a known version, or its size is not one that its header allows.
     """
     if size < HEADER_SIZE:
         raise ValueError(f"payload is damaged: {size} bytes are fewer than its header's {HEADER_SIZE}")
@@ -106,8 +127,9 @@ def parse_header(header: bytes, size: int) -> Header:
         )
     except ValueError as error:
         raise ValueError(f"payload is damaged: {error}") from None
-    expected = payload_size(scheme, count)
-    if size != expected:
+    low, high = min_payload_size(scheme, count), max_payload_size(scheme, count)
+    if not low <= size <= high or size % ALIGNMENT:
+        expected = f"{low}" if low == high else f"{low} to {high}, in multiples of {ALIGNMENT}"
         raise ValueError(f"payload is damaged: it has {size} bytes, but its {count} values take {expected}")
     return Header(scheme, count, (checksum - _header_checksum(header)) % 2**32)
 

@@ -1,7 +1,9 @@
 """Several payloads in one message, encoded and decoded by one call.
 
 A message is a preamble of 8 bytes, which says what the message is about, then one payload a segment, end to
-end. Its layout is known to both sides before a byte is sent, headers included, all but their checksums.
+end. Its layout is known to both sides before a byte is sent, headers included, all but their checksums. Where
+the size of a payload depends on its values, because its codes are not packed, the layout says how large the
+message is at most, and its own size stands after the preamble.
 """
 
 from __future__ import annotations
@@ -9,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from hvd_quant import wire
-from hvd_quant.schemes import NORMS, SPACINGS, Scheme
+from hvd_quant.schemes import CODINGS, NORMS, SPACINGS, Scheme
 
 PREAMBLE_SIZE = 8
+SIZE_SIZE = 8  # of a message's own size, where it varies
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the native codec's order
 
 
@@ -38,8 +42,8 @@ class Segment:
 
     @property
     def payload_size(self) -> int:
-        """Bytes on the wire."""
-        return wire.payload_size(self.scheme, self.count)
+        """Bytes on the wire, at most."""
+        return wire.max_payload_size(self.scheme, self.count)
 
 
 class MessageLayout:
@@ -48,6 +52,11 @@ class MessageLayout:
     Args:
         segments: in the order of their payloads.
         preamble: `PREAMBLE_SIZE` bytes. Messages of different layouts need different ones.
+
+    Attributes:
+        varies: whether a message's size depends on its values.
+        size: of a message in bytes, or the most that it takes.
+        offsets: of the payloads, or the most that they can be.
     """
 
     def __init__(self, segments: Sequence[Segment], preamble: bytes) -> None:
@@ -55,11 +64,17 @@ class MessageLayout:
             raise ValueError(f"a preamble has {PREAMBLE_SIZE} bytes, not {len(preamble)}")
         self.segments = tuple(segments)
         self.preamble = preamble
+        self.varies = any(segment.scheme.coding != "packed" for segment in self.segments)
         self.offsets = []
-        self.size = PREAMBLE_SIZE
+        self.size = PREAMBLE_SIZE + (SIZE_SIZE if self.varies else 0)
         for segment in self.segments:
             self.offsets.append(self.size)
             self.size += segment.payload_size
+
+    @property
+    def fixed_size(self) -> int | None:
+        """Bytes of a message; None where it varies."""
+        return None if self.varies else self.size
 
     @property
     def count(self) -> int:
@@ -76,7 +91,7 @@ class MessageLayout:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """What the native codec reads: a row a segment, int64 of shape (segments, 10)."""
+        """What the native codec reads: a row a segment, int64 of shape (segments, 11)."""
         rows = [
             (
                 segment.tensor,
@@ -89,13 +104,43 @@ class MessageLayout:
                 segment.scheme.rounding == "nearest",
                 segment.scheme.bucket_size,
                 offset,
+                CODINGS.index(segment.scheme.coding),
             )
             for segment, offset in zip(self.segments, self.offsets, strict=True)
         ]
-        return np.array(rows, np.int64).reshape(-1, 10)
+        return np.array(rows, np.int64).reshape(-1, 11)
 
     @cached_property
     def headers(self) -> np.ndarray:
         """The payloads' headers without their bodies' checksums, uint8 of shape (segments, HEADER_SIZE)."""
         headers = [wire.pack_header(segment.scheme, segment.count, 0) for segment in self.segments]
         return np.frombuffer(b"".join(headers), np.uint8).reshape(-1, wire.HEADER_SIZE)
+
+
+def stated_size(message: Any) -> int:
+    """The size that a message of varying size says it has; 0 where it is too short to say it."""
+    start = PREAMBLE_SIZE
+    return int.from_bytes(bytes(message[start : start + SIZE_SIZE].tolist()), "little")
+
+
+def cut(received: Any, sizes: Sequence[int | None]) -> list[Any]:
+    """Cut up messages that have come end to end.
+
+    Args:
+        received: all of them, one-dimensional uint8.
+        sizes: of the messages as they are expected, None for one that says its own.
+
+    Returns:
+        The messages; all of them empty, where they do not add up.
+    """
+    messages, start = [], 0
+    for size in sizes:
+        if size is None:
+            size = stated_size(received[start:])
+            if size < PREAMBLE_SIZE + SIZE_SIZE:
+                break
+        messages.append(received[start : start + size])
+        start += size
+    if len(messages) < len(sizes) or start != len(received):
+        return [received[:0] for _ in sizes]
+    return messages

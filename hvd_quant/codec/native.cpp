@@ -14,13 +14,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -71,6 +74,21 @@ struct Layout {
   std::uint64_t body_size() const { return (used_size() + 7) / 8 * 8; }
 };
 
+enum class Coding { kPacked, kElias, kHuffman };  // of the codes; what is not packed is entropy.hpp's
+
+constexpr std::uint64_t kMaxValuesAByte = 4096;  // of a coded payload: what a decoder makes room for
+constexpr std::uint64_t kSlack = 16;  // bytes that entropy decoding may write to beyond a packed body
+
+constexpr std::uint64_t padded(std::uint64_t size) { return (size + 7) / 8 * 8; }
+
+// The most that the coded body of such a payload takes: the packed codes and a head.
+inline std::uint64_t max_coded_size(const Layout& layout) { return padded(layout.used_size() + 8); }
+
+// Whether a coded body of `size` bytes may stand for so many values: to be asked before room is made for them.
+inline bool is_plausible(const Layout& layout, std::uint64_t size) {
+  return layout.count / kMaxValuesAByte <= size && layout.codes_offset() + 8 <= size;
+}
+
 struct Encoding {
   const void* values;
   Layout layout;
@@ -110,6 +128,7 @@ constexpr std::array<std::uint32_t, kChunk / 2> kWeyl = [] {
 
 namespace portable {
 #include "kernels.hpp"
+#include "entropy.hpp"
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -118,6 +137,7 @@ namespace portable {
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c")
 namespace avx2 {
 #include "kernels.hpp"
+#include "entropy.hpp"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -131,6 +151,7 @@ namespace avx512 {
 #pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,fma,f16c"))), apply_to = function)
 namespace avx2 {
 #include "kernels.hpp"
+#include "entropy.hpp"
 }
 #pragma clang attribute pop
 #pragma clang attribute push( \
@@ -148,6 +169,9 @@ using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint6
 using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std::uint32_t*);
 using AddToResidual = void (*)(const void*, std::uint64_t, float*, float*);
 using SubtractEncoded = void (*)(const Encoding&, std::uint64_t, std::uint64_t, const float*);
+using Checksum = std::uint32_t (*)(const std::uint8_t*, std::uint64_t, std::uint64_t);
+using Compact = std::uint64_t (*)(const std::uint8_t*, const Layout&, Coding, std::uint8_t*);
+using Expand = const char* (*)(const std::uint8_t*, std::uint64_t, const Layout&, Coding, std::uint8_t*, std::uint64_t*);
 
 constexpr int kBitWidths = kMaxBits - kMinBits + 1;
 const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -160,6 +184,9 @@ struct Kernels {
   DecodeRange decode[kDtypes.size()][kBitWidths];
   AddToResidual add_to_residual[kDtypes.size()];
   SubtractEncoded subtract_encoded[kBitWidths];
+  Checksum checksum;
+  Compact compact;
+  Expand expand;
 };
 
 #define HVD_QUANT_ROW(isa, fn, T) \
@@ -173,23 +200,27 @@ struct Kernels {
   { isa::fn<float>, isa::fn<double>, isa::fn<Float16>, isa::fn<BFloat16> }
 #define HVD_QUANT_BY_BITS(isa, fn) \
   { isa::fn<2>, isa::fn<3>, isa::fn<4>, isa::fn<5>, isa::fn<6>, isa::fn<7>, isa::fn<8> }
-#define HVD_QUANT_KERNELS(isa, supported)                                                      \
-  {                                                                                            \
-    #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range),   \
-        HVD_QUANT_BY_DTYPE(isa, add_to_residual), HVD_QUANT_BY_BITS(isa, subtract_encoded)     \
+// Entropy coding, which is not vectorised, takes its instruction set apart.
+#define HVD_QUANT_KERNELS(isa, supported, scalar_isa)                                                       \
+  {                                                                                                        \
+    #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range),               \
+        HVD_QUANT_BY_DTYPE(isa, add_to_residual), HVD_QUANT_BY_BITS(isa, subtract_encoded), isa::checksum, \
+        scalar_isa::entropy::compact, scalar_isa::entropy::expand                                          \
   }
 
 // Best last.
 const std::vector<Kernels>& all_kernels() {
   static const std::vector<Kernels> kernels = {
-      HVD_QUANT_KERNELS(portable, true),
+      HVD_QUANT_KERNELS(portable, true, portable),
 #ifdef HVD_QUANT_X86
       HVD_QUANT_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-                                  __builtin_cpu_supports("fma")),
+                                  __builtin_cpu_supports("fma"),
+                        avx2),
       HVD_QUANT_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                     __builtin_cpu_supports("avx512dq") &&
                                     __builtin_cpu_supports("avx512vl") &&
-                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2")),
+                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"),
+                        avx2),
 #endif
   };
   return kernels;
@@ -408,6 +439,69 @@ std::vector<std::uint32_t> decode_sum(const std::vector<py::array>& bodies, std:
   return sums;
 }
 
+// --- coded payloads -------------------------------------------------------------------------------------
+
+Coding coding_of(std::int64_t number) {
+  if (number == 1) return Coding::kElias;
+  if (number == 2) return Coding::kHuffman;
+  throw py::value_error("coding must be 1 (elias) or 2 (huffman)");
+}
+
+std::unique_ptr<std::uint8_t[]> scratch(std::uint64_t size) {  // uninitialised
+  return std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size + kSlack]);
+}
+
+// The coded body of a packed one, after `head` bytes that are left to the caller; and its checksum.
+std::pair<py::array, std::uint32_t> compact(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
+                                            int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
+  const Layout layout = checked_layout(count, bucket_size, bits);
+  const Coding checked_coding = coding_of(coding);
+  const std::uint8_t* const packed = contiguous_bytes(body, 1, false, "body");
+  if (static_cast<std::uint64_t>(body.size()) != layout.body_size()) throw py::value_error("body has the wrong size");
+  if (head > 1 << 20) throw py::value_error("head is too large");
+  const Kernels& kernels = *chosen;
+  std::unique_ptr<std::uint8_t[]> room;
+  std::uint64_t size = 0;
+  std::uint32_t sum = 0;
+  {
+    py::gil_scoped_release release;
+    room = scratch(max_coded_size(layout));
+    size = kernels.compact(packed, layout, checked_coding, room.get());
+    sum = kernels.checksum(room.get(), size, first_word);
+  }
+  py::array_t<std::uint8_t> payload(static_cast<py::ssize_t>(head + size));
+  std::memset(payload.mutable_data(), 0, head);
+  std::memcpy(payload.mutable_data() + head, room.get(), size);
+  return {payload, sum};
+}
+
+// The packed body of the coded one that `body` begins with, after `head` bytes that are left to the caller; the
+// coded one's checksum and its size.
+std::tuple<py::array, std::uint32_t, std::uint64_t> expand(const py::array& body, std::uint64_t count, std::uint64_t bucket_size,
+                                           int bits, std::int64_t coding, std::uint64_t first_word, std::uint64_t head) {
+  const Layout layout = checked_layout(count, bucket_size, bits);
+  const Coding checked_coding = coding_of(coding);
+  const std::uint8_t* const coded = contiguous_bytes(body, 1, false, "body");
+  const auto size = static_cast<std::uint64_t>(body.size());
+  if (head > 1 << 20) throw py::value_error("head is too large");
+  if (!is_plausible(layout, size)) throw py::value_error("payload is damaged: it is too short for its values");
+  py::array_t<std::uint8_t> room(static_cast<py::ssize_t>(head + layout.body_size() + kSlack));
+  std::uint8_t* const out = room.mutable_data();
+  const Kernels& kernels = *chosen;
+  const char* wrong = nullptr;
+  std::uint32_t sum = 0;
+  std::uint64_t taken = 0;
+  {
+    py::gil_scoped_release release;
+    std::memset(out, 0, head);
+    wrong = kernels.expand(coded, size, layout, checked_coding, out + head, &taken);
+    if (wrong == nullptr) sum = kernels.checksum(coded, taken, first_word);
+  }
+  if (wrong != nullptr) throw py::value_error(std::string("payload is damaged: ") + wrong);
+  const auto end = static_cast<py::ssize_t>(head + layout.body_size());
+  return {py::array(room[py::slice(0, end, 1)]), sum, taken};
+}
+
 // --- many payloads in one call --------------------------------------------------------------------------
 
 // A row of the table of segments, as codec/message.py makes it.
@@ -421,7 +515,8 @@ struct Segment {
   std::int64_t spacing;   // 0 uniform, 1 exponential
   std::int64_t rounding;  // 0 stochastic, 1 nearest
   std::int64_t bucket_size;
-  std::int64_t offset;  // of its payload in the message
+  std::int64_t offset;  // of its payload in the message; at most, where sizes vary
+  std::int64_t coding;  // 0 packed, 1 elias, 2 huffman
 };
 constexpr py::ssize_t kColumns = sizeof(Segment) / sizeof(std::int64_t);
 constexpr std::uint64_t kHeaderSize = 32;
@@ -438,6 +533,7 @@ struct CheckedTable {
   std::vector<Layout> layouts;
   std::vector<std::uint8_t*> values;  // a segment's first value
   const std::uint8_t* headers;
+  bool varies = false;  // some payload's size depends on its values: then payloads follow each other without a gap
 
   CheckedTable(const Table& table, const Headers& headers_array, const std::vector<py::array>& arrays,
                bool writable, std::uint64_t message_size, std::uint64_t checksum_word)
@@ -450,6 +546,7 @@ struct CheckedTable {
     }
     if (checksum_word >= kHeaderSize / kWordSize) throw py::value_error("checksum_word is outside the header");
     segments.resize(rows);
+    std::uint64_t end = 0;  // of the payload before
     for (std::size_t i = 0; i < rows; ++i) {
       std::memcpy(&segments[i], table.data(static_cast<py::ssize_t>(i), 0), sizeof(Segment));
       const Segment& segment = segments[i];
@@ -457,7 +554,7 @@ struct CheckedTable {
           static_cast<std::size_t>(segment.dtype) >= kDtypes.size() || segment.start < 0 || segment.count < 0 ||
           segment.bits < kMinBits || segment.bits > kMaxBits || segment.norm < 0 || segment.norm > 1 ||
           segment.spacing < 0 || segment.spacing > 1 || segment.rounding < 0 || segment.rounding > 1 ||
-          segment.bucket_size < 1 || segment.offset < 0) {
+          segment.coding < 0 || segment.coding > 2 || segment.bucket_size < 1 || segment.offset < 0) {
         throw py::value_error("table row " + std::to_string(i) + " is out of range");
       }
       const py::array& array = arrays[static_cast<std::size_t>(segment.tensor)];
@@ -469,15 +566,38 @@ struct CheckedTable {
       layouts.push_back(checked_layout(static_cast<std::uint64_t>(segment.count),
                                        static_cast<std::uint64_t>(segment.bucket_size),
                                        static_cast<int>(segment.bits)));
-      const std::uint64_t size = kHeaderSize + layouts[i].body_size();
+      const std::uint64_t size =
+          kHeaderSize + (segment.coding == 0 ? layouts[i].body_size() : max_coded_size(layouts[i]));
+      varies = varies || segment.coding != 0;
       const auto offset = static_cast<std::uint64_t>(segment.offset);
       if (offset > message_size || size > message_size - offset) {
         throw py::value_error("table row " + std::to_string(i) + " reaches beyond the message");
       }
       values.push_back(base + static_cast<std::size_t>(segment.start) * item_size);
+      // So that each payload ends before the next one's offset.
+      if (offset < end && varies) throw py::value_error("table row " + std::to_string(i) + " overlaps the one before");
+      end = offset + size;
     }
   }
+
+  // The packed body of any segment that is coded, and its slack.
+  std::uint64_t scratch_size() const {
+    std::uint64_t size = 0;
+    for (std::size_t i = 0; i < segments.size(); ++i) {
+      if (segments[i].coding != 0) size = std::max(size, padded(layouts[i].body_size() + kSlack));
+    }
+    return size;
+  }
 };
+
+// Whether a table of the right shape has a segment that is coded.
+bool has_coded(const Table& table) {
+  if (table.ndim() != 2 || table.shape(1) != kColumns) return false;
+  for (py::ssize_t i = 0; i < table.shape(0); ++i) {
+    if (*table.data(i, kColumns - 1) != 0) return true;
+  }
+  return false;
+}
 
 Spacing spacing_of(const Segment& segment) {
   return segment.spacing == 0 ? Spacing::kUniform : Spacing::kExponential;
@@ -505,10 +625,11 @@ Seeds step_seeds(const Seeds& base, const py::array_t<std::int64_t, py::array::c
   return mixed;
 }
 
-void encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
-                     const Seeds& seeds, const Shifts& shifts, std::uint64_t first_word,
-                     std::uint64_t checksum_word, const py::array& message,
-                     const std::vector<py::array>& residuals, std::int64_t threads) {
+// Returns where the last payload ends.
+std::uint64_t encode_segments(const std::vector<py::array>& arrays, const Table& table, const Headers& headers,
+                              const Seeds& seeds, const Shifts& shifts, std::uint64_t first_word,
+                              std::uint64_t checksum_word, const py::array& message,
+                              const std::vector<py::array>& residuals, std::int64_t threads) {
   std::uint8_t* const out = contiguous_bytes(message, 1, true, "message");
   const CheckedTable checked(table, headers, arrays, false, static_cast<std::uint64_t>(message.size()),
                              checksum_word);
@@ -528,17 +649,28 @@ void encode_segments(const std::vector<py::array>& arrays, const Table& table, c
   }
   const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
+  const std::unique_ptr<std::uint8_t[]> packed = scratch(checked.scratch_size());
+  std::uint64_t end = checked.segments.empty() ? 0 : static_cast<std::uint64_t>(checked.segments[0].offset);
   for (std::size_t i = 0; i < checked.segments.size(); ++i) {
     const Segment& segment = checked.segments[i];
-    std::uint8_t* const payload = out + segment.offset;
+    const bool is_coded = segment.coding != 0;
+    if (!checked.varies) end = static_cast<std::uint64_t>(segment.offset);
+    std::uint8_t* const payload = out + end;
     const Encoding job{checked.values[i], checked.layouts[i], segment.norm == 0 ? Norm::kMax : Norm::kL2,
                        spacing_of(segment), seed[i], shift[i], segment.rounding == 1, first_word,
-                       payload + kHeaderSize, residual[i]};
-    const std::uint32_t sum = run_encoding(job, kernels, static_cast<std::size_t>(segment.dtype), threads);
+                       is_coded ? packed.get() : payload + kHeaderSize, residual[i]};
+    std::uint32_t sum = run_encoding(job, kernels, static_cast<std::size_t>(segment.dtype), threads);
+    std::uint64_t size = checked.layouts[i].body_size();
+    if (is_coded) {
+      size = kernels.compact(packed.get(), checked.layouts[i], static_cast<Coding>(segment.coding), payload + kHeaderSize);
+      sum = kernels.checksum(payload + kHeaderSize, size, first_word);
+    }
     std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
     const std::uint32_t word = load_word(payload + checksum_word * kWordSize) + sum;
     std::memcpy(payload + checksum_word * kWordSize, &word, kWordSize);
+    end += kHeaderSize + size;
   }
+  return end;
 }
 
 void decode_segments(const std::vector<py::array>& messages, const Table& table, const Headers& headers,
@@ -546,40 +678,75 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
                      const std::vector<py::array>& outs, std::int64_t threads) {
   if (messages.empty()) throw py::value_error("no messages to decode");
   std::vector<const std::uint8_t*> sources;
+  std::vector<std::uint64_t> sizes;
   for (const py::array& message : messages) {
     sources.push_back(contiguous_bytes(message, 1, false, "message"));
-    if (message.size() != messages[0].size()) throw py::value_error("messages differ in size");
+    sizes.push_back(static_cast<std::uint64_t>(message.size()));
+    if (!has_coded(table) && sizes.back() != sizes[0]) throw py::value_error("messages differ in size");
   }
-  const CheckedTable checked(table, headers, outs, true, static_cast<std::uint64_t>(messages[0].size()),
-                             checksum_word);
+  // Where sizes vary, the table says where payloads end at most; what is there is compared with that below.
+  const std::uint64_t most = has_coded(table) ? std::numeric_limits<std::int64_t>::max() : sizes[0];
+  const CheckedTable checked(table, headers, outs, true, most, checksum_word);
+  const std::uint64_t begin = checked.segments.empty() ? 0 : static_cast<std::uint64_t>(checked.segments[0].offset);
+  std::vector<std::uint64_t> ends(sources.size(), begin);  // of the payloads read so far
   const Kernels& kernels = *chosen;
   // What is wrong with which message, told once the GIL is held again.
   const char* wrong = nullptr;
   std::size_t wrong_message = 0;
   {
     py::gil_scoped_release release;
+    const std::uint64_t scratch_size = checked.scratch_size();
+    std::unique_ptr<std::uint8_t[]> packed;
     for (std::size_t i = 0; i < checked.segments.size() && wrong == nullptr; ++i) {
       const Segment& segment = checked.segments[i];
+      const Layout& layout = checked.layouts[i];
+      const bool is_coded = segment.coding != 0;
       const std::uint8_t* const header = checked.headers + i * kHeaderSize;
       Decoding job{{}, checked.layouts[i], spacing_of(segment), weight, first_word, checked.values[i]};
-      for (std::size_t k = 0; k < sources.size(); ++k) {
-        const std::uint8_t* const payload = sources[k] + segment.offset;
+      std::vector<std::uint32_t> coded_sums;
+      std::vector<const std::uint8_t*> payloads;
+      for (std::size_t k = 0; k < sources.size() && wrong == nullptr; ++k) {
+        if (!checked.varies) ends[k] = static_cast<std::uint64_t>(segment.offset);
+        const std::uint64_t left = ends[k] <= sizes[k] ? sizes[k] - ends[k] : 0;
+        if (left < kHeaderSize || (is_coded ? !is_plausible(layout, left - kHeaderSize)
+                                            : left - kHeaderSize < layout.body_size())) {
+          wrong = "is too short";
+          wrong_message = k;
+          break;
+        }
+        const std::uint8_t* const payload = sources[k] + ends[k];
         const std::uint64_t split = checksum_word * kWordSize;
         if (std::memcmp(payload, header, split) != 0 ||
             std::memcmp(payload + split + kWordSize, header + split + kWordSize,
                         kHeaderSize - split - kWordSize) != 0) {
           wrong = "holds another payload than was expected";
           wrong_message = k;
+          break;
         }
-        job.bodies.push_back(payload + kHeaderSize);
+        payloads.push_back(payload);
+        std::uint64_t size = layout.body_size();
+        if (is_coded) {
+          if (packed == nullptr) packed = scratch(scratch_size * sources.size());
+          std::uint8_t* const body = packed.get() + k * scratch_size;
+          const auto coding = static_cast<Coding>(segment.coding);
+          wrong = kernels.expand(payload + kHeaderSize, left - kHeaderSize, layout, coding, body, &size);
+          wrong_message = k;
+          if (wrong != nullptr) break;
+          coded_sums.push_back(kernels.checksum(payload + kHeaderSize, size, first_word));
+          job.bodies.push_back(body);
+        } else {
+          job.bodies.push_back(payload + kHeaderSize);
+        }
+        ends[k] += kHeaderSize + size;
       }
       if (wrong != nullptr) break;
       std::size_t ill_padded = 0;
-      const std::vector<std::uint32_t> sums =
+      std::vector<std::uint32_t> sums =
           run_decoding(job, kernels.decode[segment.dtype][segment.bits - kMinBits], threads, &ill_padded);
+      if (is_coded) sums = coded_sums;
       for (std::size_t k = 0; k < sums.size(); ++k) {
         const std::uint32_t own = load_word(header + checksum_word * kWordSize) + sums[k];
-        if (own != load_word(job.bodies[k] - kHeaderSize + checksum_word * kWordSize)) {
+        if (own != load_word(payloads[k] + checksum_word * kWordSize)) {
           wrong = "is damaged: its checksum does not match its bytes";
           wrong_message = k;
         }
@@ -587,6 +754,12 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
       if (ill_padded != sources.size()) {
         wrong = "is damaged: its padding is not zero";
         wrong_message = ill_padded;
+      }
+    }
+    for (std::size_t k = 0; k < sources.size() && wrong == nullptr && checked.varies; ++k) {
+      if (ends[k] != sizes[k]) {
+        wrong = "has bytes left over";
+        wrong_message = k;
       }
     }
   }
@@ -607,6 +780,10 @@ PYBIND11_MODULE(_native, module) {
              py::arg("first_word"), py::arg("body"), py::arg("residual"), py::arg("threads"));
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("spacing"), py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+  module.def("compact", &compact, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
+             py::arg("coding"), py::arg("first_word"), py::arg("head"));
+  module.def("expand", &expand, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
+             py::arg("coding"), py::arg("first_word"), py::arg("head"));
   module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
              py::arg("seeds"), py::arg("shifts"), py::arg("first_word"), py::arg("checksum_word"),

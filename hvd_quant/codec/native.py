@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hvd_quant import wire
-from hvd_quant.codec import _native
-from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout
+from hvd_quant.codec import _native, entropy
+from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
 from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import Scheme
 
@@ -59,8 +59,11 @@ def encode(
         dtype: what the items of ``values`` are, where their own dtype does not say it.
 
     Returns:
-        The payload, uint8 of shape (payload_size,).
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so
+        many where its codes are packed.
     """
+    if scheme.coding != "packed":
+        return entropy.compact(encode(values, entropy.packed(scheme), seed, dtype), scheme, values.size)
     payload = np.empty(wire.payload_size(scheme, values.size), np.uint8)
     checksum = _native.encode(
         values,
@@ -105,6 +108,9 @@ def decode_mean(
     """
     headers = [wire.parse_header(payload[: wire.HEADER_SIZE], payload.size) for payload in payloads]
     header = wire.common_header(headers)
+    is_coded = header.scheme.coding != "packed"
+    if is_coded:
+        payloads = [entropy.expand(*pair) for pair in zip(payloads, headers, strict=True)]
     if out is None:
         out = np.empty(header.count, np.float32)
     elif not out.dtype.isnative:
@@ -122,8 +128,9 @@ def decode_mean(
         dtype=dtype or out.dtype.name,
         threads=threads(),
     )
-    for one, checksum in zip(headers, checksums, strict=True):
-        wire.check_body(one, checksum)
+    if not is_coded:  # else they have been compared already
+        for one, checksum in zip(headers, checksums, strict=True):
+            wire.check_body(one, checksum)
     return out
 
 
@@ -152,7 +159,7 @@ def encode_message(
     noise: Noise,
     message: np.ndarray,
     residuals: Sequence[np.ndarray] = (),
-) -> None:
+) -> int:
     """Encode all segments of a message.
 
     Args:
@@ -162,9 +169,12 @@ def encode_message(
         noise: of its segments.
         message: where to; contiguous uint8 of shape (layout.size,).
         residuals: for error feedback, one for each array, as in `encode`; or none at all.
+
+    Returns:
+        The message's size, ``layout.size`` unless that varies.
     """
     message[:PREAMBLE_SIZE] = np.frombuffer(layout.preamble, np.uint8)
-    _native.encode_segments(
+    size = _native.encode_segments(
         values,
         layout.table,
         layout.headers,
@@ -176,6 +186,12 @@ def encode_message(
         residuals=residuals,
         threads=threads(),
     )
+    if not layout.varies:
+        return layout.size
+    message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE] = np.frombuffer(
+        size.to_bytes(SIZE_SIZE, "little"), np.uint8
+    )
+    return size
 
 
 def decode_messages(
@@ -184,7 +200,7 @@ def decode_messages(
     """Decode n messages of the same layout into ``factor`` times their mean.
 
     Args:
-        messages: contiguous uint8 arrays of shape (layout.size,).
+        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies.
         layout: of each of them.
         out: where to: arrays as ``values`` of `encode_message`.
         factor: multiplies the mean.
@@ -193,7 +209,8 @@ def decode_messages(
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
     for number, message in enumerate(messages):
-        if message.size != layout.size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
+        size = stated_size(message) if layout.varies else layout.size
+        if message.size != size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
             raise ValueError(f"message {number} is not the one that was expected")
     _native.decode_segments(
         messages,

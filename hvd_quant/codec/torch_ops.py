@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from hvd_quant import wire
-from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
+from hvd_quant.codec import entropy
+from hvd_quant.codec.message import PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
 from hvd_quant.codec.noise import FRACTION_BITS, Noise
 from hvd_quant.schemes import Scheme
 
@@ -36,9 +38,14 @@ def encode(
         residual: for error feedback, see `hvd_quant.codec.native.encode`.
 
     Returns:
-        The payload, uint8 of shape (payload_size,).
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where
+        its codes are packed. Elias and Huffman codes are made by the CPU, to which the packed payload is
+        brought: they wait for the device.
     """
     count = values.numel()
+    if scheme.coding != "packed":
+        payload = encode(values, entropy.packed(scheme), seed, shift, residual).cpu().numpy()
+        return torch.from_numpy(entropy.compact(payload, scheme, count)).to(values.device)
     if residual is not None:
         values = values.to(torch.float32) + residual
     payload = torch.zeros(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
@@ -69,13 +76,16 @@ def decode_mean(
     headers = []
     for payload in payloads:
         head = payload[: wire.HEADER_SIZE].cpu().numpy().tobytes()
-        header = wire.parse_header(head, payload.numel())
-        wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
-        used = wire.used_size(header.scheme, header.count)
-        if used < payload.numel() and bool(payload[used:].any()):
-            raise ValueError("payload is damaged: its padding is not zero")
-        headers.append(header)
+        headers.append(wire.parse_header(head, payload.numel()))
     header = wire.common_header(headers)
+    packed = [_packed(payload, header) for payload, header in zip(payloads, headers, strict=True)]
+    return _mean(packed, header, dtype, factor)
+
+
+def _mean(
+    payloads: Sequence[torch.Tensor], header: wire.Header, dtype: torch.dtype, factor: float
+) -> torch.Tensor:
+    """``factor`` times the mean of packed payloads, which have been checked."""
     total = _dequantize(payloads[0], header.scheme, header.count)
     for payload in payloads[1:]:
         total += _dequantize(payload, header.scheme, header.count)
@@ -84,25 +94,39 @@ def decode_mean(
     return total.mul_(weight).to(dtype)
 
 
+def _packed(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
+    """The payload with packed codes, checked; its header is of no meaning."""
+    if header.scheme.coding != "packed":
+        return torch.from_numpy(entropy.expand(payload.cpu().numpy(), header)).to(payload.device)
+    wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
+    used = wire.used_size(header.scheme, header.count)
+    if used < payload.numel() and bool(payload[used:].any()):
+        raise ValueError("payload is damaged: its padding is not zero")
+    return payload
+
+
 def encode_message(
     values: Sequence[torch.Tensor],
     layout: MessageLayout,
     noise: Noise,
     message: torch.Tensor,
     residuals: Sequence[torch.Tensor] = (),
-) -> None:
-    """Encode all segments of a message; see `hvd_quant.codec.native.encode_message`."""
-    preamble = torch.frombuffer(bytearray(layout.preamble), dtype=torch.uint8)
-    message[:PREAMBLE_SIZE].copy_(preamble, non_blocking=True)
-    for segment, offset, seed, shift in zip(
-        layout.segments, layout.offsets, noise.seeds, noise.shifts, strict=True
-    ):
+) -> int:
+    """Encode all segments of a message; see `hvd_quant.codec.native.encode_message`.
+
+    Where the message's size varies, it waits for the device; see `encode`.
+    """
+    end = PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0)
+    for segment, seed, shift in zip(layout.segments, noise.seeds, noise.shifts, strict=True):
         place = slice(segment.start, segment.start + segment.count)
         part = values[segment.tensor].detach().reshape(-1)[place]
         residual = residuals[segment.tensor].view(-1)[place] if residuals else None
-        message[offset : offset + segment.payload_size] = encode(
-            part, segment.scheme, int(seed), int(shift), residual
-        )
+        payload = encode(part, segment.scheme, int(seed), int(shift), residual)
+        message[end : end + payload.numel()] = payload
+        end += payload.numel()
+    head = layout.preamble + (end.to_bytes(SIZE_SIZE, "little") if layout.varies else b"")
+    message[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8), non_blocking=True)
+    return end
 
 
 def decode_messages(
@@ -113,21 +137,38 @@ def decode_messages(
     Raises:
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
+    rest = []  # of each message
     for number, message in enumerate(messages):
-        if (
-            message.numel() != layout.size
-            or message[:PREAMBLE_SIZE].cpu().numpy().tobytes() != layout.preamble
-        ):
+        size = stated_size(message) if layout.varies else layout.size
+        if message.numel() != size or message[:PREAMBLE_SIZE].cpu().numpy().tobytes() != layout.preamble:
             raise ValueError(f"message {number} is not the one that was expected")
-    for segment, offset, header in zip(layout.segments, layout.offsets, layout.headers, strict=True):
-        payloads = [message[offset : offset + segment.payload_size] for message in messages]
-        for number, payload in enumerate(payloads):
-            differs = payload[: wire.HEADER_SIZE].cpu().numpy() != header
-            differs[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = False
-            if differs.any():
+        rest.append(message[PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0) :])
+    for segment, expected in zip(layout.segments, layout.headers, strict=True):
+        packed = []
+        for number, payloads in enumerate(rest):
+            head = payloads[: wire.HEADER_SIZE].cpu().numpy()
+            if len(head) < wire.HEADER_SIZE or _differ(head, expected):
                 raise ValueError(f"message {number} holds another payload than was expected")
+            header = wire.parse_header(head, segment.payload_size)
+            if segment.scheme.coding == "packed":
+                payload, size = _packed(payloads[: segment.payload_size], header), segment.payload_size
+            else:
+                host, size = entropy.expand_first(payloads[: segment.payload_size].cpu().numpy(), header)
+                payload = torch.from_numpy(host).to(payloads.device)
+            packed.append(payload)
+            rest[number] = payloads[size:]
         target = out[segment.tensor].view(-1)[segment.start : segment.start + segment.count]
-        target.copy_(decode_mean(payloads, dtype=target.dtype, factor=factor))
+        target.copy_(_mean(packed, header, target.dtype, factor))
+    for number, payloads in enumerate(rest):
+        if payloads.numel():
+            raise ValueError(f"message {number} has bytes left over")
+
+
+def _differ(header: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether two headers do, but for their checksums."""
+    differs = header != expected
+    differs[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = False
+    return bool(differs.any())
 
 
 def empty(count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:

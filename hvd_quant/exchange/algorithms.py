@@ -9,7 +9,6 @@ Whatever arrives, an exchange goes through all of its collectives, lest another 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,8 +34,8 @@ class Codec(Protocol):
         noise: Noise,
         message: Buffer,
         residuals: Sequence[Buffer] = (),
-    ) -> None:
-        """Encode the segments of a message, with error feedback if there are residuals."""
+    ) -> int:
+        """Encode the segments of a message, with error feedback if there are residuals; return its size."""
 
     def decode_messages(
         self, messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
@@ -69,6 +68,7 @@ class Work:
     transport: Transport
     name: str
     residuals: Sequence[Buffer] = ()
+    encoded_bytes: int = 0  # that the gradients have been encoded into
 
     def room(self, purpose: str, count: int, dtype: str) -> Buffer:
         """Memory that is the same in every step: fresh pages cost more than what is written to them."""
@@ -85,10 +85,11 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     """
     whole = work.bucket.whole
     message = work.room("message", whole.size, "uint8")
-    work.codec.encode_message(
-        work.values, whole, work.bucket.noise(whole, "whole", work.uses), message, work.residuals
+    noise = work.bucket.noise(whole, "whole", work.uses)
+    size = work.encoded_bytes = work.codec.encode_message(work.values, whole, noise, message, work.residuals)
+    messages = yield work.transport.allgather(
+        message[:size], [whole.fixed_size] * work.bucket.size, work.name
     )
-    messages = yield work.transport.allgather(message, [whole.size] * work.bucket.size, work.name)
     return [(whole, messages)]
 
 
@@ -96,17 +97,18 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     """Every rank averages one chunk of the gradients, and sends the mean, encoded again, to every other.
 
     Two roundings, each unbiased given what it rounds, so the result is. With error feedback what either loses
-    is kept. A rank receives 2 (n - 1) / n
-    payloads, however many ranks there are. The rank that has a chunk's mean takes it from its encoded form,
-    too, so that all ranks have the same.
+    is kept. A rank receives 2 (n - 1) / n payloads, however many ranks there are. The rank that has a chunk's
+    mean takes it from its encoded form, too, so that all ranks have the same.
     """
     bucket = work.bucket
-    chunks, sizes = bucket.chunks, [chunk.size for chunk in bucket.chunks]
-    message = work.room("message", sum(sizes), "uint8")
-    for chunk, end in zip(chunks, itertools.accumulate(sizes), strict=True):
-        noise = bucket.noise(chunk, "chunk", work.uses)
-        work.codec.encode_message(work.values, chunk, noise, message[end - chunk.size : end], work.residuals)
-    parts = yield work.transport.alltoall(message, sizes, f"{work.name}.scatter")
+    chunks, sizes, end = bucket.chunks, [], 0
+    message = work.room("message", sum(chunk.size for chunk in chunks), "uint8")
+    for chunk in chunks:
+        noise, room = bucket.noise(chunk, "chunk", work.uses), message[end : end + chunk.size]
+        sizes.append(work.codec.encode_message(work.values, chunk, noise, room, work.residuals))
+        end += sizes[-1]
+    work.encoded_bytes = end
+    parts = yield work.transport.alltoall(message[:end], sizes, f"{work.name}.scatter")
 
     own, flat = chunks[bucket.rank], bucket.own_chunk
     mean = work.room("mean", flat.count, "float32")
@@ -115,19 +117,20 @@ def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     noise = bucket.noise(own, "mean", work.uses)
     try:
         work.codec.decode_messages(parts, flat, [mean], 1.0)
+        lost = []
         if work.residuals:
-            lost = work.room("mean's residual", flat.count, "float32")
-            lost[:] = 0.0
-            work.codec.encode_message([mean], flat, noise, message, [lost])
+            lost = [work.room("mean's residual", flat.count, "float32")]
+            lost[0][:] = 0.0
+        message = message[: work.codec.encode_message([mean], flat, noise, message, lost)]
+        if work.residuals:
             # What the mean lost is n times as much of this rank's own gradients.
             for segment, place in zip(own.segments, flat.segments, strict=True):
                 residual = work.residuals[segment.tensor][segment.start : segment.start + segment.count]
-                residual += bucket.size * lost[place.start : place.start + place.count]
-        else:
-            work.codec.encode_message([mean], flat, noise, message)
+                residual += bucket.size * lost[0][place.start : place.start + place.count]
     except ValueError as error:
         damage, message = error, message[:0]  # no mean: nobody takes an empty message for one
-    messages = yield work.transport.allgather(message, sizes, f"{work.name}.gather")
+    expected = [chunk.fixed_size for chunk in chunks]
+    messages = yield work.transport.allgather(message, expected, f"{work.name}.gather")
     if damage is not None:
         raise damage
     return [(chunk, [part]) for chunk, part in zip(chunks, messages, strict=True)]

@@ -56,7 +56,7 @@ class InProcess:
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self.rank, self.size = network, rank, network.size
 
-    def allgather(self, message: np.ndarray, sizes: Sequence[int], name: str) -> _Handle:
+    def allgather(self, message: np.ndarray, sizes: Sequence[int | None], name: str) -> _Handle:
         """See `hvd_quant.exchange.transport.Transport`."""
         return self._network.post(name, self.rank, [message.copy()] * self.size)
 

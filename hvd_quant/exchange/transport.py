@@ -38,8 +38,11 @@ class Transport(Protocol):
     def size(self) -> int:
         """Ranks in the group."""
 
-    def allgather(self, message: Buffer, sizes: Sequence[int], name: str) -> Handle:
-        """Send ``message`` to every rank, which expects ``sizes`` bytes of the ranks."""
+    def allgather(self, message: Buffer, sizes: Sequence[int | None], name: str) -> Handle:
+        """Send ``message`` to every rank, which expects ``sizes`` bytes of the ranks.
+
+        A size is None where the message says its own; see `hvd_quant.codec.message.cut`.
+        """
 
     def alltoall(self, message: Buffer, sizes: Sequence[int], name: str) -> Handle:
         """Send consecutive parts of ``message``, of ``sizes`` bytes, to the ranks in their order."""

@@ -355,13 +355,14 @@ class QuantizedComm:
         entry = Entry(json.dumps(call), values.size, call["dtype"], self.scheme)
         bucket = self._bucket(entry)
         whole = bucket.whole
-        self._wire_bytes += whole.size
         algorithm = self.exchange
         if algorithm == "auto":
             algorithm = cost.choose(self._link, self.size, whole.size, whole.count)
         transport = MpiTransport(self._comm, number, bucket.buffers)
         uses = np.array([number], np.uint64)
-        exchange = Exchange(Work(bucket, [values], uses, native, transport, f"call {number}"), algorithm)
+        work = Work(bucket, [values], uses, native, transport, f"call {number}")
+        exchange = Exchange(work, algorithm)
+        self._wire_bytes += work.encoded_bytes
         while not exchange.ready():
             yield
         try:

@@ -54,11 +54,11 @@ class _Handle:
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._received]
 
     def _room(self, source: int, size: int) -> np.ndarray:
-        """The memory that the same part came into last time, if it has the size."""
+        """The memory that the same part came into last time, if that is large enough."""
         key = f"received {self._tag % COLLECTIVES} {source} {len(self._received[source])}"
-        if key not in self._rooms or len(self._rooms[key]) != size:
+        if key not in self._rooms or len(self._rooms[key]) < size:
             self._rooms[key] = np.empty(size, np.uint8)
-        return self._rooms[key]
+        return self._rooms[key][:size]
 
 
 class MpiTransport:
@@ -80,7 +80,7 @@ class MpiTransport:
         tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # lasting for so many exchanges
         self._first_tag = COLLECTIVES * (number % tags)
 
-    def allgather(self, message: np.ndarray, sizes: Sequence[int], name: str) -> _Handle:
+    def allgather(self, message: np.ndarray, sizes: Sequence[int | None], name: str) -> _Handle:
         """See `hvd_quant.exchange.transport.Transport`."""
         return self._begin([message] * self.size)
 

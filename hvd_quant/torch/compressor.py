@@ -705,7 +705,7 @@ class QuantizedCompressor(Compressor):
             whole = bucket.whole
             algorithm = cost.choose(self._link, bucket.size, whole.size, whole.count)
         exchange = Exchange(work, algorithm)
-        self._wire_bytes += bucket.whole.size
+        self._wire_bytes += work.encoded_bytes
         self._messages += 1
         shipment = Shipment(exchange, members)
         for member in members:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from horovod.torch import mpi_ops
 
+from hvd_quant.codec.message import cut
 from hvd_quant.exchange.transport import Buffer
 
 POLL_SECONDS = 1e-3  # between two looks at what is waited for, as in Horovod itself
@@ -108,7 +108,7 @@ class HorovodTransport:
         self.rank, self.size = process_set.rank(), process_set.size()
         self.underway: set[Collective] = set()
 
-    def allgather(self, message: Buffer, sizes: Sequence[int], name: str) -> HorovodHandle:
+    def allgather(self, message: Buffer, sizes: Sequence[int | None], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""
         handle = hvd.allgather_async(_tensor(message), name, self._process_set)
         return HorovodHandle(self, handle, lambda out: _split(out, sizes))
@@ -126,14 +126,9 @@ class HorovodTransport:
         self.underway.clear()
 
 
-def _split(received: torch.Tensor, sizes: Sequence[int]) -> list[Buffer]:
+def _split(received: torch.Tensor, sizes: Sequence[int | None]) -> list[Buffer]:
     """What each rank has sent; nothing of it, where that cannot be told."""
-    if received.numel() != sum(sizes):
-        sizes = [0] * len(sizes)
-        received = received[:0]
-    buffer = received if received.is_cuda else received.numpy()
-    ends = list(itertools.accumulate(sizes))
-    return [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return cut(received if received.is_cuda else received.numpy(), sizes)
 
 
 def _tensor(buffer: Buffer) -> torch.Tensor:

@@ -1,0 +1,84 @@
+"""Entropy coding of payloads: packed codes <-> Elias or Huffman codes, without loss, in the CPU's memory.
+
+Both backends quantize into, and decode from, packed payloads; this is a stage between those and what is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hvd_quant import wire
+from hvd_quant.codec import _native
+from hvd_quant.schemes import CODINGS, Scheme
+
+
+def packed(scheme: Scheme) -> Scheme:
+    """The scheme of the packed payload that a coded one is made from."""
+    return replace(scheme, coding="packed")
+
+
+def compact(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
+    """Code a packed payload.
+
+    Args:
+        payload: of ``count`` values of ``packed(scheme)``, contiguous uint8. Its header is not read.
+        scheme: whose coding is not ``"packed"``.
+        count: of its values.
+
+    Returns:
+        The coded payload, uint8, of at most ``wire.max_payload_size(scheme, count)`` bytes.
+    """
+    coded, checksum = _native.compact(
+        payload[wire.HEADER_SIZE :],
+        count=count,
+        bucket_size=scheme.bucket_size,
+        bits=scheme.bits,
+        coding=CODINGS.index(scheme.coding),
+        first_word=wire.FIRST_BODY_WORD,
+        head=wire.HEADER_SIZE,
+    )
+    coded[: wire.HEADER_SIZE] = np.frombuffer(wire.pack_header(scheme, count, checksum), np.uint8)
+    return coded
+
+
+def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
+    """Undo `compact`, and check all of the payload.
+
+    Args:
+        payload: contiguous uint8.
+        header: of it, whose coding is not ``"packed"``.
+
+    Returns:
+        The packed payload, with zeros for a header.
+
+    Raises:
+        ValueError: the payload is damaged.
+    """
+    expanded, size = expand_first(payload, header)
+    if size != payload.size:
+        raise ValueError(f"payload is damaged: it has {payload.size} bytes, but its codes end after {size}")
+    return expanded
+
+
+def expand_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
+    """As `expand`, for a payload that others may follow.
+
+    Returns:
+        The packed payload, and the bytes that the coded one takes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    expanded, checksum, size = _native.expand(
+        payloads[wire.HEADER_SIZE :],
+        count=header.count,
+        bucket_size=header.scheme.bucket_size,
+        bits=header.scheme.bits,
+        coding=CODINGS.index(header.scheme.coding),
+        first_word=wire.FIRST_BODY_WORD,
+        head=wire.HEADER_SIZE,
+    )
+    wire.check_body(header, checksum)
+    return expanded, wire.HEADER_SIZE + size
