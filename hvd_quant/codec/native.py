@@ -166,7 +166,9 @@ def encode_message(
     )
     if not layout.varies:
         return layout.size
-    message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE] = np.frombuffer(size.to_bytes(SIZE_SIZE, "little"), np.uint8)
+    message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE] = np.frombuffer(
+        size.to_bytes(SIZE_SIZE, "little"), np.uint8
+    )
     return size
 
 

@@ -72,7 +72,9 @@ def decode_mean(
     return _mean(packed, header, dtype, factor)
 
 
-def _mean(payloads: Sequence[torch.Tensor], header: wire.Header, dtype: torch.dtype, factor: float) -> torch.Tensor:
+def _mean(
+    payloads: Sequence[torch.Tensor], header: wire.Header, dtype: torch.dtype, factor: float
+) -> torch.Tensor:
     """``factor`` times the mean of packed payloads, which have been checked."""
     total = _dequantize(payloads[0], header)
     for payload in payloads[1:]:

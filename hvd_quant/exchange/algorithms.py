@@ -79,7 +79,9 @@ def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
     message = work.room("message", whole.size, "uint8")
     seeds = work.bucket.seeds(whole, "whole", work.uses)
     size = work.encoded_bytes = work.codec.encode_message(work.values, whole, seeds, message)
-    messages = yield work.transport.allgather(message[:size], [whole.fixed_size] * work.bucket.size, work.name)
+    messages = yield work.transport.allgather(
+        message[:size], [whole.fixed_size] * work.bucket.size, work.name
+    )
     return [(whole, messages)]
 
 

@@ -35,7 +35,11 @@ def test_bucket_size_not_an_integer(bucket_size):
 
 @pytest.mark.parametrize(
     ("field", "allowed"),
-    [("norm", "'max' or 'l2'"), ("coding", "'packed'"), ("rounding", "'independent'")],
+    [
+        ("norm", "'max' or 'l2'"),
+        ("coding", "'packed' or 'elias' or 'huffman'"),
+        ("rounding", "'independent'"),
+    ],
 )
 def test_unknown_choice(field, allowed):
     for value in ("", "MAX", "elias"):
