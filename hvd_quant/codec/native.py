@@ -47,8 +47,8 @@ def encode(values: np.ndarray, scheme: Scheme, seed: int, dtype: str | None = No
         dtype: what the items of ``values`` are, where their own dtype does not say it.
 
     Returns:
-        The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so many
-        where its codes are packed.
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so
+        many where its codes are packed.
     """
     if scheme.coding != "packed":
         return entropy.compact(encode(values, entropy.packed(scheme), seed, dtype), scheme, values.size)

@@ -33,9 +33,9 @@ def encode(values: torch.Tensor, scheme: Scheme, seed: int) -> torch.Tensor:
         seed: of the noise, from torch's generator on that device, 0 to 2^64 - 1.
 
     Returns:
-        The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where its
-        codes are packed. Elias and Huffman codes are made by the CPU: the packed payload is brought there for it,
-        so they wait for the device.
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where
+        its codes are packed. Elias and Huffman codes are made on the host: the packed payload is brought
+        there and the coded one back, so that the host waits for the device.
     """
     count = values.numel()
     if scheme.coding != "packed":

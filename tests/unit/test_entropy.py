@@ -174,7 +174,7 @@ def test_elias_codes_are_those_of_the_textbook():
         "10100100000",
         "1011011001000",
     ]
-    # Levels 0 to 127 of one bucket of which each value is a level exactly; and as many zeros as make it worth it.
+    # Levels 0 to 127 of a bucket in which each value is a level exactly, after enough zeros.
     levels = np.concatenate([np.zeros(3000), np.arange(128)]).astype(np.float32)
     scheme = QSGD(8, "max", ONE_BUCKET, "elias")
     section = codes_section(encode(levels, scheme), scheme, levels.size)
@@ -202,8 +202,7 @@ def test_words_of_the_dense_elias_form():
 @pytest.mark.parametrize("kind", ["gaussian", "heavy-tailed"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_elias_codes_are_within_the_theorem(kind, bits):
-    # QSGD, Theorem 3.2, for a bucket of d values; with more than one, gaps run on. Its o(1) is taken as 0, so that
-    # the bound is smaller than the theorem's.
+    # QSGD, Theorem 3.2, for each bucket of d values. Its o(1) is taken as 0, which makes the bound smaller.
     count, d = 2**16, 2**13
     scheme = QSGD(bits, "l2", d, "elias")
     s = scheme.steps
@@ -465,7 +464,7 @@ def test_damaged_messages_are_refused(codec, coding):
     for part in damaged:  # of which half say so themselves
         if part.size >= 16 and part.size % 2:
             part[8:16] = np.frombuffer(struct.pack("<Q", part.size), np.uint8)
-    for place in [*range(0, 90), *rng.integers(0, message.size, 60).tolist()]:
+    for place in [*range(90), *rng.integers(0, message.size, 60).tolist()]:
         damaged.append(message.copy())
         damaged[-1][place] ^= 1 << int(rng.integers(8))
     longer = np.append(message, np.zeros(8, np.uint8))
@@ -508,8 +507,8 @@ def test_exchange(exchange, coding):
             uses = np.zeros(len(counts), np.uint64)
             work = Work(bucket, values[rank], uses, native, network.ranks[rank], how)
             exchanges.append(Exchange(work, exchange))
-        while not all([one.advance(wait=False) for one in exchanges]):
-            pass
+        for one in exchanges:
+            assert one.advance(wait=False)
         outs = [[np.empty(count, np.float32) for count in counts] for _ in range(ranks)]
         for one, out in zip(exchanges, outs, strict=True):
             one.finish(out)
