@@ -60,7 +60,7 @@ def payload_size(scheme: Scheme, count: int) -> int:
 
 
 def max_payload_size(scheme: Scheme, count: int) -> int:
-    """Bytes that the payload of ``count`` values takes at most; exactly so many if its codes are packed."""
+    """Bytes that the payload of ``count`` values takes at most, and exactly where its codes are packed."""
     if scheme.coding == "packed":
         return payload_size(scheme, count)
     return _aligned(used_size(scheme, count) + CODES_HEAD_SIZE)

@@ -39,8 +39,8 @@ def encode(
 
     Returns:
         The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where
-        its codes are packed. Elias and Huffman codes are made by the CPU, to which the packed payload is
-        brought: they wait for the device.
+        its codes are packed. Elias and Huffman codes are made on the host: the packed payload is brought
+        there and the coded one back, so that the host waits for the device.
     """
     count = values.numel()
     if scheme.coding != "packed":

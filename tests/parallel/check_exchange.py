@@ -52,11 +52,16 @@ def step_to_means(model, optimizer, step, local, exchange):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("fusion_bytes", [0, 3000, 8 << 20])
+@pytest.mark.parametrize(
+    ("fusion_bytes", "coding"),
+    [(0, "packed"), (3000, "packed"), (3000, "huffman"), (8 << 20, "packed"), (8 << 20, "elias")],
+)
 @pytest.mark.parametrize("named", [True, False])
-def check_mean_on_every_rank(exchange, fusion_bytes, named):
+def check_mean_on_every_rank(exchange, fusion_bytes, coding, named):
     model = mlp()
-    compressor = hq.QSGDCompressor(bits=8, exchange=exchange, fusion_bytes=fusion_bytes, min_numel=0)
+    compressor = hq.QSGDCompressor(
+        bits=8, coding=coding, exchange=exchange, fusion_bytes=fusion_bytes, min_numel=0
+    )
     make = optimizer_of if named else stock_optimizer_of
     optimizer = make(model, compressor)
     for step in range(3):

@@ -20,6 +20,8 @@ SCHEMES = [
     QSGD(bits=8),
     NUQSGD(bits=4),
     NUQSGD(bits=3, norm="max"),
+    QSGD(3, "l2", 1000, coding="elias"),
+    QSGD(bits=4, coding="huffman"),
 ]
 
 

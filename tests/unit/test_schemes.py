@@ -37,7 +37,7 @@ def test_bucket_size_not_an_integer(bucket_size):
     ("field", "allowed"),
     [
         ("norm", "'max' or 'l2'"),
-        ("coding", "'packed'"),
+        ("coding", "'packed' or 'elias' or 'huffman'"),
         ("rounding", "'independent' or 'correlated' or 'nearest'"),
     ],
 )

@@ -132,7 +132,7 @@ SIZE = 32 + 4 + 8 + 4
         ("scheme", 3, "undefined values"),
         ("scheme", 255, "undefined values"),
         ("norm", 2, "undefined values"),
-        ("coding", 1, "undefined values"),
+        ("coding", 3, "undefined values"),
         ("reserved", b"\0\0\1", "undefined values"),
         ("bits", 1, "bits must be from 2 to 8, not 1"),
         ("bits", 9, "bits must be from 2 to 8, not 9"),
