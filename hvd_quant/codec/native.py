@@ -63,7 +63,8 @@ def encode(
         many where its codes are packed.
     """
     if scheme.coding != "packed":
-        return entropy.compact(encode(values, entropy.packed(scheme), seed, dtype), scheme, values.size)
+        packed = encode(values, entropy.packed(scheme), seed, shift, residual=residual, dtype=dtype)
+        return entropy.compact(packed, scheme, values.size)
     payload = np.empty(wire.payload_size(scheme, values.size), np.uint8)
     checksum = _native.encode(
         values,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference import Bits, canonical, unpack, with_checksum
 from reference import decode as reference_decode
 from reference import expand as reference_expand
+from test_message import noise_of
 
 from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
@@ -418,7 +419,7 @@ def message_of(layout, values, codec=native):
     room = codec.empty(layout.size, "uint8", torch.empty(0))
     if codec is torch_ops:
         values = [torch.from_numpy(value) for value in values]
-    size = codec.encode_message(values, layout, np.arange(len(layout.segments), dtype=np.uint64), room)
+    size = codec.encode_message(values, layout, noise_of(layout), room)
     return np.asarray(room[:size])
 
 
