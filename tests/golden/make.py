@@ -56,8 +56,8 @@ def cases() -> Iterator[Case]:
         yield f"{coding}-dense", QSGD(8, "max", 2000, coding), dense
         sparse = rng.standard_normal(3001) * (rng.random(3001) < 0.03)
         yield f"{coding}-sparse", NUQSGD(6, "l2", 512, coding), sparse.astype(np.float32)
-        lanes = rng.choice([0, 0, 0, 0.5, 1, -1], 2**14 + 77).astype(np.float32)
-        yield f"{coding}-lanes", QSGD(4, "max", 4096, coding), lanes
+        lanes = (rng.laplace(size=2**14 + 77) ** 3).astype(np.float32)
+        yield f"{coding}-lanes", NUQSGD(5, "l2", 4096, coding), lanes
 
 
 def main() -> None:
