@@ -1,6 +1,6 @@
 // Entropy coding of the codes of a payload: packed codes <-> an Elias or Huffman bit stream, without loss.
-// docs/wire-format.md, "Coded codes", is its text. Included by native.cpp once per
-// instruction set, as kernels.hpp is: variable shifts are what it consists of.
+// docs/wire-format.md, "Coded codes", is its text. Included by native.cpp once: with
+// AVX2, compilers turn the table look-ups into gathers, which are several times slower.
 //
 // Packed codes are handled in units, as many codes as fit into 8 bits; eight units fill kUnitBits bytes.
 // Bit streams begin at the least significant bit of their first byte, and so do code words in them.
@@ -258,21 +258,25 @@ void for_nonzero(const Packed& packed, const Use& use) {
   std::uint64_t first = 1;  // one more than the place of the word's first value
   std::uint64_t last = 0;
   const auto use_found = [&] {
+    std::uint64_t before = last;
     for (std::size_t i = 0; i < n; ++i) {
       const std::uint64_t place = found[i] >> 8;
-      use(place - last, static_cast<std::uint32_t>(found[i] & 255));
-      last = place;
+      use(place - before, static_cast<std::uint32_t>(found[i] & 255));
+      before = place;
     }
+    last = before;
     n = 0;
   };
   for_words<kBits>(packed, [&](std::uint64_t word, int) {
     word &= kWhole;
     if (word != 0) {
+      std::uint64_t* end = found + n;
       for (int i = 0; i < kValues; ++i) {
         const std::uint64_t code = word >> i * kBits & kMask;
-        found[n] = (first + static_cast<std::uint64_t>(i)) << 8 | code;
-        n += code != 0 ? 1 : 0;
+        *end = (first + static_cast<std::uint64_t>(i)) << 8 | code;
+        end += code != 0 ? 1 : 0;
       }
+      n = static_cast<std::size_t>(end - found);
       if (n >= kBatch) use_found();
     }
     first += kValues;

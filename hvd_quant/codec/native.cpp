@@ -128,7 +128,6 @@ constexpr std::array<std::uint32_t, kChunk / 2> kWeyl = [] {
 
 namespace portable {
 #include "kernels.hpp"
-#include "entropy.hpp"
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -137,7 +136,6 @@ namespace portable {
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c")
 namespace avx2 {
 #include "kernels.hpp"
-#include "entropy.hpp"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -151,7 +149,6 @@ namespace avx512 {
 #pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,fma,f16c"))), apply_to = function)
 namespace avx2 {
 #include "kernels.hpp"
-#include "entropy.hpp"
 }
 #pragma clang attribute pop
 #pragma clang attribute push( \
@@ -163,6 +160,8 @@ namespace avx512 {
 #pragma clang attribute pop
 #endif
 
+#include "entropy.hpp"
+
 // --- choice of dtype, bits and instruction set ----------------------------------------------------------
 
 using EncodeRange = std::uint32_t (*)(const Encoding&, std::uint64_t, std::uint64_t);
@@ -170,8 +169,6 @@ using DecodeRange = void (*)(const Decoding&, std::uint64_t, std::uint64_t, std:
 using AddToResidual = void (*)(const void*, std::uint64_t, float*, float*);
 using SubtractEncoded = void (*)(const Encoding&, std::uint64_t, std::uint64_t, const float*);
 using Checksum = std::uint32_t (*)(const std::uint8_t*, std::uint64_t, std::uint64_t);
-using Compact = std::uint64_t (*)(const std::uint8_t*, const Layout&, Coding, std::uint8_t*);
-using Expand = const char* (*)(const std::uint8_t*, std::uint64_t, const Layout&, Coding, std::uint8_t*, std::uint64_t*);
 
 constexpr int kBitWidths = kMaxBits - kMinBits + 1;
 const std::array<std::string, 4> kDtypes = {"float32", "float64", "float16", "bfloat16"};
@@ -185,8 +182,6 @@ struct Kernels {
   AddToResidual add_to_residual[kDtypes.size()];
   SubtractEncoded subtract_encoded[kBitWidths];
   Checksum checksum;
-  Compact compact;
-  Expand expand;
 };
 
 #define HVD_QUANT_ROW(isa, fn, T) \
@@ -200,27 +195,23 @@ struct Kernels {
   { isa::fn<float>, isa::fn<double>, isa::fn<Float16>, isa::fn<BFloat16> }
 #define HVD_QUANT_BY_BITS(isa, fn) \
   { isa::fn<2>, isa::fn<3>, isa::fn<4>, isa::fn<5>, isa::fn<6>, isa::fn<7>, isa::fn<8> }
-// Entropy coding, which is not vectorised, takes its instruction set apart.
-#define HVD_QUANT_KERNELS(isa, supported, scalar_isa)                                                       \
-  {                                                                                                        \
-    #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range),               \
-        HVD_QUANT_BY_DTYPE(isa, add_to_residual), HVD_QUANT_BY_BITS(isa, subtract_encoded), isa::checksum, \
-        scalar_isa::entropy::compact, scalar_isa::entropy::expand                                          \
+#define HVD_QUANT_KERNELS(isa, supported)                                                                 \
+  {                                                                                                       \
+    #isa, supported, HVD_QUANT_TABLE(isa, encode_range), HVD_QUANT_TABLE(isa, decode_range),              \
+        HVD_QUANT_BY_DTYPE(isa, add_to_residual), HVD_QUANT_BY_BITS(isa, subtract_encoded), isa::checksum \
   }
 
 // Best last.
 const std::vector<Kernels>& all_kernels() {
   static const std::vector<Kernels> kernels = {
-      HVD_QUANT_KERNELS(portable, true, portable),
+      HVD_QUANT_KERNELS(portable, true),
 #ifdef HVD_QUANT_X86
       HVD_QUANT_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-                                  __builtin_cpu_supports("fma"),
-                        avx2),
+                                  __builtin_cpu_supports("fma")),
       HVD_QUANT_KERNELS(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                     __builtin_cpu_supports("avx512dq") &&
                                     __builtin_cpu_supports("avx512vl") &&
-                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"),
-                        avx2),
+                                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2")),
 #endif
   };
   return kernels;
@@ -466,7 +457,7 @@ std::pair<py::array, std::uint32_t> compact(const py::array& body, std::uint64_t
   {
     py::gil_scoped_release release;
     room = scratch(max_coded_size(layout));
-    size = kernels.compact(packed, layout, checked_coding, room.get());
+    size = entropy::compact(packed, layout, checked_coding, room.get());
     sum = kernels.checksum(room.get(), size, first_word);
   }
   py::array_t<std::uint8_t> payload(static_cast<py::ssize_t>(head + size));
@@ -494,7 +485,7 @@ std::tuple<py::array, std::uint32_t, std::uint64_t> expand(const py::array& body
   {
     py::gil_scoped_release release;
     std::memset(out, 0, head);
-    wrong = kernels.expand(coded, size, layout, checked_coding, out + head, &taken);
+    wrong = entropy::expand(coded, size, layout, checked_coding, out + head, &taken);
     if (wrong == nullptr) sum = kernels.checksum(coded, taken, first_word);
   }
   if (wrong != nullptr) throw py::value_error(std::string("payload is damaged: ") + wrong);
@@ -662,7 +653,7 @@ std::uint64_t encode_segments(const std::vector<py::array>& arrays, const Table&
     std::uint32_t sum = run_encoding(job, kernels, static_cast<std::size_t>(segment.dtype), threads);
     std::uint64_t size = checked.layouts[i].body_size();
     if (is_coded) {
-      size = kernels.compact(packed.get(), checked.layouts[i], static_cast<Coding>(segment.coding), payload + kHeaderSize);
+      size = entropy::compact(packed.get(), checked.layouts[i], static_cast<Coding>(segment.coding), payload + kHeaderSize);
       sum = kernels.checksum(payload + kHeaderSize, size, first_word);
     }
     std::memcpy(payload, checked.headers + i * kHeaderSize, kHeaderSize);
@@ -729,7 +720,7 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
           if (packed == nullptr) packed = scratch(scratch_size * sources.size());
           std::uint8_t* const body = packed.get() + k * scratch_size;
           const auto coding = static_cast<Coding>(segment.coding);
-          wrong = kernels.expand(payload + kHeaderSize, left - kHeaderSize, layout, coding, body, &size);
+          wrong = entropy::expand(payload + kHeaderSize, left - kHeaderSize, layout, coding, body, &size);
           wrong_message = k;
           if (wrong != nullptr) break;
           coded_sums.push_back(kernels.checksum(payload + kHeaderSize, size, first_word));

@@ -48,6 +48,16 @@ def cases() -> Iterator[Case]:
     special[3] = np.nan
     yield "nuqsgd-l2-special", NUQSGD(8, "l2", 8), special
     yield "nuqsgd-max-huge", NUQSGD(3, "max", 8), np.array([largest, -largest, 1e38, 0], np.float32)
+    for coding in ("elias", "huffman"):
+        # Each form; a payload of 2^14 values and more, in four lanes; digits with escapes.
+        yield f"{coding}-stored", QSGD(8, "max", 16, coding), rng.standard_normal(37).astype(np.float32)
+        dense = rng.choice([0, 0, 0, 0, 1, -1, 2], 1001).astype(np.float32)
+        dense[7] = 127
+        yield f"{coding}-dense", QSGD(8, "max", 2000, coding), dense
+        sparse = rng.standard_normal(3001) * (rng.random(3001) < 0.03)
+        yield f"{coding}-sparse", NUQSGD(6, "l2", 512, coding), sparse.astype(np.float32)
+        lanes = (rng.laplace(size=2**14 + 77) ** 3).astype(np.float32)
+        yield f"{coding}-lanes", NUQSGD(5, "l2", 4096, coding), lanes
 
 
 def main() -> None:
