@@ -7,8 +7,8 @@ counts (1 - lr mu)^(2 (T - t)) times at the end: alpha = (1 - lr mu)^2.
 
 `fashion`: the CNN of the other parts, which is not convex: alpha = 1.
 
-Intervals are over the seeds, by Student's t. A seed's two runs see the same images in the same order, so their
-ratio is taken seed by seed.
+Intervals are over the seeds, by Student's t. A seed's two runs see the same images in the same order, so
+their ratio is taken seed by seed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The bound, for the l2 norm and a bucket of d values, is
 (3 + (3/2 + o(1)) log2(2 (s^2 + d) / (s (s + sqrt d)))) s (s + sqrt d) + 32 bits expected, its o(1) left out
-here; at s = sqrt(d), 2.8 d + 32. Both count the norm's 32 bits. So do "bits a value" here: all of the payload but
-the header. Entropy counts codes alone. Intervals are over the seeds of the rounding, by Student's t.
+here; at s = sqrt(d), 2.8 d + 32. Both count the norm's 32 bits, and so do the sizes
+here: all of the payload but the header. The entropy is that of the codes alone.
+Intervals are over the seeds of the rounding, by Student's t.
 """
 
 from __future__ import annotations
