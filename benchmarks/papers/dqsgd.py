@@ -136,9 +136,9 @@ def job(function: str, *arguments: Any) -> Record:
 
 def run(workers: int) -> list[Record]:
     methods = FIXED, DYNAMIC
-    jobs: list[tuple[Any, ...]] = [("fashion", m, "max", 4, seed) for m in methods for seed in range(SEEDS)]
+    jobs: list[tuple[Any, ...]] = [("convex", FLOAT32, "", 32, seed) for seed in range(CONVEX_SEEDS)]
     jobs += [("convex", m, *case, seed) for m in methods for case in CASES for seed in range(CONVEX_SEEDS)]
-    jobs += [("convex", FLOAT32, "", 32, seed) for seed in range(CONVEX_SEEDS)]
+    jobs += [("fashion", m, "max", 4, seed) for m in methods for seed in range(SEEDS)]
     return each(job, jobs, workers)
 
 

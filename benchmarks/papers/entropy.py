@@ -1,9 +1,10 @@
-"""Bits a value of every coding, beside the order-0 entropy of the codes and the bound of QSGD's Theorem 3.2.
+"""Bits a value of every coding, beside the order-0 entropy of the codes and the bounds of the QSGD paper.
 
-The bound, for the l2 norm and a bucket of d values, is
-(3 + (3/2 + o(1)) log2(2 (s^2 + d) / (s (s + sqrt d)))) s (s + sqrt d) + 32 bits expected, its o(1) left out
-here; at s = sqrt(d), 2.8 d + 32. Both count the norm's 32 bits, and so do the sizes
-here: all of the payload but the header. The entropy is that of the codes alone.
+Theorem 3.2, for the l2 norm and a bucket of d values: at most
+(3 + (3/2 + o(1)) log2(2 (s^2 + d) / (s (s + sqrt d)))) s (s + sqrt d) + 32 bits expected; its o(1) is left
+out here. That is the paper's code for sparse vectors: at s = sqrt(d) it allows 9 d + 32. For dense ones the
+paper has another, with 2.8 d + 32 at s = sqrt(d). Bounds count the norm's 32 bits, and so do the sizes here: all of
+the payload but the header. The entropy is that of the codes alone.
 Intervals are over the seeds of the rounding, by Student's t.
 """
 
@@ -38,10 +39,10 @@ CODINGS = tuple(coding for coding in ("packed", "elias", "huffman") if coding in
 
 def code_entropy(payload: np.ndarray) -> float:
     """Order-0 entropy, bits a value, of the codes of a packed payload."""
-    header = wire.parse_header(bytes(payload[: wire.HEADER_SIZE]))
-    begin = wire.HEADER_SIZE + 4 * math.ceil(header.count / header.bucket_size)
-    bits = np.unpackbits(payload[begin:], bitorder="little")[: header.count * header.bits]
-    codes = bits.reshape(-1, header.bits) @ (1 << np.arange(header.bits))
+    header = wire.parse_header(bytes(payload[: wire.HEADER_SIZE]), payload.size)
+    begin = wire.HEADER_SIZE + 4 * math.ceil(header.count / header.scheme.bucket_size)
+    bits = np.unpackbits(payload[begin:], bitorder="little")[: header.count * header.scheme.bits]
+    codes = bits.reshape(-1, header.scheme.bits) @ (1 << np.arange(header.scheme.bits))
     share = np.bincount(codes) / header.count
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
@@ -131,9 +132,12 @@ def plot(records: list[Record], path: Path) -> None:
         if ones[0]["bound"]:
             bounds = [one["bound"] for one in ones]
             axis.plot(bits, bounds, color=COLOURS[3], linestyle=":", label="Theorem 3.2")
+        if case == "l2, d = s²":
+            dense = [2.8 + 32 / one["bucket_size"] for one in ones]
+            axis.plot(bits, dense, color=COLOURS[4], linestyle="-.", label="2.8 d + 32")
         axis.set_title(f"{chosen}, {case}", fontsize=9)
         axis.set_xlabel("bits of a packed code")
         axis.set_ylim(0, 12)
     axes[0, 0].set_ylabel("bits a value")
-    legend_below(fig, axes[0, 0], columns=5)
+    legend_below(fig, axes[0, -1], columns=6)
     fig.savefig(path, dpi=120)
