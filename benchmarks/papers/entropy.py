@@ -3,8 +3,8 @@
 Theorem 3.2, for the l2 norm and a bucket of d values: at most
 (3 + (3/2 + o(1)) log2(2 (s^2 + d) / (s (s + sqrt d)))) s (s + sqrt d) + 32 bits expected; its o(1) is left
 out here. That is the paper's code for sparse vectors: at s = sqrt(d) it allows 9 d + 32. For dense ones the
-paper has another, with 2.8 d + 32 at s = sqrt(d). Bounds count the norm's 32 bits, and so do the sizes here: all of
-the payload but the header. The entropy is that of the codes alone.
+paper has another, with 2.8 d + 32 at s = sqrt(d). Bounds count the norm's 32 bits, and so do the sizes
+here: all of the payload but the header. The entropy is that of the codes alone.
 Intervals are over the seeds of the rounding, by Student's t.
 """
 
