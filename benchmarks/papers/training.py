@@ -5,6 +5,7 @@ Intervals are over the seeds, by Student's t.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from benchmarks.papers import simulate
@@ -59,6 +60,15 @@ def rows(records: list[Record]) -> list[tuple[str, ...]]:
     ]
 
 
+def notes(records: list[Record]) -> list[str]:
+    return [
+        f"{name}, {bits} bits, {'with' if feedback else 'without'} error feedback: {lost} of {len(runs)} runs "
+        "diverged; they are in no plot."
+        for (name, bits, feedback), runs in grouped(records, "scheme", "bits", "error_feedback").items()
+        if (lost := sum(not math.isfinite(run["loss"][-1]) for run in runs))
+    ]
+
+
 def plot(records: list[Record], path: Path) -> None:
     fig, axes = figure(1, 2, height=4.2)
     final = {
@@ -74,6 +84,8 @@ def plot(records: list[Record], path: Path) -> None:
             points = [final[name, bits, False][quantity] for bits in BITS]
             at = [bits + shift for bits in BITS]
             axis.errorbar(at, *zip(*points, strict=True), label=name, **look)
+            if not math.isfinite(final[name, 2, True][1][0]):
+                continue  # diverged: in the table alone
             mean, half = final[name, 2, True][quantity]
             label = f"{name}, error feedback"
             axis.errorbar([1.8 + shift], [mean], [half], fillstyle="none", linestyle="", label=label, **look)
