@@ -62,8 +62,7 @@ def rows(records: list[Record]) -> list[tuple[str, ...]]:
 
 def notes(records: list[Record]) -> list[str]:
     return [
-        f"{name}, {bits} bits, {'with' if feedback else 'without'} error feedback: {lost} of {len(runs)} runs "
-        "diverged; they are in no plot."
+        f"{name}, {bits} bits, {'with' if feedback else 'no'} error feedback: {lost} of {len(runs)} diverged."
         for (name, bits, feedback), runs in grouped(records, "scheme", "bits", "error_feedback").items()
         if (lost := sum(not math.isfinite(run["loss"][-1]) for run in runs))
     ]
