@@ -25,18 +25,24 @@ class Overrides:
                 "*.bias": none
                 "embed.*": {scheme: qsgd, bits: 8}
 
+        rounding: of schemes in a file that name none.
+
     Raises:
         TypeError, ValueError: these are no such patterns or schemes, or the file is none that can be read.
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, given: Mapping[str, Scheme | None] | str | os.PathLike | None = None) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Scheme | None] | str | os.PathLike | None = None,
+        rounding: str = "independent",
+    ) -> None:
         if isinstance(given, (str, os.PathLike)):
             path = Path(given)
             read = _read(path)
             if not isinstance(read, dict):
                 raise ValueError(f"{path} must hold a mapping of patterns to schemes")
-            given = {pattern: _scheme(path, pattern, value) for pattern, value in read.items()}
+            given = {pattern: _scheme(path, pattern, value, rounding) for pattern, value in read.items()}
         if not isinstance(given, Mapping | None):
             raise TypeError(
                 f"overrides must be a mapping of patterns to schemes, or a file's path, not {given!r}"
@@ -93,14 +99,14 @@ def _read(path: Path) -> Any:
     raise ValueError(f"overrides must be in a .yaml, .yml or .toml file, not {path}")
 
 
-def _scheme(path: Path, pattern: Any, value: Any) -> Scheme | None:
+def _scheme(path: Path, pattern: Any, value: Any, rounding: str) -> Scheme | None:
     if value is None or value == "none":
         return None
     if not isinstance(value, dict) or str(value.get("scheme")) not in _SCHEMES:
         raise ValueError(
             f"{path}: {pattern!r} must be none, or a scheme such as {{scheme: qsgd, bits: 8}}, not {value!r}"
         )
-    arguments = dict(value)
+    arguments = {"rounding": rounding, **value}
     kind = _SCHEMES[arguments.pop("scheme")]
     try:
         return kind(**arguments)

@@ -88,7 +88,7 @@ class BitSchedule:
         # From where all steps have min_bits to where all have max_bits.
         reach = -math.log2(scheme.alpha) * left / 2
         low, high = -mean_norm - 1.0, scheme.max_bits - mean_norm + reach
-        while high - low > _PRECISION:
+        for _ in range(math.ceil(math.log2((high - low) / _PRECISION))):
             middle = (low + high) / 2
             if self._continuous(middle + mean_norm, steps).mean() < target:
                 low = middle
@@ -128,5 +128,8 @@ class BitSchedule:
             check_integer(name, state[name], 0, 2**63 - 1)
         check_integer("bits", state["bits"], self.scheme.min_bits, self.scheme.max_bits)
         log_norm = None if state["log_norm"] is None else float(state["log_norm"])
+        log_norms = float(state["log_norms"])
+        if not math.isfinite(log_norms) or not math.isfinite(log_norm or 0.0):
+            raise ValueError("its norms are not finite")
         self.step, self.spent, self._norms = state["step"], state["spent"], state["norms"]
-        self._bits, self._log_norm, self._log_norms = state["bits"], log_norm, float(state["log_norms"])
+        self._bits, self._log_norm, self._log_norms = state["bits"], log_norm, log_norms

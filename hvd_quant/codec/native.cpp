@@ -313,20 +313,19 @@ std::size_t thread_count(std::int64_t asked, std::uint64_t count) {
 }
 
 // Encodes the values plus the residual, and keeps in the residual what that loses, block by block: a block is in
-// the cache when it is read again.
+// the cache when it is read again, unless buckets are large or odd. `before` has room for a block.
 std::uint32_t encode_with_feedback(const Encoding& job, const Kernels& kernels, std::size_t type, std::uint64_t block,
-                                   std::uint64_t begin, std::uint64_t end) {
+                                   std::uint64_t begin, std::uint64_t end, float* before) {
   const std::size_t bits_index = static_cast<std::size_t>(job.layout.bits - kMinBits);
   Encoding corrected = job;
   corrected.values = job.residual;
-  std::vector<float> before(std::min(block, end - begin));
   std::uint32_t sum = 0;
   for (std::uint64_t at = begin; at < end; at += block) {
     const std::uint64_t n = std::min(block, end - at);
     const char* const values = static_cast<const char*>(job.values) + at * kItemSizes[type];
-    kernels.add_to_residual[type](values, n, job.residual + at, before.data());
+    kernels.add_to_residual[type](values, n, job.residual + at, before);
     sum += kernels.encode[0][bits_index](corrected, at, at + n);
-    kernels.subtract_encoded[bits_index](corrected, at, at + n, before.data());
+    kernels.subtract_encoded[bits_index](corrected, at, at + n, before);
   }
   return sum;
 }
@@ -341,15 +340,18 @@ std::uint32_t run_encoding(const Encoding& job, const Kernels& kernels, std::siz
   const Layout& layout = job.layout;
   std::memset(job.body + layout.used_size(), 0, layout.body_size() - layout.used_size());
   const std::uint64_t unit = job.residual == nullptr ? kChunk : feedback_block(layout);
-  const auto range = [&](std::uint64_t begin, std::uint64_t end) {
-    if (job.residual != nullptr) return encode_with_feedback(job, kernels, type, unit, begin, end);
-    return kernels.encode[type][layout.bits - kMinBits](job, begin, end);
-  };
   const std::size_t parts = thread_count(threads, layout.count);
-  if (parts == 1) return range(0, layout.count);
+  // Here, because a thread has nobody to tell that there is no memory.
+  std::vector<std::vector<float>> before(job.residual == nullptr ? 0 : parts);
+  for (std::vector<float>& one : before) one.resize(std::min(unit, layout.count));
+  const auto range = [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
+    if (job.residual == nullptr) return kernels.encode[type][layout.bits - kMinBits](job, begin, end);
+    return encode_with_feedback(job, kernels, type, unit, begin, end, before[part].data());
+  };
+  if (parts == 1) return range(0, 0, layout.count);
   std::vector<std::uint32_t> sums(parts, 0);
   in_parts(layout.count, unit, parts, [&](std::size_t part, std::uint64_t begin, std::uint64_t end) {
-    sums[part] = range(begin, end);
+    sums[part] = range(part, begin, end);
   });
   std::uint32_t sum = 0;
   for (const std::uint32_t one : sums) sum += one;

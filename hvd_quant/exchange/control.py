@@ -11,9 +11,9 @@ of its gradient, where some scheme asks for it, or 0. Any linear reduction
 and n for Sum, hence:
 
 - its first entry is k, by which the decoded mean is to be multiplied;
-- its fourth entry is k times the mean of the w_r. These dominate the vectors and differ from rank to rank, so
-  for reductions that are not linear (Adasum, Min, Max, Product), or that took place over other ranks than we
-  believe, it is something else;
+- its fourth entry is k times the mean of the w_r. These dominate the vectors, unless a g_r is as large, and
+  differ from rank to rank, so for reductions that are not linear (Adasum, Min, Max, Product), or that took
+  place over other ranks than we believe, it is something else;
 - its last entry is k times the mean of the g_r;
 - mean and mean square of f are f and f^2 only if all ranks have the same f. If they have not, no rank finds
   its own, so that every rank notices.
@@ -119,10 +119,8 @@ def explain_mismatch(
         advice = "Give every rank the same compressor arguments."
         if found.keys() == {"compressor"}:
             advice = "Create the same compressors, in the same order, on every rank."
-        if found.keys() == {"resets"}:
+        if found.keys() <= {"resets", "schedule"}:
             advice = "Call the compressor's reset() on every rank."
-        if found.keys() == {"schedule"}:
-            advice = "Load the same state_dict() into every rank's compressor."
         return (
             "hvd_quant is configured differently on the ranks: " + "; ".join(found.values()) + ". " + advice
         )

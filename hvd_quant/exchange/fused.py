@@ -206,12 +206,6 @@ class Group:
             self._bucket = self._buckets[entries]
         return self._bucket
 
-    def forget(self) -> None:
-        """Drop what has come, and the fused bucket with its memory."""
-        self.arrived.clear()
-        self._bucket = None
-        self._buckets.clear()
-
 
 class Fusion:
     """Assigns gradients to fused buckets as they come.
@@ -309,9 +303,3 @@ class Fusion:
         group.times_sent += 1
         del self._waiting[group.name]
         return group
-
-    def forget(self) -> None:
-        """Drop what has come, and every fused bucket with its memory; the layout stays."""
-        for group in [*self._waiting.values(), *self._group_of.values()]:
-            group.forget()
-        self._waiting.clear()

@@ -56,7 +56,8 @@ class QuantizedCompressor(Compressor):
             rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
         error_feedback: whether each rank keeps, for every parameter, what quantization has lost of its
             gradients, and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 a value
-            of memory, and needs the parameters' names.
+            of memory, and needs the parameters' names. Schemes in ``overrides`` keep the rounding that they
+            have; in a file, they have the compressor's unless they name another.
         fusion_bytes: gradients travel together in fused buckets of about so many bytes (before they are
             encoded). A bucket is sent when its last gradient is there. 0 sends every gradient alone.
         overrides: which parameters are quantized otherwise, or not at all: a mapping of shell patterns on
@@ -88,7 +89,7 @@ class QuantizedCompressor(Compressor):
         check_choice("exchange", exchange, EXCHANGES)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
-        self._overrides = Overrides(overrides)
+        self._overrides = Overrides(overrides, scheme.rounding)
         schemes = [scheme, *(other for _, other in self._overrides if other is not None)]
         self._correlated = any(one.rounding == "correlated" for one in schemes)
         if any(one.rounding == "nearest" for one in schemes) and not error_feedback:
@@ -125,6 +126,7 @@ class QuantizedCompressor(Compressor):
         self._known: dict[str, Known] = {}
         self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
+        self._least_use = 0  # what every key counts as, at least
         # Of error feedback: by parameter, what has not been sent of its gradients, flat.
         self._residuals: dict[str, torch.Tensor] = {}
         self._places = 0  # taken since nothing was on its way
@@ -313,7 +315,7 @@ class QuantizedCompressor(Compressor):
             ``raw_bytes``, the gradients as they were; ``wire_bytes``, what they were encoded into (messages,
             control tensors, uncompressed small gradients); ``received_bytes``, what came from other ranks by
             our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule of bits also
-            ``bits``, a list of those of each step.
+            ``bits``, a list of those of each step since the compressor was made.
         """
         schedule = {} if self._schedule is None else {"bits": list(self._bits)}
         return {
@@ -328,6 +330,8 @@ class QuantizedCompressor(Compressor):
 
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
+
+        Error feedback counts what has been encoded as sent.
 
         For a training loop that goes on after it left a step between ``backward`` and ``step``, and cannot
         finish that by ``optimizer.synchronize()``. All ranks must call it, clear Horovod's optimizer as
@@ -380,10 +384,11 @@ class QuantizedCompressor(Compressor):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Continue where `state_dict` was taken. To be called on every rank, before the same step.
 
         Raises:
-            ValueError: this is no such state.
+            ValueError: this is no such state, or it has residuals that are not finite or do not fit the
+                parameters.
             RuntimeError: gradients are on their way.
         """
         if self._pending:
@@ -393,17 +398,31 @@ class QuantizedCompressor(Compressor):
             check_integer("seed", seed, 0, 2**64 - 1)
             for key, count in uses.items():
                 check_integer(f"uses of {key}", count, 0, 2**63 - 1)
-            residuals = {
-                key: torch.as_tensor(residual, dtype=torch.float32).detach().flatten().clone()
-                for key, residual in (state["residuals"] if self.error_feedback else {}).items()
-            }
+            residuals = self._residuals_of(state) if self.error_feedback else {}
             if self._schedule is not None:
                 self._schedule.load_state_dict(state["schedule"])
                 self._present_scheme = self.scheme.at(self._schedule.bits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a state of an hvd_quant compressor: {error!r}") from error
+            raise ValueError(f"not a state of this hvd_quant compressor: {error}") from error
         self.seed, self._uses, self._residuals = int(seed), uses, residuals
-        self._fusion.forget()  # fused buckets know the seed
+        self._least_use = 0
+        self._clear()  # the ranks compare what they have anew, and fused buckets know the seed
+
+    def _residuals_of(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if "residuals" not in state:
+            raise ValueError("it is of a compressor without error_feedback, and has no residuals")
+        sizes = {name: p.numel() for name, p in self._names.named_parameters()} if self._names else None
+        residuals = {}
+        for name, residual in state["residuals"].items():
+            residual = torch.as_tensor(residual, dtype=torch.float32).detach().flatten().clone()
+            if sizes is not None and sizes.get(name) != residual.numel():
+                raise ValueError(
+                    f"it has {residual.numel()} values for parameter {name!r}, which has {sizes.get(name, 0)}"
+                )
+            if not residual.isfinite().all():
+                raise ValueError(f"what it has for parameter {name!r} is not finite")
+            residuals[name] = residual
+        return residuals
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
@@ -480,9 +499,8 @@ class QuantizedCompressor(Compressor):
         }
         # Their order is in it, too: it is that of the fused buckets.
         self._ranks.propose(
-            control.fingerprint({**self._present(), "parameters": list(self._parameters.items())}),
-            digest(sorted(self._uses.items())),
-            max(self._uses.values(), default=0),
+            control.fingerprint({**self._config(), "parameters": list(self._parameters.items())}),
+            digest(sorted(self._uses.items()), self._schedule_state()),
         )
         quantized = [
             (name, p, scheme)
@@ -527,9 +545,31 @@ class QuantizedCompressor(Compressor):
                 self._clear()
                 raise control.RankMismatchError(message)
         unsent, self._unsent = self._unsent, []
+        if same and not self._ranks.same_progress:
+            self._catch_up()
+            for known in {id(pending.known): pending.known for pending in unsent}.values():
+                scheme = self._scheme_of(known.key) if known.named else self._present_scheme
+                known.entry = replace(known.entry, scheme=scheme)
         for pending in unsent:
             self._take(pending)
         return True
+
+    def _catch_up(self) -> None:
+        """Go on from where the rank is that has come furthest.
+
+        After a step that was left, or a state that some have loaded, they need not have come equally far.
+        """
+        own = [max(self._uses.values(), default=0), self._schedule_state()]
+        answers = self._ranks.ask(self._ranks.name("progress"), own, lambda: None)
+        if answers is None:
+            self._clear()
+            raise control.RankMismatchError("not all ranks have told how far they have come")
+        self._least_use = max(uses for uses, _ in answers)
+        if self._schedule is not None:
+            self._schedule.load_state_dict(
+                max((state for _, state in answers), key=lambda state: state["step"])
+            )
+            self._present_scheme = self.scheme.at(self._schedule.bits)
 
     def _await_agreement(self, ctx: Pending, reduced: list[float]) -> None:
         """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
@@ -562,14 +602,10 @@ class QuantizedCompressor(Compressor):
 
     def _state(self) -> control.Description:
         """The configuration, and what may come to differ later."""
-        return {**self._present(), "resets": self._ranks.resets}
+        return {**self._config(), "schedule": self._schedule_state(), "resets": self._ranks.resets}
 
-    def _present(self) -> control.Description:
-        """The configuration, and where the schedule is."""
-        present = self._config()
-        if self._schedule is not None:
-            present["schedule"] = self._schedule.state_dict()
-        return present
+    def _schedule_state(self) -> dict[str, Any] | None:
+        return self._schedule.state_dict() if self._schedule is not None else None
 
     def _factor(self, known: Known, reduced: list[float]) -> float:
         """What the reduced control tensor says; nearly always what it said in the step before."""
@@ -663,7 +699,7 @@ class QuantizedCompressor(Compressor):
     def _take(self, pending: Pending) -> None:
         """Have a gradient travel, as soon as its fused bucket is complete."""
         key = pending.known.key
-        pending.use = max(self._uses[key], self._ranks.least_use)
+        pending.use = max(self._uses[key], self._least_use)
         self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)

@@ -45,8 +45,8 @@ class Ranks:
     """The ranks that exchange a compressor's gradients.
 
     With their first gradient, and with the first one after every reset, they make a *beginning*: each tells a
-    fingerprint of what it has, and how many beginnings and steps it knows of, so that all go on from the same
-    numbers.
+    fingerprint of what it has, how many beginnings it knows of, so that all go on from the same number, and a
+    digest of how far it has come, in which they may differ.
 
     Args:
         process_set: the ranks.
@@ -58,9 +58,7 @@ class Ranks:
         self._number = number
         self._beginnings = 0
         self._proposal: Collective | None = None  # until all ranks have made theirs
-        # How often every gradient counts as used, at least: after a reset in mid-step, or a state that some
-        # ranks have loaded, they may not agree on that by themselves.
-        self.least_use = 0
+        self.same_progress = True  # whether all ranks had come equally far when they began
         self._rounds = 0  # since the beginning
         self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
 
@@ -86,18 +84,17 @@ class Ranks:
         """Beginnings before the present one."""
         return self._beginnings - (not self.proposed)
 
-    def propose(self, fingerprint: int, uses: bytes, most: int) -> None:
+    def propose(self, fingerprint: int, progress: bytes) -> None:
         """Tell the others what this rank has, or wait on, if they have not yet come to a new beginning.
 
         Args:
             fingerprint: of what must be the same.
-            uses: 8 bytes of what tells how often each gradient has been used.
-            most: how often the one that was used most often has been.
+            progress: 8 bytes of how far it has come.
         """
         self._rounds = 0
         if not self.proposed:
-            signed = int.from_bytes(uses, "little", signed=True)
-            told = torch.tensor([[fingerprint, self._beginnings, signed, most]])
+            signed = int.from_bytes(progress, "little", signed=True)
+            told = torch.tensor([[fingerprint, self._beginnings, signed]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
 
     def agree(self) -> bool | None:
@@ -114,8 +111,7 @@ class Ranks:
         proposal, self._proposal = self._proposal, None
         told = proposal.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
-        if (told[:, 2] != told[0, 2]).any():
-            self.least_use = int(told[:, 3].max())
+        self.same_progress = bool((told[:, 2] == told[0, 2]).all())
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
         for key, asked in list(_unanswered.items()):

@@ -20,7 +20,7 @@ def optimizer_of(model, compressor, **options):
 
 
 def mean_over_ranks(tensor):
-    return hvd.allreduce(tensor.double(), op=hvd.Average)
+    return hvd.allreduce(tensor.double(), op=hvd.Average, name="exact")
 
 
 def kept(compressor, like):
@@ -77,6 +77,7 @@ def check_a_step_that_is_skipped_for_nan(exchange):
     step = 0
     model[0].weight.register_hook(lambda grad: grad / 0.0 if (step, hvd.rank()) == (2, 1) else grad)
     for step in range(4):
+        before = compressor.state_dict()["residuals"].get("0.weight")
         fixed_gradients(model, step, ["0.weight", "2.weight"])
         optimizer.synchronize()
         assert model[0].weight.grad.isfinite().all() == (step != 2)
@@ -85,6 +86,8 @@ def check_a_step_that_is_skipped_for_nan(exchange):
         residuals = compressor.state_dict()["residuals"]
         assert set(residuals) == {"0.weight", "2.weight"}
         assert all(residual.isfinite().all() for residual in residuals.values())
+        if (step, hvd.rank()) == (2, 1):
+            assert torch.equal(residuals["0.weight"], before)
 
 
 @exchanges
@@ -108,9 +111,27 @@ def check_a_resumed_run_is_the_same_run(exchange):
     second.load_state_dict(first.state_dict())
     train(model, second, range(5, 8))
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), whole.parameters(), strict=True))
-    without = hq.QSGDCompressor(bits=2, error_feedback=True, min_numel=0)
-    error = error_of(lambda: without.load_state_dict(hq.QSGDCompressor().state_dict()))
-    assert isinstance(error, ValueError)
+
+
+def check_states_that_do_not_fit():
+    model = mlp()
+    compressor = hq.QSGDCompressor(error_feedback=True)
+    optimizer_of(model, compressor)
+    state = {**compressor.state_dict(), "residuals": {"0.weight": torch.ones(2048)}}
+    compressor.load_state_dict(state)
+    for residuals, says in (
+        (
+            {"0.weight": torch.full((2048,), float("nan"))},
+            "what it has for parameter '0.weight' is not finite",
+        ),
+        ({"0.weight": torch.ones(5)}, "it has 5 values for parameter '0.weight', which has 2048"),
+        ({"head": torch.ones(5)}, "it has 5 values for parameter 'head', which has 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compressor.load_state_dict({**state, "residuals": residuals})
+    with pytest.raises(ValueError, match="of a compressor without error_feedback"):
+        compressor.load_state_dict(hq.QSGDCompressor().state_dict())
+    assert torch.equal(compressor.state_dict()["residuals"]["0.weight"], torch.ones(2048))
 
 
 def check_names_are_needed():

@@ -29,7 +29,7 @@ def optimizer_of(model, compressor):
 
 
 def exact_means(model):
-    return [hvd.allreduce(gradient, op=hvd.Average) for gradient in local_gradients(model)]
+    return [hvd.allreduce(gradient, op=hvd.Average, name="exact") for gradient in local_gradients(model)]
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])

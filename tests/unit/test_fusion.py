@@ -112,16 +112,6 @@ def test_no_fusion():
     ]
 
 
-def test_forgetting_keeps_the_layout():
-    fusion = Fusion(10_000)
-    fusion.plan([entry("a"), entry("b")])
-    add(fusion, entry("a"))
-    fusion.forget()
-    assert not fusion.waiting
-    assert flush(fusion) == []
-    assert [add(fusion, entry(key)) for key in "ba"] == [[], [["a", "b"]]]
-
-
 @given(
     arrivals=st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), max_size=8), planned=st.booleans()
 )

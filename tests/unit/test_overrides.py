@@ -58,6 +58,13 @@ def test_files(tmp_path, name, text):
         ]
 
 
+def test_schemes_in_files_have_the_compressors_rounding(tmp_path):
+    path = tmp_path / "overrides.yaml"
+    path.write_text("a: {scheme: qsgd}\nb: {scheme: qsgd, rounding: correlated}\n")
+    overrides = Overrides(path, "nearest")
+    assert [scheme.rounding for _, scheme in overrides] == ["nearest", "correlated"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
