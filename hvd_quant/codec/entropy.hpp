@@ -94,6 +94,27 @@ inline std::uint32_t take_omega(std::uint64_t* bits, int* taken) {
   return n;
 }
 
+// As take_omega; short words by a table of what the next kOmegaBits bits begin with: the number and, in the low 4
+// bits, the word's length, or 0 for longer ones.
+constexpr int kOmegaBits = 13;
+inline std::uint32_t take_short_omega(std::uint64_t* bits, int* taken) {
+  static const std::array<std::uint16_t, 1 << kOmegaBits> table = [] {
+    std::array<std::uint16_t, 1 << kOmegaBits> entries{};
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      std::uint64_t rest = i;
+      int length = 0;
+      const std::uint32_t n = take_omega(&rest, &length);
+      if (n != 0 && length <= kOmegaBits) entries[i] = static_cast<std::uint16_t>(n << 4 | static_cast<std::uint32_t>(length));
+    }
+    return entries;
+  }();
+  const std::uint16_t entry = table[*bits & ((1 << kOmegaBits) - 1)];
+  if (entry == 0) return take_omega(bits, taken);
+  *bits >>= entry & 15;
+  *taken += entry & 15;
+  return entry >> 4;
+}
+
 inline int omega_length(int exponent) { return omega(std::uint32_t{1} << exponent).length; }
 
 // --- Huffman codes --------------------------------------------------------------------------------------
@@ -173,6 +194,9 @@ constexpr std::uint64_t lane_values(std::uint64_t count, int lanes) {
   const std::uint64_t units = (count + kLaneUnit - 1) / kLaneUnit, n = static_cast<std::uint64_t>(lanes);
   return (units + n - 1) / n * kLaneUnit;
 }
+
+// Whether so many bytes of a payload may stand for so many values.
+constexpr bool stands_for(std::uint64_t bytes, std::uint64_t count) { return count / kMaxValuesAByte <= bytes; }
 
 // How codes are written; the head of the section says it.
 struct Plan {
@@ -470,32 +494,33 @@ Plan dense_plan(const Packed& packed, const Histogram& histogram, Coding coding,
   return plan;
 }
 
-// A plan of form kStored where a gap is too long.
+// A plan of form kStored where a gap is too long. How long an Elias stream gets is seen when it is written.
 template <int kBits>
 Plan sparse_plan(const Packed& packed, const Histogram& histogram, Coding coding) {
   Plan plan;
+  plan.nonzero = histogram.nonzero();
+  if (coding == Coding::kElias) {
+    plan.form = kSparse;
+    return plan;
+  }
   std::array<std::uint64_t, kSymbols> counts;
   if (!count_tokens<kBits>(packed, counts.data())) return plan;
   plan.form = kSparse;
-  plan.nonzero = histogram.nonzero();
-  plan.stream_bits = plan.nonzero;  // signs
-  if (coding == Coding::kHuffman) {
-    huffman_lengths(counts.data(), kTokens, length_limit(packed.count), plan.lengths.data());
-    plan.stream_bits += exact_bits(counts.data(), plan, kTokens);
-  }
+  huffman_lengths(counts.data(), kTokens, length_limit(packed.count), plan.lengths.data());
+  plan.stream_bits = plan.nonzero + exact_bits(counts.data(), plan, kTokens);  // signs and words
   for (int gap = 0; gap < kGapOctaves; ++gap) {
     for (int level = 0; level < kLevelOctaves; ++level) {
       const std::uint64_t n = counts[static_cast<std::size_t>(token_of(gap, level))];
-      const int extra = coding == Coding::kHuffman ? gap + level : omega_length(gap) + omega_length(level);
-      plan.stream_bits += n * static_cast<std::uint64_t>(extra);
+      plan.stream_bits += n * static_cast<std::uint64_t>(gap + level);
     }
   }
   return plan;
 }
 
-// How to write these codes; `rest` is what the payload takes besides, of bytes.
+// How to write these codes; `rest` is what the payload takes besides, of bytes. In sparse form only if that
+// `sparse_may_be`.
 template <int kBits>
-Plan choose_plan(const Packed& packed, Coding coding, std::uint64_t rest) {
+Plan choose_plan(const Packed& packed, Coding coding, std::uint64_t rest, bool sparse_may_be) {
   const Plan stored;
   const Histogram histogram = histogram_of<kBits>(packed);
   // Encoders never write the code -s - 1, and only packed codes can hold it.
@@ -521,10 +546,9 @@ Plan choose_plan(const Packed& packed, Coding coding, std::uint64_t rest) {
                                         [](const Option& a, const Option& b) { return a.bits < b.bits; });
   const double sparse_bits = expected_sparse_bits(histogram, coding, kBits);
   Plan plan;
-  if (sparse_bits + 64 < best.bits) {
+  if (sparse_may_be && sparse_bits + 64 < best.bits) {
     plan = sparse_plan<kBits>(packed, histogram, coding);
-    const std::uint64_t size = rest + plan.max_size(coding);
-    if (packed.count / kMaxValuesAByte > size) plan.form = kStored;
+    if (coding == Coding::kHuffman && !stands_for(rest + plan.max_size(coding), packed.count)) plan.form = kStored;
   }
   const auto packed_bits = static_cast<double>(8 * packed.size);
   if (plan.form == kStored && best.bits < packed_bits) {
@@ -547,6 +571,13 @@ struct Writer {
   }
   std::uint64_t written(const std::uint8_t* from) const {  // in bits
     return static_cast<std::uint64_t>(out - from) * 8 + static_cast<std::uint64_t>(length);
+  }
+  void skip(std::uint64_t n) {  // bits, where the memory is zero; after a flush
+    store64(out, bits);
+    n += static_cast<std::uint64_t>(length);
+    bits = n < 8 ? bits : 0;
+    out += n >> 3;
+    length = static_cast<int>(n & 7);
   }
   void flush() {  // of up to 63 bits; writes 8 bytes
     store64(out, bits);
@@ -667,40 +698,120 @@ std::uint64_t write_dense(const Packed& packed, const Plan& plan, Coding coding,
 }
 
 template <int kBits>
-std::uint64_t write_sparse(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
+std::uint64_t write_sparse_huffman(const Packed& packed, const Plan& plan, std::uint8_t* out) {
   Writer writer{out};
-  if (coding == Coding::kElias) {
-    std::array<Word, 1 << kBits> level_words;  // sign and level
-    for (std::uint32_t code = 1; code < level_words.size(); ++code) {
-      level_words[code].append(code >> (kBits - 1), 1);
-      level_words[code].append(omega(magnitude_of(code, kBits)));
-    }
-    std::array<Word, 256> gap_words;
-    for (std::uint32_t gap = 1; gap < gap_words.size(); ++gap) gap_words[gap] = omega(gap);
-    for_nonzero<kBits>(packed, [&](std::uint64_t gap, std::uint32_t code) {
-      const Word word = gap < gap_words.size() ? gap_words[gap] : omega(static_cast<std::uint32_t>(gap));
-      writer.append(word.bits, word.length);
-      writer.append(level_words[code].bits, level_words[code].length);
-      writer.flush();
-    });
-  } else {
-    const std::array<Word, kSymbols> words = huffman_words(plan);
-    for_nonzero<kBits>(packed, [&](std::uint64_t gap, std::uint32_t code) {
-      const std::uint32_t level = magnitude_of(code, kBits);
-      const int gap_octave = octave(gap), level_octave = octave(level);
-      const Word& word = words[static_cast<std::size_t>(token_of(gap_octave, level_octave))];
-      writer.append(word.bits, word.length);
-      writer.append(code >> (kBits - 1), 1);
-      writer.append(gap ^ std::uint64_t{1} << gap_octave, gap_octave);
-      writer.append(level ^ 1u << level_octave, level_octave);
-      writer.flush();
-    });
-  }
+  const std::array<Word, kSymbols> words = huffman_words(plan);
+  for_nonzero<kBits>(packed, [&](std::uint64_t gap, std::uint32_t code) {
+    const std::uint32_t level = magnitude_of(code, kBits);
+    const int gap_octave = octave(gap), level_octave = octave(level);
+    const Word& word = words[static_cast<std::size_t>(token_of(gap_octave, level_octave))];
+    writer.append(word.bits, word.length);
+    writer.append(code >> (kBits - 1), 1);
+    writer.append(gap ^ std::uint64_t{1} << gap_octave, gap_octave);
+    writer.append(level ^ 1u << level_octave, level_octave);
+    writer.flush();
+  });
   writer.flush();
   return writer.written(out);
 }
 
-// Writes the section of codes, and up to 8 bytes more; returns its size.
+// What a unit's nonzero values are written as, but for the gap before the first one.
+struct UnitTokens {
+  std::uint32_t bits = 0;
+  std::uint8_t length = 0;
+  std::uint8_t zeros_before = 0, zeros_after = 0;
+};
+
+template <int kBits>
+std::array<UnitTokens, kSymbols> elias_unit_tokens() {
+  constexpr int kValues = unit_values(kBits);
+  std::array<UnitTokens, kSymbols> table{};
+  table[0].zeros_after = kValues;
+  for (std::uint32_t unit = 1; unit < 1u << kValues * kBits; ++unit) {
+    UnitTokens& tokens = table[unit];
+    Word word;
+    std::uint8_t zeros = 0;
+    bool is_first = true;
+    for (int i = 0; i < kValues; ++i) {
+      const std::uint32_t code = unit >> i * kBits & ((1u << kBits) - 1);
+      if (code == 0) {
+        ++zeros;
+        continue;
+      }
+      if (is_first) {
+        tokens.zeros_before = zeros;
+      } else {
+        word.append(omega(zeros + 1u));
+      }
+      word.append(code >> (kBits - 1), 1);
+      word.append(omega(magnitude_of(code, kBits)));
+      is_first = false;
+      zeros = 0;
+    }
+    tokens.bits = static_cast<std::uint32_t>(word.bits);
+    tokens.length = static_cast<std::uint8_t>(word.length);
+    tokens.zeros_after = zeros;
+  }
+  return table;
+}
+
+constexpr std::uint64_t kTooLong = ~std::uint64_t{0};
+
+// Returns kTooLong where a gap is too long, or the stream would take more than `limit` bits.
+template <int kBits>
+std::uint64_t write_sparse_elias(const Packed& packed, std::uint64_t limit, std::uint8_t* out) {
+  constexpr int kUnitBits = unit_values(kBits) * kBits;
+  constexpr std::uint64_t kMask = (1u << kUnitBits) - 1;
+  constexpr std::uint64_t kWhole = ~std::uint64_t{0} >> (64 - 8 * kUnitBits);
+  constexpr std::uint64_t kWordBits = 8 * 64;  // that eight units add at most
+  static const std::array<UnitTokens, kSymbols> table = elias_unit_tokens<kBits>();
+  static const std::array<Word, 256> gap_words = [] {
+    std::array<Word, 256> words{};
+    for (std::uint32_t gap = 1; gap < words.size(); ++gap) words[gap] = omega(gap);
+    return words;
+  }();
+  Writer writer{out};
+  std::uint64_t zeros = 0;  // since the last value that is not
+  bool fits = true;
+  for_words<kBits>(packed, [&](std::uint64_t word, int units) {
+    if (!fits) return;
+    if ((word & kWhole) == 0) {
+      zeros += static_cast<std::uint64_t>(units * unit_values(kBits));
+      return;
+    }
+    const bool near_limit = writer.written(out) + kWordBits > limit;
+    for (int j = 0; j < units; ++j) {
+      const std::uint64_t unit = word >> j * kUnitBits & kMask;
+      const UnitTokens& tokens = table[unit];
+      const std::uint64_t gap = zeros + tokens.zeros_before + 1;
+      Word gap_word = gap_words[std::min<std::uint64_t>(gap, 255)];
+      if (gap >= 255) {
+        if (gap >> kGapOctaves != 0) {
+          fits = false;
+          return;
+        }
+        gap_word = omega(static_cast<std::uint32_t>(gap));
+      }
+      // Without a branch, because which units are zero cannot be predicted.
+      const bool is_zero = unit == 0;
+      gap_word.bits = is_zero ? 0 : gap_word.bits;
+      gap_word.length = is_zero ? 0 : gap_word.length;
+      if (near_limit && writer.written(out) + static_cast<std::uint64_t>(gap_word.length + tokens.length) > limit) {
+        fits = false;
+        return;
+      }
+      writer.append(gap_word.bits, gap_word.length);
+      writer.append(tokens.bits, tokens.length);
+      writer.flush();
+      zeros = tokens.zeros_after + (is_zero ? zeros : 0);
+    }
+  });
+  if (!fits) return kTooLong;
+  writer.flush();
+  return writer.written(out);
+}
+
+// Writes the section of codes, and up to 8 bytes more; returns its size, or kTooLong, for a sparse Elias plan alone.
 template <int kBits>
 std::uint64_t write_codes(const Packed& packed, const Plan& plan, Coding coding, std::uint8_t* out) {
   store64(out, plan.form | static_cast<std::uint64_t>(plan.width | plan.digits << 4) << 8);
@@ -719,7 +830,13 @@ std::uint64_t write_codes(const Packed& packed, const Plan& plan, Coding coding,
     size = write_dense<kBits>(packed, plan, coding, out + stream, sizes);
   } else {
     store64(out + 8, plan.nonzero);
-    sizes[0] = write_sparse<kBits>(packed, plan, coding, out + stream);
+    if (coding == Coding::kElias) {
+      if (stream + 9 > packed.size) return kTooLong;
+      sizes[0] = write_sparse_elias<kBits>(packed, 8 * (packed.size - 9 - stream), out + stream);
+      if (sizes[0] == kTooLong) return kTooLong;
+    } else {
+      sizes[0] = write_sparse_huffman<kBits>(packed, plan, out + stream);
+    }
     size = (sizes[0] + 7) / 8;
   }
   for (int i = 0; i < plan.lanes; ++i) store64(out + plan.lanes_offset() + 8 * i, sizes[i]);
@@ -904,7 +1021,7 @@ class DenseReader {
   }
 
   static Fields elias(std::uint64_t bits, int* taken) {
-    const std::uint32_t level = take_omega(&bits, taken) - 1;
+    const std::uint32_t level = take_short_omega(&bits, taken) - 1;
     if (level >= 1u << (kBits - 1)) return {};
     if (level == 0) return {0, kBits};
     *taken += 1;
@@ -975,31 +1092,45 @@ class SparseReader {
   SparseReader(const SparseReader&) = delete;
   SparseReader& operator=(const SparseReader&) = delete;
 
-  // Writes the packed codes of `count` values. Returns what is wrong, or null.
+  // Writes the packed codes of `count` values and up to kSlack bytes more. Returns what is wrong, or null.
   const char* read(Stream stream, std::uint64_t nonzero, std::uint64_t count, std::uint8_t* out) const {
     std::memset(out, 0, packed_size(count, kBits));
     const std::uint64_t mask = (std::uint64_t{1} << index_bits_) - 1;
-    std::uint64_t next = 0;
-    for (std::uint64_t left = nonzero; left > 0; --left) {
-      const std::uint64_t bits = stream.next();
-      const Entry entry = table_[bits & mask];
-      Token token{static_cast<int>(entry & 63), static_cast<std::uint32_t>(entry >> 6 & 255),
-                  static_cast<std::uint32_t>(entry >> 16)};
-      if (token.taken == 0) token = one(bits);
-      if (token.gap == 0 || token.gap > count - next) return kBadStream;
+    const std::uint64_t out_bits = count * kBits;
+    Writer writer{out};
+    std::uint64_t left = nonzero;
+    while (left > 0) {
+      // Four entries of the table, as long as there is enough of everything.
+      if (left >= 4 * kMaxTokens && stream.has_word() && writer.written(out) + 4 * kMaxFields + 64 <= out_bits) {
+        std::uint64_t bits = stream.next();
+        const std::uint64_t before = stream.at;
+        for (int i = 0; i < 4; ++i) {
+          const Entry entry = table_[bits & mask];
+          if ((entry & 63) == 0) break;
+          bits >>= entry & 63;
+          stream.at += entry & 63;
+          writer.append(entry >> 16, static_cast<int>(entry >> 6 & 63));
+          writer.flush();
+          left -= entry >> 12 & 15;
+        }
+        if (stream.at != before) continue;
+      }
+      const Token token = one(stream.next());
+      if (token.gap == 0 || writer.written(out) + std::uint64_t{token.gap} * kBits > out_bits) return kBadStream;
       stream.at += static_cast<std::uint64_t>(token.taken);
-      next += token.gap;
-      const std::uint64_t place = (next - 1) * kBits;
-      const std::uint32_t field = token.code << (place & 7);
-      std::uint8_t* const byte = out + (place >> 3);
-      byte[0] = static_cast<std::uint8_t>(byte[0] | field);
-      if (field >> 8 != 0) byte[1] = static_cast<std::uint8_t>(field >> 8);
       if (stream.at > stream.end) return kBadStream;
+      writer.skip(std::uint64_t{token.gap - 1} * kBits);
+      writer.append(token.code, kBits);
+      writer.flush();
+      --left;
     }
     return stream.at == stream.end ? nullptr : kBadStream;
   }
 
  private:
+  static constexpr int kMaxFields = 48;            // bits of codes in an entry
+  static constexpr int kMaxTokens = kMaxLength / 2;  // in an entry: each has a word and a sign
+
   struct Token {
     int taken = 0;
     std::uint32_t code = 0;
@@ -1015,9 +1146,21 @@ class SparseReader {
   template <class One>
   static void fill_table(int index_bits, Table& table, const One& one_token) {
     for (std::uint64_t i = 0; i >> index_bits == 0; ++i) {
-      const Token token = one_token(i);
-      const bool whole = token.gap != 0 && token.taken <= index_bits;
-      table[i] = whole ? static_cast<Entry>(token.taken) | Entry{token.code} << 6 | Entry{token.gap} << 16 : 0;
+      Fields all;
+      int taken = 0;
+      Entry tokens = 0;
+      while (taken < index_bits) {
+        const Token token = one_token(i >> taken);
+        const std::uint64_t zeros = (std::uint64_t{token.gap} - 1) * kBits;  // bits of them
+        if (token.gap == 0 || taken + token.taken > index_bits) break;
+        if (zeros + static_cast<std::uint64_t>(all.length) + kBits > kMaxFields) break;
+        all.length += static_cast<int>(zeros);
+        all.bits |= std::uint64_t{token.code} << all.length;
+        all.length += kBits;
+        taken += token.taken;
+        ++tokens;
+      }
+      table[i] = all.bits << 16 | tokens << 12 | static_cast<Entry>(all.length) << 6 | static_cast<Entry>(taken);
     }
   }
 
@@ -1025,10 +1168,10 @@ class SparseReader {
 
   static Token elias(std::uint64_t bits) {
     int taken = 1;  // the sign
-    const std::uint32_t gap = take_omega(&bits, &taken);
+    const std::uint32_t gap = take_short_omega(&bits, &taken);
     const bool negative = (bits & 1) != 0;
     bits >>= 1;
-    const std::uint32_t level = take_omega(&bits, &taken);
+    const std::uint32_t level = take_short_omega(&bits, &taken);
     return token_of(taken, gap, negative, level);
   }
 
@@ -1131,7 +1274,10 @@ inline std::uint64_t compact(const std::uint8_t* body, const Layout& layout, Cod
   const Packed packed{body + norms, layout.count, packed_size(layout.count, layout.bits)};
   std::memcpy(out, body, norms);
   const std::uint64_t used = norms + with_bits(layout.bits, [&](auto bits) {
-    return write_codes<bits>(packed, choose_plan<bits>(packed, coding, norms), coding, out + norms);
+    const std::uint64_t size =
+        write_codes<bits>(packed, choose_plan<bits>(packed, coding, norms, true), coding, out + norms);
+    if (size != kTooLong && stands_for(norms + size, packed.count)) return size;
+    return write_codes<bits>(packed, choose_plan<bits>(packed, coding, norms, false), coding, out + norms);
   });
   std::memset(out + used, 0, padded(used) - used);
   return padded(used);
