@@ -266,9 +266,10 @@ def check_damage_that_every_rank_notices(exchange, monkeypatch):
     """The arguments are the same, but a rank has sent other bytes: its codec is broken."""
     encode_message = comm_module.native.encode_message
 
-    def broken(values, layout, noise, message):
-        encode_message(values, layout, noise, message)
-        message[-1] ^= 1
+    def broken(values, layout, noise, message, residuals):
+        size = encode_message(values, layout, noise, message, residuals)
+        message[size - 1] ^= 1
+        return size
 
     x, good = own_values(3000), own_values(200)
     with hm.QuantizedComm(WORLD, SCHEME, exchange=exchange) as comm:
