@@ -11,6 +11,10 @@ Speeds are in values a second. They differ between machines; the ratios should d
   fewer values than the caches hold (--values), that is the speed of a cache, and the ratios are lower;
 - "x eager": speed of encode over that of the same quantizer in eager torch operations, torch_ops.encode.
 
+A second table has what correlated rounding and error feedback cost an encoder. Its runs take turns, so that
+other work on the machine slows all alike. Error feedback reads and writes one more array of the values' size;
+what that adds is compared with the time in which NumPy adds one array to another.
+
 The native codec counts with the median of its runs, what it is compared with counts with the best of theirs:
 other work on the machine can make the ratios worse, but hardly better. Native encode allocates its payload in
 every call, as it does for users; decode writes to memory that it is given.
@@ -28,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -51,6 +55,7 @@ ENCODE_OF_EAGER, ENCODE_OF_READ, MEAN_OF_READ = 25.0, 0.40, 0.45
 SLOWER = 1.5
 NUQSGD_OF_QSGD = 0.7
 CODED_OF_PACKED = 0.1
+CORRELATED_OF_INDEPENDENT = 0.8
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,20 @@ class Row:
         return asdict(self) | {name: getattr(self, name) for name in ratios}
 
 
+@dataclass(frozen=True)
+class OptionsRow:
+    """Seconds of one encode of the same values with different options, each the median of its runs."""
+
+    scheme: str
+    bits: int
+    norm: str
+    independent: float
+    correlated: float
+    nearest: float
+    error_feedback: float  # nearest, as it is by default
+    add: float  # NumPy adding one array to another in place
+
+
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -104,12 +123,13 @@ def progress(text: str) -> None:
 def run_times(call: Callable[[], object], repeats: int) -> list[float]:
     """Seconds of each of ``repeats`` calls, after one that does not count."""
     call()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times
+    return [run_time(call) for _ in range(repeats)]
+
+
+def run_time(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def streaming_read(x: np.ndarray) -> tuple[float, str]:
@@ -148,6 +168,25 @@ def measure(scheme: Scheme, x: np.ndarray, repeats: int) -> Row:
         measure_eager(scheme, x),
         read,
         read_by,
+    )
+
+
+def measure_options(scheme: Scheme, x: np.ndarray, repeats: int) -> OptionsRow:
+    residual = np.zeros_like(x)
+    total = np.zeros_like(x)
+    correlated, nearest = (replace(scheme, rounding=rounding) for rounding in ("correlated", "nearest"))
+    calls: list[Callable[[], object]] = [
+        lambda: native.encode(x, scheme, 0),
+        lambda: native.encode(x, correlated, 0, 1 << 31),
+        lambda: native.encode(x, nearest, 0),
+        lambda: native.encode(x, nearest, 0, residual=residual),
+        lambda: np.add(total, x, out=total),
+    ]
+    for call in calls:
+        call()
+    turns = [[run_time(call) for call in calls] for _ in range(repeats)]
+    return OptionsRow(
+        type(scheme).__name__, scheme.bits, scheme.norm, *map(statistics.median, zip(*turns, strict=True))
     )
 
 
@@ -243,7 +282,29 @@ def table_rows(rows: list[Row], grace: Speeds | None) -> list[tuple[str, ...]]:
     return cells
 
 
-def print_table(cells: list[tuple[str, ...]], markdown: bool) -> None:
+OPTIONS_HEADERS = (
+    "encode",
+    "independent G/s",
+    "correlated, of independent",
+    "error feedback, of independent",
+    "added by error feedback, of an addition",
+)
+
+
+def options_rows(rows: list[OptionsRow], count: int) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{row.scheme}, {row.bits} bits, {row.norm}",
+            f"{count / row.independent / 1e9:.3g}",
+            f"{row.independent / row.correlated:.2f}",
+            f"{row.independent / row.error_feedback:.2f}",
+            f"{(row.error_feedback - row.nearest) / row.add:.1f}",
+        )
+        for row in rows
+    ]
+
+
+def print_table(headers: tuple[str, ...], cells: list[tuple[str, ...]], markdown: bool) -> None:
     if not markdown:
         try:
             from rich.console import Console
@@ -252,16 +313,16 @@ def print_table(cells: list[tuple[str, ...]], markdown: bool) -> None:
             pass
         else:
             table = Table()
-            for number, header in enumerate(HEADERS):
+            for number, header in enumerate(headers):
                 table.add_column(header, justify="right" if number else "left")
             for row in cells:
                 table.add_row(*row)
             # A pipe has no width: let the table have its own.
             Console(width=None if sys.stdout.isatty() else 120).print(table)
             return
-    widths = [max(map(len, column)) for column in zip(HEADERS, *cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
     rule = [("-" * (width - 1) + ":") if number else "-" * width for number, width in enumerate(widths)]
-    for row in (HEADERS, rule, *cells):
+    for row in (headers, rule, *cells):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
@@ -269,7 +330,7 @@ def headline(rows: list[Row]) -> Row:
     return next(row for row in rows if (row.scheme, row.bits, row.norm) == ("QSGD", *HEADLINE))
 
 
-def check_goals(rows: list[Row]) -> list[dict[str, object]]:
+def check_goals(rows: list[Row], options: list[OptionsRow]) -> list[dict[str, object]]:
     """The goals, what was measured, and whether that meets them."""
     coded = [row for row in rows if row.coding != "packed"]
     rows = [row for row in rows if row.coding == "packed"]
@@ -309,6 +370,11 @@ def check_goals(rows: list[Row]) -> list[dict[str, object]]:
     )
     text = f"Elias and Huffman: at least {CODED_OF_PACKED:g} of the packed rate (slowest: {where})"
     checks.append({"goal": text, "measured": ratio, "met": ratio >= CODED_OF_PACKED})
+    ratio, where = min(
+        (row.independent / row.correlated, f"{row.scheme}, {row.bits} bits") for row in options
+    )
+    text = f"Correlated rounding: at least {CORRELATED_OF_INDEPENDENT:g} of independent (slowest: {where})"
+    checks.append({"goal": text, "measured": ratio, "met": ratio >= CORRELATED_OF_INDEPENDENT})
     return checks
 
 
@@ -353,10 +419,14 @@ def main() -> None:
             f"{number} of {len(schemes)}: {type(scheme).__name__}, {scheme.bits} bits, {scheme.norm} norm ..."
         )
         rows.append(measure(scheme, x, args.repeats))
+    options = []
+    for scheme in (kind(bits, bucket_size=args.bucket_size) for kind in (QSGD, NUQSGD) for bits in (2, 4, 8)):
+        progress(f"options: {type(scheme).__name__}, {scheme.bits} bits ...")
+        options.append(measure_options(scheme, x, args.repeats))
     grace = measure_grace(x)
     eager_values = min(args.values, EAGER_VALUES)
     fastest = max(rows, key=lambda row: row.read)
-    checks = check_goals(rows)
+    checks = check_goals(rows, options)
     result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
@@ -373,6 +443,7 @@ def main() -> None:
         "repeats": args.repeats,
         "eager_values": eager_values,
         "rows": [row.as_dict() for row in rows],
+        "options": [asdict(row) for row in options],
         "grace": grace and asdict(grace),
         "memory": memory,
         "goals": checks,
@@ -380,7 +451,9 @@ def main() -> None:
     print(f"{result['cpu']}, {result['isa']}, one thread, {str(result['date'])[:10]}.")
     print(f"{args.values / 2**20:g} Mi values ({eager_values / 2**20:g} Mi for torch operations), ", end="")
     print(f"buckets of {args.bucket_size}, torch {torch.__version__}, NumPy {np.__version__}.\n")
-    print_table(table_rows(rows, grace), args.markdown)
+    print_table(HEADERS, table_rows(rows, grace), args.markdown)
+    print()
+    print_table(OPTIONS_HEADERS, options_rows(options, x.size), args.markdown)
     print()
     if grace is None:
         print("- GRACE was not there to compare with (no module grace_dl).")
