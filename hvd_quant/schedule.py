@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ from hvd_quant.schemes import DQSGD, check_integer
 
 _FORECAST = 64  # steps of the future that stand for all of them
 _PRECISION = 2.0**-10  # of log2 k, where it is chosen
+# Logarithms differ by their last bits between processors. Norms and bits must not.
+_NORM_PRECISION = 2.0**-30
+_TOLERANCE = 2.0**-20  # bits, by which a step's number of bits may be too small
 
 
 class BitSchedule:
@@ -55,7 +60,7 @@ class BitSchedule:
         self.step += 1
         self.spent += self._bits
         if 0.0 < square < math.inf:
-            self._log_norm = math.log2(square) / 2
+            self._log_norm = round(math.log2(square) / 2 / _NORM_PRECISION) * _NORM_PRECISION
             self._log_norms += self._log_norm
             self._norms += 1
         total = self.scheme.total_steps
@@ -70,7 +75,7 @@ class BitSchedule:
             return
         if self._log_norm is not None and 0.0 < square < math.inf:
             log_k = math.log2(self.scheme.k) if self.scheme.k is not None else self._log_k()
-            self._bits = math.ceil(self._continuous(log_k + self._log_norm, self.step))
+            self._bits = math.ceil(self._continuous(log_k + self._log_norm, self.step) - _TOLERANCE)
         self._bits = self._within_budget(self._bits)
 
     def _continuous(self, log_levels: float | np.ndarray, step: float | np.ndarray) -> float | np.ndarray:
@@ -133,3 +138,24 @@ class BitSchedule:
             raise ValueError("its norms are not finite")
         self.step, self.spent, self._norms = state["step"], state["spent"], state["norms"]
         self._bits, self._log_norm, self._log_norms = state["bits"], log_norm, log_norms
+
+    # --- as integers, for ranks to tell each other ------------------------------------------------------
+
+    INTEGERS = 6
+    _FORMAT = "<4q2d"
+
+    def to_integers(self) -> list[int]:
+        """The state, as INTEGERS int64; of two states, the one that has come further is the larger."""
+        log_norm = math.nan if self._log_norm is None else self._log_norm
+        packed = struct.pack(
+            self._FORMAT, self.step, self.spent, self._bits, self._norms, log_norm, self._log_norms
+        )
+        return list(struct.unpack(f"<{self.INTEGERS}q", packed))
+
+    def load_integers(self, integers: Sequence[int]) -> None:
+        """Continue where `to_integers` was taken."""
+        packed = struct.pack(f"<{self.INTEGERS}q", *integers)
+        self.step, self.spent, self._bits, self._norms, log_norm, self._log_norms = struct.unpack(
+            self._FORMAT, packed
+        )
+        self._log_norm = None if math.isnan(log_norm) else log_norm

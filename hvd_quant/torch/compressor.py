@@ -126,7 +126,7 @@ class QuantizedCompressor(Compressor):
         self._known: dict[str, Known] = {}
         self._watching = False  # autograd's order, for sparse gradients
         self._uses: Counter[str] = Counter()  # how often each key came; part of the noise's key
-        self._least_use = 0  # what every key counts as, at least
+        self._least_use = 0  # what every key has come, at least
         # Of error feedback: by parameter, what has not been sent of its gradients, flat.
         self._residuals: dict[str, torch.Tensor] = {}
         self._places = 0  # taken since nothing was on its way
@@ -152,7 +152,8 @@ class QuantizedCompressor(Compressor):
         """Tell the compressor the parameters' names, once.
 
         Raises:
-            ValueError: it knows others already, or these are no unique names and parameters.
+            ValueError: it knows others already, these are no unique names and parameters, or residuals of a
+                loaded state do not fit them.
         """
         names = ParameterNames(named_parameters)
         if self._names is not None and self._names != names:
@@ -167,6 +168,7 @@ class QuantizedCompressor(Compressor):
                     "match an earlier pattern",
                     stacklevel=3,
                 )
+            self._check_residuals(self._residuals, names)  # of a state that was loaded before
             self._names = names
             names.watch()
             self._watching = True
@@ -238,10 +240,11 @@ class QuantizedCompressor(Compressor):
         elif known.entry.scheme is not scheme:
             known.entry = replace(known.entry, scheme=scheme)
         self._pending[key] = pending = Pending(known, tensor)
-        if self._agreed():
-            self._take(pending)
-        else:
+        if self._ranks.proposed:
             self._unsent.append(pending)
+            self._agreed()
+        else:
+            self._take(pending)
         self._wire_bytes += control.NBYTES
         return known.fresh_control(tensor if self._schedule is not None else None), pending
 
@@ -317,16 +320,17 @@ class QuantizedCompressor(Compressor):
             our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule of bits also
             ``bits``, a list of those of each step since the compressor was made.
         """
-        schedule = {} if self._schedule is None else {"bits": list(self._bits)}
-        return {
-            **schedule,
-            "steps": max(self._uses.values(), default=0),
-            "messages": self._messages,
-            "raw_bytes": self._raw_bytes,
-            "wire_bytes": self._wire_bytes,
-            "received_bytes": self._received_bytes,
-            "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
-        }
+        with self._lock:
+            schedule = {} if self._schedule is None else {"bits": list(self._bits)}
+            return {
+                **schedule,
+                "steps": self._most_uses(),
+                "messages": self._messages,
+                "raw_bytes": self._raw_bytes,
+                "wire_bytes": self._wire_bytes,
+                "received_bytes": self._received_bytes,
+                "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
+            }
 
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
@@ -341,6 +345,9 @@ class QuantizedCompressor(Compressor):
             >>> optimizer.load_state_dict(optimizer.state_dict())
             >>> optimizer.zero_grad()
             >>> hvd.barrier()
+
+        That is enough where all ranks have submitted the same gradients before they left. Otherwise Horovod
+        still waits for the others' of some names: call ``optimizer.synchronize()`` first, whatever it raises.
         """
         with self._lock:
             self._ranks.drop_proposal()  # if all have answered it, there is a round to leave
@@ -374,14 +381,20 @@ class QuantizedCompressor(Compressor):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
-        With ``error_feedback`` every rank has a state of its own, because it has residuals of its own.
+        With ``error_feedback`` every rank has a state of its own, because it has residuals of its own. To be
+        taken between steps: between ``backward`` and ``step`` the gradients count as sent, in part.
         """
-        state: dict[str, Any] = {"seed": self.seed, "uses": dict(self._uses)}
-        if self._schedule is not None:
-            state["schedule"] = self._schedule.state_dict()
-        if self.error_feedback:
-            state["residuals"] = {key: residual.clone() for key, residual in self._residuals.items()}
-        return state
+        with self._lock:
+            state: dict[str, Any] = {
+                "seed": self.seed,
+                "uses": dict(self._uses),
+                "least_use": self._least_use,
+            }
+            if self._schedule is not None:
+                state["schedule"] = self._schedule.state_dict()
+            if self.error_feedback:
+                state["residuals"] = {key: residual.clone() for key, residual in self._residuals.items()}
+            return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. To be called on every rank, before the same step.
@@ -391,38 +404,47 @@ class QuantizedCompressor(Compressor):
                 parameters.
             RuntimeError: gradients are on their way.
         """
-        if self._pending:
-            raise RuntimeError("load a compressor's state between steps, not between backward and step")
-        try:
-            seed, uses = state["seed"], Counter(state["uses"])
-            check_integer("seed", seed, 0, 2**64 - 1)
-            for key, count in uses.items():
-                check_integer(f"uses of {key}", count, 0, 2**63 - 1)
-            residuals = self._residuals_of(state) if self.error_feedback else {}
-            if self._schedule is not None:
-                self._schedule.load_state_dict(state["schedule"])
-                self._present_scheme = self.scheme.at(self._schedule.bits)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a state of this hvd_quant compressor: {error}") from error
-        self.seed, self._uses, self._residuals = int(seed), uses, residuals
-        self._least_use = 0
-        self._clear()  # the ranks compare what they have anew, and fused buckets know the seed
+        with self._lock:
+            if self._pending:
+                raise RuntimeError("load a compressor's state between steps, not between backward and step")
+            try:
+                seed, uses, least_use = state["seed"], Counter(state["uses"]), state["least_use"]
+                check_integer("seed", seed, 0, 2**64 - 1)
+                for key, count in {**uses, "any gradient": least_use}.items():
+                    check_integer(f"uses of {key}", count, 0, 2**63 - 1)
+                residuals = self._residuals_of(state) if self.error_feedback else {}
+                if self._schedule is not None:
+                    self._schedule.load_state_dict(state["schedule"])
+                    self._present_scheme = self.scheme.at(self._schedule.bits)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"not a state of this hvd_quant compressor: {error}") from error
+            self.seed, self._uses, self._least_use = int(seed), uses, int(least_use)
+            self._residuals = residuals
+            self._clear()  # the ranks compare what they have anew, and fused buckets know the seed
 
     def _residuals_of(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
         if "residuals" not in state:
             raise ValueError("it is of a compressor without error_feedback, and has no residuals")
-        sizes = {name: p.numel() for name, p in self._names.named_parameters()} if self._names else None
-        residuals = {}
-        for name, residual in state["residuals"].items():
-            residual = torch.as_tensor(residual, dtype=torch.float32).detach().flatten().clone()
-            if sizes is not None and sizes.get(name) != residual.numel():
-                raise ValueError(
-                    f"it has {residual.numel()} values for parameter {name!r}, which has {sizes.get(name, 0)}"
-                )
+        residuals = {
+            name: torch.as_tensor(residual, dtype=torch.float32).detach().flatten().clone()
+            for name, residual in state["residuals"].items()
+        }
+        for name, residual in residuals.items():
             if not residual.isfinite().all():
                 raise ValueError(f"what it has for parameter {name!r} is not finite")
-            residuals[name] = residual
+        if self._names is not None:
+            self._check_residuals(residuals, self._names)
         return residuals
+
+    @staticmethod
+    def _check_residuals(residuals: Mapping[str, torch.Tensor], names: ParameterNames) -> None:
+        sizes = {name: parameter.numel() for name, parameter in names.named_parameters()}
+        for name, residual in residuals.items():
+            if sizes.get(name) != residual.numel():
+                raise ValueError(
+                    f"the state has residuals of {residual.numel()} values for parameter {name!r}, which has "
+                    f"{sizes.get(name, 0)}"
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
@@ -500,7 +522,7 @@ class QuantizedCompressor(Compressor):
         # Their order is in it, too: it is that of the fused buckets.
         self._ranks.propose(
             control.fingerprint({**self._config(), "parameters": list(self._parameters.items())}),
-            digest(sorted(self._uses.items()), self._schedule_state()),
+            self._progress(),
         )
         quantized = [
             (name, p, scheme)
@@ -545,7 +567,7 @@ class QuantizedCompressor(Compressor):
                 self._clear()
                 raise control.RankMismatchError(message)
         unsent, self._unsent = self._unsent, []
-        if same and not self._ranks.same_progress:
+        if same and any(told != self._progress() for told in self._ranks.progress):
             self._catch_up()
             for known in {id(pending.known): pending.known for pending in unsent}.values():
                 scheme = self._scheme_of(known.key) if known.named else self._present_scheme
@@ -554,21 +576,26 @@ class QuantizedCompressor(Compressor):
             self._take(pending)
         return True
 
+    def _progress(self) -> list[int]:
+        """How far this rank has come, as many int64 with every configuration."""
+        uses = digest(sorted(self._uses.items()), self._least_use)
+        schedule = self._schedule.to_integers() if self._schedule is not None else [0] * BitSchedule.INTEGERS
+        return [int.from_bytes(uses, "little", signed=True), self._most_uses(), *schedule]
+
+    def _most_uses(self) -> int:
+        """How often the gradient that came most often has come."""
+        return max([self._least_use, *self._uses.values()])
+
     def _catch_up(self) -> None:
         """Go on from where the rank is that has come furthest.
 
         After a step that was left, or a state that some have loaded, they need not have come equally far.
+        What all have told decides, not what this rank has: it may have loaded a state since it told.
         """
-        own = [max(self._uses.values(), default=0), self._schedule_state()]
-        answers = self._ranks.ask(self._ranks.name("progress"), own, lambda: None)
-        if answers is None:
-            self._clear()
-            raise control.RankMismatchError("not all ranks have told how far they have come")
-        self._least_use = max(uses for uses, _ in answers)
+        self._least_use = max(most_uses for _, most_uses, *_ in self._ranks.progress)
+        self._uses.clear()
         if self._schedule is not None:
-            self._schedule.load_state_dict(
-                max((state for _, state in answers), key=lambda state: state["step"])
-            )
+            self._schedule.load_integers(max(schedule for _, _, *schedule in self._ranks.progress))
             self._present_scheme = self.scheme.at(self._schedule.bits)
 
     def _await_agreement(self, ctx: Pending, reduced: list[float]) -> None:
@@ -618,7 +645,10 @@ class QuantizedCompressor(Compressor):
     def _end_step(self) -> None:
         """All gradients of a step have come back: the next one may have another number of bits."""
         # Exactly rounded, because they come back in another order on every rank.
-        square = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
+        try:
+            square = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
+        except OverflowError:
+            square = math.inf
         self._squares.clear()
         self._bits.append(self._schedule.bits)
         self._schedule.advance(square)
@@ -754,7 +784,7 @@ class QuantizedCompressor(Compressor):
         key, gradient = pending.known.key, pending.gradient
         residual = self._residuals.get(key)
         if residual is None or residual.numel() != gradient.numel():
-            residual = torch.zeros(gradient.numel(), device=gradient.device)
+            residual = torch.zeros(gradient.numel(), dtype=torch.float32, device=gradient.device)
         self._residuals[key] = residual.to(gradient.device)
         return self._residuals[key]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -45,8 +45,8 @@ class Ranks:
     """The ranks that exchange a compressor's gradients.
 
     With their first gradient, and with the first one after every reset, they make a *beginning*: each tells a
-    fingerprint of what it has, how many beginnings it knows of, so that all go on from the same number, and a
-    digest of how far it has come, in which they may differ.
+    fingerprint of what it has, how many beginnings it knows of, so that all go on from the same number, and
+    how far it has come, in which they may differ.
 
     Args:
         process_set: the ranks.
@@ -58,7 +58,7 @@ class Ranks:
         self._number = number
         self._beginnings = 0
         self._proposal: Collective | None = None  # until all ranks have made theirs
-        self.same_progress = True  # whether all ranks had come equally far when they began
+        self.progress: list[list[int]] = []  # of every rank, when they began
         self._rounds = 0  # since the beginning
         self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
 
@@ -84,17 +84,16 @@ class Ranks:
         """Beginnings before the present one."""
         return self._beginnings - (not self.proposed)
 
-    def propose(self, fingerprint: int, progress: bytes) -> None:
+    def propose(self, fingerprint: int, progress: Sequence[int]) -> None:
         """Tell the others what this rank has, or wait on, if they have not yet come to a new beginning.
 
         Args:
             fingerprint: of what must be the same.
-            progress: 8 bytes of how far it has come.
+            progress: how far it has come, as many int64 on every rank.
         """
         self._rounds = 0
         if not self.proposed:
-            signed = int.from_bytes(progress, "little", signed=True)
-            told = torch.tensor([[fingerprint, self._beginnings, signed]])
+            told = torch.tensor([[fingerprint, self._beginnings, *progress]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
 
     def agree(self) -> bool | None:
@@ -111,7 +110,7 @@ class Ranks:
         proposal, self._proposal = self._proposal, None
         told = proposal.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
-        self.same_progress = bool((told[:, 2] == told[0, 2]).all())
+        self.progress = told[:, 2:].tolist()
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
         for key, asked in list(_unanswered.items()):
@@ -197,6 +196,6 @@ class Ranks:
             if asked is None or asked.lost:
                 asked = _unanswered[key] = self._allgather(data, question)
             if wait_for(answered):
-                del _unanswered[key]
+                _unanswered.pop(key, None)
                 return asked.fetch()
         return None

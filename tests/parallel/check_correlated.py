@@ -60,9 +60,29 @@ def check_seeds_must_be_the_same():
 def check_a_state_that_one_rank_alone_has_loaded():
     compressor = hq.QSGDCompressor(rounding="correlated", exchange="allgather")
     if hvd.rank() == 0:
-        compressor.load_state_dict({"seed": 0, "uses": {"weight": 41}})
+        compressor.load_state_dict({"seed": 0, "uses": {"weight": 41}, "least_use": 0})
     parameter, optimizer = trained(compressor)
     assert correlated(exchanged(parameter, optimizer))
     assert set(gathered(compressor.state_dict()["uses"]["weight"])) == {42}
     recover(compressor, optimizer)
     assert correlated(exchanged(parameter, optimizer))
+
+
+def check_gradients_that_did_not_come_since_the_ranks_caught_up():
+    """How often they count as having come is in the state."""
+    one, two = (torch.nn.Parameter(torch.zeros(COUNT)) for _ in range(2))
+    compressor = hq.QSGDCompressor(rounding="correlated", exchange="allgather", fusion_bytes=0)
+    if hvd.rank() == 0:
+        compressor.load_state_dict({"seed": 0, "uses": {"one": 5, "two": 1}, "least_use": 0})
+    compressor.bind([("one", one), ("two", two)])
+
+    def exchange(parameter):
+        parameter.grad = same_gradient()
+        return hvd.allreduce(parameter.grad, compression=compressor, name="gradient")
+
+    assert correlated(exchange(one))
+    compressor.reset()
+    if hvd.rank() != 0:
+        compressor.load_state_dict(compressor.state_dict())
+    hvd.barrier()
+    assert correlated(exchange(two))

@@ -42,6 +42,18 @@ def fixed_gradients(model, seed, names):
     return gradients
 
 
+def check_another_default_dtype():
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor(error_feedback=True, min_numel=0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        fixed_gradients(model, 0, [name for name, _ in model.named_parameters()])
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
 @exchanges
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 4, "norm": "l2", "rounding": "independent"}])

@@ -1,6 +1,7 @@
 """DQ-SGD: all ranks take the same number of bits in the same step, from norms that none knows alone."""
 
 import math
+import time
 
 import horovod.torch as hvd
 import pytest
@@ -143,6 +144,64 @@ def check_a_state_that_one_rank_loads_in_mid_training():
     train(model, optimizer, [2])
     assert set(gathered(compressor.state_dict()["schedule"]["step"])) == {10}
     assert set(gathered(compressor.stats()["bits"][-1])) == {5}
+
+
+def ahead(compressor):
+    """One rank's state, of a run that has come further."""
+    state = compressor.state_dict()
+    state["uses"] = {"0.weight": 5}
+    state["schedule"] |= {"step": 5, "bits": 4}
+    compressor.load_state_dict(state)
+
+
+def check_a_rank_that_is_late_and_ahead(monkeypatch):
+    """The others have gone on without its answer, and wait for it in Horovod."""
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    model, compressor = mlp(), hq.DQSGDCompressor(k=10.0)
+    optimizer = optimizer_of(model, compressor)
+    if hvd.rank() == hvd.size() - 1:
+        ahead(compressor)
+        time.sleep(3.0)
+    train(model, optimizer, range(2))
+    assert set(gathered(compressor.state_dict()["schedule"]["step"])) == {7}
+    assert set(gathered(compressor.stats()["bits"][0])) == {4}
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_a_rank_that_is_ahead_and_comes_between_two_gradients(monkeypatch):
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    model, compressor = mlp(), hq.DQSGDCompressor(k=10.0, min_numel=0)
+    optimizer = optimizer_of(model, compressor)
+    compress, calls = compressor.compress, []
+
+    def slow(tensor):
+        calls.append(tensor.shape)
+        if len(calls) == 2:
+            time.sleep(2.0)
+        return compress(tensor)
+
+    if hvd.rank() == hvd.size() - 1:
+        ahead(compressor)
+        time.sleep(2.0)
+    else:
+        compressor.compress = slow
+    train(model, optimizer, [0])
+    compressor.compress = compress
+    train(model, optimizer, [1])
+    assert set(gathered(compressor.stats()["bits"][0])) == {4}
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+def check_norms_whose_sum_is_too_large():
+    model, compressor = mlp(dtype=torch.float64), hq.DQSGDCompressor(k=10.0, min_numel=0)
+    optimizer = optimizer_of(model, compressor)
+    for size in (1.0, 1e154):  # whose square is finite
+        optimizer.zero_grad()
+        sum((size * p.flatten()[0] for p in model.parameters()), start=0.0).backward()
+        optimizer.step()
+    schedule = compressor.state_dict()["schedule"]
+    assert (schedule["step"], schedule["norms"]) == (2, 1)
+    assert [*compressor.stats()["bits"], schedule["bits"]] == [8, 6, 6]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

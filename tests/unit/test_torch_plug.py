@@ -156,15 +156,34 @@ def test_state():
     for bad in (
         {},
         {"seed": 1},
-        {"seed": "x", "uses": {}},
+        {"seed": 1, "uses": {}},
+        {"seed": "x", "uses": {}, "least_use": 0},
         None,
-        {"seed": 1, "uses": 3},
-        {"seed": 1, "uses": {"a": -5}},
-        {"seed": 1, "uses": {"a": 2.0}},
+        {"seed": 1, "uses": 3, "least_use": 0},
+        {"seed": 1, "uses": {"a": -5}, "least_use": 0},
+        {"seed": 1, "uses": {"a": 2.0}, "least_use": 0},
+        {"seed": 1, "uses": {}, "least_use": -1},
     ):
         with pytest.raises(ValueError, match="not a state"):
             other.load_state_dict(bad)
     assert other.state_dict() == state
+
+
+def test_residuals_that_fit_no_parameter():
+    parameters = with_gradients(2)
+    name, parameter = parameters[0]
+    right = {name: torch.zeros(parameter.numel())}
+    for wrong in ({name: torch.zeros(parameter.numel() + 1)}, {**right, "nonsense": torch.ones(3)}):
+        state = {**hq.QSGDCompressor().state_dict(), "residuals": wrong}
+        late, early = (hq.QSGDCompressor(error_feedback=True) for _ in range(2))
+        late.load_state_dict(state)
+        with pytest.raises(ValueError, match="residuals of"):
+            late.bind(parameters)
+        early.bind(parameters)
+        with pytest.raises(ValueError, match="residuals of"):
+            early.load_state_dict(state)
+    late.load_state_dict({**state, "residuals": right})
+    late.bind(parameters)
 
 
 def test_statistics_before_the_first_step():
