@@ -80,5 +80,8 @@ def expand_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray,
         first_word=wire.FIRST_BODY_WORD,
         head=wire.HEADER_SIZE,
     )
+    size += wire.HEADER_SIZE
+    if size < wire.min_payload_size(header.scheme, header.count):
+        raise ValueError("payload is damaged: it is too short for its values")
     wire.check_body(header, checksum)
-    return expanded, wire.HEADER_SIZE + size
+    return expanded, size

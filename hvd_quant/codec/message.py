@@ -119,8 +119,8 @@ class MessageLayout:
 
 def stated_size(message: Any) -> int:
     """The size that a message of varying size says it has; 0 where it is too short to say it."""
-    start = PREAMBLE_SIZE
-    return int.from_bytes(bytes(message[start : start + SIZE_SIZE].tolist()), "little")
+    stated = bytes(message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE].tolist())
+    return int.from_bytes(stated, "little") if len(stated) == SIZE_SIZE else 0
 
 
 def cut(received: Any, sizes: Sequence[int | None]) -> list[Any]:

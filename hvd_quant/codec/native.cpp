@@ -520,17 +520,26 @@ using Headers = py::array_t<std::uint8_t, py::array::c_style>;
 using Seeds = py::array_t<std::uint64_t, py::array::c_style>;
 using Shifts = py::array_t<std::uint32_t, py::array::c_style>;
 
+// Whether a table of the right shape has a segment that is coded.
+bool has_coded(const Table& table) {
+  if (table.ndim() != 2 || table.shape(1) != kColumns) return false;
+  for (py::ssize_t i = 0; i < table.shape(0); ++i) {
+    if (*table.data(i, kColumns - 1) != 0) return true;
+  }
+  return false;
+}
+
 // Reads the table and compares every number in it with the buffers that it speaks of.
 struct CheckedTable {
   std::vector<Segment> segments;
   std::vector<Layout> layouts;
   std::vector<std::uint8_t*> values;  // a segment's first value
   const std::uint8_t* headers;
-  bool varies = false;  // some payload's size depends on its values: then payloads follow each other without a gap
+  bool varies;  // some payload's size depends on its values: then payloads follow each other without a gap
 
   CheckedTable(const Table& table, const Headers& headers_array, const std::vector<py::array>& arrays,
                bool writable, std::uint64_t message_size, std::uint64_t checksum_word)
-      : headers(headers_array.data()) {
+      : headers(headers_array.data()), varies(has_coded(table)) {
     if (table.ndim() != 2 || table.shape(1) != kColumns) throw py::value_error("table has the wrong shape");
     const auto rows = static_cast<std::size_t>(table.shape(0));
     if (headers_array.ndim() != 2 || static_cast<std::size_t>(headers_array.shape(0)) != rows ||
@@ -561,7 +570,6 @@ struct CheckedTable {
                                        static_cast<int>(segment.bits)));
       const std::uint64_t size =
           kHeaderSize + (segment.coding == 0 ? layouts[i].body_size() : max_coded_size(layouts[i]));
-      varies = varies || segment.coding != 0;
       const auto offset = static_cast<std::uint64_t>(segment.offset);
       if (offset > message_size || size > message_size - offset) {
         throw py::value_error("table row " + std::to_string(i) + " reaches beyond the message");
@@ -582,15 +590,6 @@ struct CheckedTable {
     return size;
   }
 };
-
-// Whether a table of the right shape has a segment that is coded.
-bool has_coded(const Table& table) {
-  if (table.ndim() != 2 || table.shape(1) != kColumns) return false;
-  for (py::ssize_t i = 0; i < table.shape(0); ++i) {
-    if (*table.data(i, kColumns - 1) != 0) return true;
-  }
-  return false;
-}
 
 Spacing spacing_of(const Segment& segment) {
   return segment.spacing == 0 ? Spacing::kUniform : Spacing::kExponential;
@@ -701,8 +700,8 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
       for (std::size_t k = 0; k < sources.size() && wrong == nullptr; ++k) {
         if (!checked.varies) ends[k] = static_cast<std::uint64_t>(segment.offset);
         const std::uint64_t left = ends[k] <= sizes[k] ? sizes[k] - ends[k] : 0;
-        if (left < kHeaderSize || (is_coded ? !is_plausible(layout, left - kHeaderSize)
-                                            : left - kHeaderSize < layout.body_size())) {
+        const std::uint64_t room = left < kHeaderSize ? 0 : std::min(left - kHeaderSize, max_coded_size(layout));
+        if (left < kHeaderSize || (is_coded ? !is_plausible(layout, room) : left - kHeaderSize < layout.body_size())) {
           wrong = "is too short";
           wrong_message = k;
           break;
@@ -722,7 +721,8 @@ void decode_segments(const std::vector<py::array>& messages, const Table& table,
           if (packed == nullptr) packed = scratch(scratch_size * sources.size());
           std::uint8_t* const body = packed.get() + k * scratch_size;
           const auto coding = static_cast<Coding>(segment.coding);
-          wrong = entropy::expand(payload + kHeaderSize, left - kHeaderSize, layout, coding, body, &size);
+          wrong = entropy::expand(payload + kHeaderSize, room, layout, coding, body, &size);
+          if (wrong == nullptr && !is_plausible(layout, size)) wrong = "has codes that are too short for their values";
           wrong_message = k;
           if (wrong != nullptr) break;
           coded_sums.push_back(kernels.checksum(payload + kHeaderSize, size, first_word));

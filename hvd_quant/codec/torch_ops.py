@@ -151,6 +151,8 @@ def decode_messages(
                 raise ValueError(f"message {number} holds another payload than was expected")
             header = wire.parse_header(head, segment.payload_size)
             if segment.scheme.coding == "packed":
+                if payloads.numel() < segment.payload_size:
+                    raise ValueError(f"message {number} is too short")
                 payload, size = _packed(payloads[: segment.payload_size], header), segment.payload_size
             else:
                 host, size = entropy.expand_first(payloads[: segment.payload_size].cpu().numpy(), header)

@@ -477,6 +477,52 @@ def test_damaged_messages_are_refused(codec, coding):
             codec.decode_messages(pair, layout, out, 1.0)
 
 
+def refusal(codec, layout, payloads):
+    """What a codec says to a message of these payloads, whose size is stated rightly."""
+    body = b"".join(payloads)
+    message = np.frombuffer(layout.preamble + struct.pack("<Q", 16 + len(body)) + body, np.uint8).copy()
+    out = [np.empty(sum(s.count for s in layout.segments), np.float32)]
+    if codec is torch_ops:
+        message, out = torch.from_numpy(message), [torch.from_numpy(value) for value in out]
+    try:
+        codec.decode_messages([message], layout, out, 1.0)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("codec", [native, torch_ops])
+def test_a_packed_payload_that_is_cut_off_in_a_message_of_varying_size(codec):
+    coded, packed = (QSGD(8, "max", 2**40, coding) for coding in ("elias", "packed"))
+    count = 397
+    layout = MessageLayout(
+        [Segment(0, 0, 50, "float32", coded), Segment(0, 50, count, "float32", packed)], b"preamble"
+    )
+    first, second = (encode(gradient("gaussian", s.count), s.scheme).tobytes() for s in layout.segments)
+    assert refusal(codec, layout, [first, second]) is None
+    for size in range(len(second)):
+        cut_off = second[:size]
+        assert refusal(codec, layout, [first, cut_off])
+        if size >= wire.HEADER_SIZE and size % 4 == 0:
+            assert "too short" in refusal(codec, layout, [first, with_checksum(cut_off)])
+
+
+@pytest.mark.parametrize("codec", [native, torch_ops])
+def test_payloads_in_messages_are_of_the_sizes_that_payloads_can_have(codec):
+    scheme, packed = QSGD(8, "max", 2**40, "elias"), QSGD(8, "max", 2**40)
+    count = 1000
+    text = ("101111000000000") * count  # omega(128) and a sign: twice as long as the packed codes
+    long = coded_payload(scheme, count, struct.pack("<B7xQ", DENSE, len(text)) + stream_of(text))
+    assert len(long) > wire.max_payload_size(scheme, count)
+    assert refusal(codec, MessageLayout([Segment(0, 0, count, "float32", scheme)], b"preamble"), [long])
+    count = 2**20
+    short = coded_payload(scheme, count, struct.pack("<B7xQQ", SPARSE, 0, 0))
+    assert len(short) < wire.min_payload_size(scheme, count)
+    segments = [Segment(0, 0, count, "float32", scheme), Segment(0, count, 3000, "float32", packed)]
+    tail = encode(gradient("gaussian", 3000), packed).tobytes()
+    assert "short" in refusal(codec, MessageLayout(segments, b"preamble"), [short, tail])
+
+
 @given(st.lists(st.integers(16, 60) | st.none(), max_size=5), st.binary(max_size=200), st.data())
 def test_cut(sizes, noise, data):
     messages = []

@@ -228,6 +228,32 @@ def test_a_table_that_reaches_out_of_bounds_is_refused(column, value):
     assert np.all(array == 1)
 
 
+def test_payloads_that_overlap_in_a_message_of_varying_size_are_refused():
+    packed, coded = QSGD(8, "max", 2**40), QSGD(8, "max", 2**40, "elias")
+    count = 4000
+    layout = layout_of(
+        (0, 0, count, "float32", packed), (0, 0, count, "float32", packed), (0, 0, 8, "float32", coded)
+    )
+    table = layout.table.copy()
+    table[:, COLUMNS.index("offset")] = [0, 0, layout.segments[0].payload_size]
+    size = int(table[2, COLUMNS.index("offset")]) + layout.segments[2].payload_size
+    message = np.zeros(size, np.uint8)
+    with pytest.raises(ValueError, match="row 1 overlaps the one before"):
+        _native.encode_segments(
+            [np.ones(count, np.float32)],
+            table,
+            layout.headers,
+            np.zeros(3, np.uint64),
+            np.zeros(3, np.uint32),
+            first_word=wire.FIRST_BODY_WORD,
+            checksum_word=wire.CHECKSUM_WORD,
+            message=message,
+            residuals=[],
+            threads=1,
+        )
+    assert not message.any()
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
