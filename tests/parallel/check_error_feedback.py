@@ -136,8 +136,8 @@ def check_states_that_do_not_fit():
             {"0.weight": torch.full((2048,), float("nan"))},
             "what it has for parameter '0.weight' is not finite",
         ),
-        ({"0.weight": torch.ones(5)}, "it has 5 values for parameter '0.weight', which has 2048"),
-        ({"head": torch.ones(5)}, "it has 5 values for parameter 'head', which has 0"),
+        ({"0.weight": torch.ones(5)}, "residuals of 5 values for parameter '0.weight', which has 2048"),
+        ({"head": torch.ones(5)}, "residuals of 5 values for parameter 'head', which has 0"),
     ):
         with pytest.raises(ValueError, match=says):
             compressor.load_state_dict({**state, "residuals": residuals})
