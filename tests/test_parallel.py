@@ -82,6 +82,11 @@ def test_horovod_starts_again(exchange):
     """Only with Gloo: MPI starts once."""
     pytest.importorskip("horovod.torch")
     faults = HERE / "parallel" / "faults.py"
-    done = horovodrun(3, "gloo", sys.executable, faults, "restarts", exchange)
+    for _ in range(4):
+        done = horovodrun(3, "gloo", sys.executable, faults, "restarts", exchange)
+        # Horovod's server of addresses drops those of the first start only if the ranks came at nearly the
+        # same time (it forgets who is done with one scope when another is done); old ones lead nowhere.
+        if "gloo::IoException" not in done.stdout or "Connection refused" not in done.stdout:
+            break
     assert done.returncode == 0, done.stdout[-8000:]
     assert done.stdout.count("has finished") == 3
