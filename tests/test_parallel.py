@@ -10,8 +10,8 @@ from launch import launch
 HERE = Path(__file__).parent
 SECONDS = 300  # for one launch; far above what it takes, so that only a hang gets there
 EXCHANGES = ["allgather", "scatter_allgather"]
-# With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on who
-# comes when, and with 8 the promises alone.
+# With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on
+# who comes when, and with 8 the promises alone.
 MEETING = "check_errors or check_exchange"
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"
 
