@@ -80,23 +80,36 @@ class Overrides:
 
 def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
-    if suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            return yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+    if suffix not in (".yaml", ".yml", ".toml"):
+        raise ValueError(f"overrides must be in a .yaml, .yml or .toml file, not {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}") from error
     if suffix == ".toml":
         try:
             import tomllib
         except ImportError as error:
             raise ValueError(f"{path}: Python reads TOML from version 3.11 on; use YAML") from error
         try:
-            return tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
+            return tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from error
-    raise ValueError(f"overrides must be in a .yaml, .yml or .toml file, not {path}")
+
+    import yaml
+
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        # Of equal keys YAML would keep the last one; of patterns the first one is to hold.
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if repeated := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+                raise ValueError(
+                    f"{path} says more than once what holds for {', '.join(map(repr, repeated))}"
+                )
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 def _scheme(path: Path, pattern: Any, value: Any, rounding: str) -> Scheme | None:

@@ -16,6 +16,8 @@ _FORECAST = 64  # steps of the future that stand for all of them
 _PRECISION = 2.0**-10  # of log2 k, where it is chosen
 # Logarithms differ by their last bits between processors. Norms and bits must not.
 _NORM_PRECISION = 2.0**-30
+_MOST = 2**53  # steps, or bits, of a run
+_LARGEST = 1100.0  # log2 of a norm, in magnitude
 _TOLERANCE = 2.0**-20  # bits, by which a step's number of bits may be too small
 
 
@@ -130,14 +132,15 @@ class BitSchedule:
             KeyError, TypeError, ValueError: this is no such state.
         """
         for name in ("step", "spent", "norms"):
-            check_integer(name, state[name], 0, 2**63 - 1)
+            check_integer(name, state[name], 0, _MOST)
         check_integer("bits", state["bits"], self.scheme.min_bits, self.scheme.max_bits)
         log_norm = None if state["log_norm"] is None else float(state["log_norm"])
         log_norms = float(state["log_norms"])
-        if not math.isfinite(log_norms) or not math.isfinite(log_norm or 0.0):
-            raise ValueError("its norms are not finite")
-        self.step, self.spent, self._norms = state["step"], state["spent"], state["norms"]
-        self._bits, self._log_norm, self._log_norms = state["bits"], log_norm, log_norms
+        if not abs(log_norms) <= _LARGEST * state["norms"] or not abs(log_norm or 0.0) <= _LARGEST:
+            raise ValueError("its norms are none that float64 holds")
+        # Plain numbers, not NumPy's: ranks tell each other as text.
+        self.step, self.spent, self._norms = (int(state[name]) for name in ("step", "spent", "norms"))
+        self._bits, self._log_norm, self._log_norms = int(state["bits"]), log_norm, log_norms
 
     # --- as integers, for ranks to tell each other ------------------------------------------------------
 

@@ -7,6 +7,7 @@ Correlated rounding: Suresh et al., ICML 2022.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,14 @@ from hvd_quant import QSGD
 
 VALUES, DRAWS = 1 << 15, 10
 RANKS, NOISES, BITS = (2, 4, 8, 16), (0.0, 0.1, 0.3, 1.0, 3.0), (2, 4)
+NORMS = ("max", "l2")
 INDEPENDENT, CORRELATED = "independent", "correlated"
 
 
-def sent(x: np.ndarray, bits: int, rounding: str, seed: int, rank: int, size: int) -> np.ndarray:
+def sent(x: np.ndarray, scheme: QSGD, seed: int, rank: int, size: int) -> np.ndarray:
     """What all ranks decode of this one's gradient."""
-    if rounding == INDEPENDENT:
-        return hvd_quant.decode(hvd_quant.encode(x, QSGD(bits=bits), seed=seed * size + rank))
-    scheme = QSGD(bits=bits, rounding=rounding)
+    if scheme.rounding == INDEPENDENT:
+        return hvd_quant.decode(hvd_quant.encode(x, scheme, seed=seed * size + rank))
     return hvd_quant.decode(hvd_quant.encode(x, scheme, seed=seed, rank=rank, size=size))
 
 
@@ -46,25 +47,26 @@ def run(workers: int) -> list[Record]:
             g = random.standard_normal(VALUES)
             own = [(g + noise * random.standard_normal(VALUES)).astype(np.float32) for _ in range(size)]
             mean = np.mean(own, axis=0, dtype=np.float64)
-            for bits in BITS:
-                record = {"ranks": size, "noise": noise, "bits": bits}
+            for norm, bits in itertools.product(NORMS, BITS):
+                record = {"norm": norm, "ranks": size, "noise": noise, "bits": bits}
                 for rounding in (INDEPENDENT, CORRELATED):
-                    errors = []
+                    errors, scheme = [], QSGD(bits, norm, rounding=rounding)
                     for seed in range(DRAWS):
-                        decoded = [sent(x, bits, rounding, seed, rank, size) for rank, x in enumerate(own)]
+                        decoded = [sent(x, scheme, seed, rank, size) for rank, x in enumerate(own)]
                         error = np.mean(decoded, axis=0, dtype=np.float64) - mean
                         errors.append(float(np.square(error).sum() / np.square(mean).sum()))
                     record[rounding], record[f"{rounding}_half"] = interval(errors)
                 records.append(record)
-    return records
+    return sorted(records, key=lambda one: NORMS.index(one["norm"]))
 
 
-HEADERS = ("ranks", "noise", "bits", INDEPENDENT, CORRELATED, "correlated of independent")
+HEADERS = ("norm", "ranks", "noise", "bits", INDEPENDENT, CORRELATED, "correlated of independent")
 
 
 def rows(records: list[Record]) -> list[tuple[str, ...]]:
     return [
         (
+            one["norm"],
             str(one["ranks"]),
             f"{one['noise']:g}",
             str(one["bits"]),
@@ -76,9 +78,9 @@ def rows(records: list[Record]) -> list[tuple[str, ...]]:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    fig, axes = figure(1, len(BITS), width=9, height=4)
-    for axis, bits in zip(axes[0], BITS, strict=True):
-        groups = grouped([one for one in records if one["bits"] == bits], "noise")
+    fig, axes = figure(len(NORMS), len(BITS), width=9, height=7)
+    for axis, (norm, bits) in zip(axes.flat, itertools.product(NORMS, BITS), strict=True):
+        groups = grouped([one for one in records if (one["norm"], one["bits"]) == (norm, bits)], "noise")
         for number, ((noise,), ones) in enumerate(groups.items()):
             ratios = [one[CORRELATED] / one[INDEPENDENT] for one in ones]
             colour, marker = COLOURS[number], MARKERS[number]
@@ -90,7 +92,8 @@ def plot(records: list[Record], path: Path) -> None:
         axis.set_xticks(RANKS, labels=[str(size) for size in RANKS])
         axis.set_yscale("log")
         axis.set_xlabel("ranks")
-        axis.set_title(f"{bits} bits, max norm", fontsize=9)
-    axes[0, 0].set_ylabel("error of the mean, correlated / independent")
+        axis.set_title(f"{bits} bits, {norm} norm", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("correlated / independent")
     legend_below(fig, axes[0, 0], columns=5)
     fig.savefig(path, dpi=120)

@@ -77,6 +77,7 @@ struct Layout {
 enum class Coding { kPacked, kElias, kHuffman };  // of the codes; what is not packed is entropy.hpp's
 
 constexpr std::uint64_t kMaxValuesAByte = 4096;  // of a coded payload: what a decoder makes room for
+constexpr std::uint64_t kHeaderSize = 32;
 constexpr std::uint64_t kSlack = 16;  // bytes that entropy decoding may write to beyond a packed body
 
 constexpr std::uint64_t padded(std::uint64_t size) { return (size + 7) / 8 * 8; }
@@ -86,7 +87,8 @@ inline std::uint64_t max_coded_size(const Layout& layout) { return padded(layout
 
 // Whether a coded body of `size` bytes may stand for so many values: to be asked before room is made for them.
 inline bool is_plausible(const Layout& layout, std::uint64_t size) {
-  return layout.count / kMaxValuesAByte <= size && layout.codes_offset() + 8 <= size;
+  const std::uint64_t least = layout.count / kMaxValuesAByte + (layout.count % kMaxValuesAByte != 0 ? 1 : 0);
+  return least <= size + kHeaderSize && layout.codes_offset() + 8 <= size;
 }
 
 struct Encoding {
@@ -512,7 +514,6 @@ struct Segment {
   std::int64_t coding;  // 0 packed, 1 elias, 2 huffman
 };
 constexpr py::ssize_t kColumns = sizeof(Segment) / sizeof(std::int64_t);
-constexpr std::uint64_t kHeaderSize = 32;
 constexpr std::uint64_t kWordSize = 4;
 
 using Table = py::array_t<std::int64_t, py::array::c_style>;

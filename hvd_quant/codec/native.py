@@ -15,6 +15,7 @@ from hvd_quant.schemes import Scheme
 
 __all__ = [
     "DTYPES",
+    "add_lost",
     "decode_mean",
     "decode_messages",
     "empty",
@@ -23,6 +24,8 @@ __all__ = [
     "step_seeds",
     "threads",
 ]
+
+_CACHE_LINE = 64
 
 
 def threads() -> int:
@@ -136,8 +139,11 @@ def decode_mean(
 
 
 def empty(count: int, dtype: str, like: np.ndarray) -> np.ndarray:
-    """Room for a message, or for values."""
-    return np.empty(count, dtype)
+    """Room for a message, or for values, from a cache line on: TensorFlow shares only such memory."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.empty(size + _CACHE_LINE, np.uint8)
+    begin = -memory.__array_interface__["data"][0] % _CACHE_LINE
+    return memory[begin : begin + size].view(dtype)
 
 
 def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.ndarray:
@@ -223,3 +229,16 @@ def decode_messages(
         outs=out,
         threads=threads(),
     )
+
+
+def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
+    """Error feedback of a mean: add ``times`` what it has lost, where the sum is finite.
+
+    Args:
+        residual: float32, changed in place.
+        lost: float32 of the same shape.
+        times: ranks that the mean is of.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        kept = residual + np.float32(times) * lost
+    np.copyto(residual, kept, where=np.isfinite(kept))

@@ -166,6 +166,12 @@ def decode_messages(
             raise ValueError(f"message {number} has bytes left over")
 
 
+def add_lost(residual: torch.Tensor, lost: torch.Tensor, times: int) -> None:
+    """Add ``times`` what a mean has lost, where the sum is finite; see `hvd_quant.codec.native.add_lost`."""
+    kept = residual + times * lost
+    residual.copy_(torch.where(kept.isfinite(), kept, residual))
+
+
 def _differ(header: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two headers do, but for their checksums."""
     differs = header != expected

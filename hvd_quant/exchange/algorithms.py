@@ -2,7 +2,8 @@
 
 An exchange is a generator: it starts a collective, yields its handle, is sent what that has brought, and
 returns what is left to be decoded, as pairs of a message layout and the messages to be averaged. It reads as
-if it blocked, and whoever drives it (`Exchange`) decides when to wait.
+if it blocked, and whoever drives it (`Exchange`) decides when to wait. What a rank computes between its
+collectives are functions of their own, for those who have Horovod's graph drive the exchange.
 
 Whatever arrives, an exchange goes through all of its collectives, lest another rank waits for ever.
 """
@@ -42,95 +43,119 @@ class Codec(Protocol):
     ) -> None:
         """Decode messages of one layout into ``factor`` times their mean."""
 
+    def add_lost(self, residual: Buffer, lost: Buffer, times: int) -> None:
+        """Add ``times`` what a mean has lost to a residual, where the sum is finite."""
+
 
 Encoded = list[tuple[MessageLayout, list[Buffer]]]
-Algorithm = Callable[["Work"], Generator[Handle, list[Buffer], Encoded]]
+Algorithm = Callable[["Work", Transport, str], Generator[Handle, list[Buffer], Encoded]]
 
 
 @dataclass
 class Work:
-    """A fused bucket on its way.
+    """A fused bucket to be exchanged.
 
     Args:
         bucket: its layout.
         values: its gradients, in the order of the bucket's entries.
         uses: how often each has been exchanged before, uint64; part of the noise's key.
         codec: for their device.
-        transport: between the ranks.
-        name: the same on all ranks, and no other exchange's at the same time.
         residuals: of error feedback: what this rank has not sent yet, flat float32, one a gradient; or none.
+        buffers: memory that is the same in every step, because fresh pages cost more than what is written to
+            them; None for fresh memory.
     """
 
     bucket: FusedBucket
     values: list[Buffer]
     uses: np.ndarray
     codec: Codec
-    transport: Transport
-    name: str
     residuals: Sequence[Buffer] = ()
+    buffers: dict[str, Buffer] | None = None
     encoded_bytes: int = 0  # that the gradients have been encoded into
 
     def room(self, purpose: str, count: int, dtype: str) -> Buffer:
-        """Memory that is the same in every step: fresh pages cost more than what is written to them."""
-        buffers = self.bucket.buffers
-        if purpose not in buffers:
-            buffers[purpose] = self.codec.empty(count, dtype, self.values[0])
-        return buffers[purpose]
+        """Memory on the gradients' device."""
+        if self.buffers is None:
+            return self.codec.empty(count, dtype, self.values[0])
+        if purpose not in self.buffers:
+            self.buffers[purpose] = self.codec.empty(count, dtype, self.values[0])
+        return self.buffers[purpose]
 
 
-def allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
+def encode_whole(work: Work) -> Buffer:
+    """The message with all gradients."""
+    whole = work.bucket.whole
+    message = work.room("message", whole.size, "uint8")
+    noise = work.bucket.noise(whole, "whole", work.uses)
+    size = work.encoded_bytes = work.codec.encode_message(work.values, whole, noise, message, work.residuals)
+    return message[:size]
+
+
+def encode_chunks(work: Work) -> tuple[Buffer, list[int]]:
+    """The messages with the chunks, end to end, and their sizes."""
+    bucket = work.bucket
+    sizes, end = [], 0
+    message = work.room("message", sum(chunk.size for chunk in bucket.chunks), "uint8")
+    for chunk in bucket.chunks:
+        noise, room = bucket.noise(chunk, "chunk", work.uses), message[end : end + chunk.size]
+        sizes.append(work.codec.encode_message(work.values, chunk, noise, room, work.residuals))
+        end += sizes[-1]
+    work.encoded_bytes = end
+    return message[:end], sizes
+
+
+def encode_mean(work: Work, parts: Sequence[Buffer]) -> Buffer:
+    """The message with the mean of all ranks' messages about the own chunk.
+
+    Raises:
+        ValueError: one of them is damaged, or about something else.
+    """
+    bucket = work.bucket
+    own, flat = bucket.chunks[bucket.rank], bucket.own_chunk
+    mean = work.room("mean", flat.count, "float32")
+    message = work.room("mean's message", flat.size, "uint8")
+    noise = bucket.noise(own, "mean", work.uses)
+    work.codec.decode_messages(parts, flat, [mean], 1.0)
+    if not work.residuals:
+        return message[: work.codec.encode_message([mean], flat, noise, message)]
+    lost = work.room("mean's residual", flat.count, "float32")
+    lost[:] = 0.0
+    size = work.codec.encode_message([mean], flat, noise, message, [lost])
+    # What the mean lost is n times as much of this rank's own gradients.
+    for segment, place in zip(own.segments, flat.segments, strict=True):
+        residual = work.residuals[segment.tensor][segment.start : segment.start + segment.count]
+        work.codec.add_lost(residual, lost[place.start : place.start + place.count], bucket.size)
+    return message[:size]
+
+
+def allgather(work: Work, transport: Transport, name: str) -> Generator[Handle, list[Buffer], Encoded]:
     """Every rank sends all of its gradients to every other, which averages them.
 
     One rounding. A rank receives n - 1 payloads.
     """
     whole = work.bucket.whole
-    message = work.room("message", whole.size, "uint8")
-    noise = work.bucket.noise(whole, "whole", work.uses)
-    size = work.encoded_bytes = work.codec.encode_message(work.values, whole, noise, message, work.residuals)
-    messages = yield work.transport.allgather(
-        message[:size], [whole.fixed_size] * work.bucket.size, work.name
-    )
+    messages = yield transport.allgather(encode_whole(work), [whole.fixed_size] * work.bucket.size, name)
     return [(whole, messages)]
 
 
-def scatter_allgather(work: Work) -> Generator[Handle, list[Buffer], Encoded]:
+def scatter_allgather(
+    work: Work, transport: Transport, name: str
+) -> Generator[Handle, list[Buffer], Encoded]:
     """Every rank averages one chunk of the gradients, and sends the mean, encoded again, to every other.
 
     Two roundings, each unbiased given what it rounds, so the result is. With error feedback what either loses
     is kept. A rank receives 2 (n - 1) / n payloads, however many ranks there are. The rank that has a chunk's
     mean takes it from its encoded form, too, so that all ranks have the same.
     """
-    bucket = work.bucket
-    chunks, sizes, end = bucket.chunks, [], 0
-    message = work.room("message", sum(chunk.size for chunk in chunks), "uint8")
-    for chunk in chunks:
-        noise, room = bucket.noise(chunk, "chunk", work.uses), message[end : end + chunk.size]
-        sizes.append(work.codec.encode_message(work.values, chunk, noise, room, work.residuals))
-        end += sizes[-1]
-    work.encoded_bytes = end
-    parts = yield work.transport.alltoall(message[:end], sizes, f"{work.name}.scatter")
-
-    own, flat = chunks[bucket.rank], bucket.own_chunk
-    mean = work.room("mean", flat.count, "float32")
-    message = work.room("mean's message", flat.size, "uint8")
-    damage = None
-    noise = bucket.noise(own, "mean", work.uses)
+    chunks, damage = work.bucket.chunks, None
+    parts = yield transport.alltoall(*encode_chunks(work), f"{name}.scatter")
     try:
-        work.codec.decode_messages(parts, flat, [mean], 1.0)
-        lost = []
-        if work.residuals:
-            lost = [work.room("mean's residual", flat.count, "float32")]
-            lost[0][:] = 0.0
-        message = message[: work.codec.encode_message([mean], flat, noise, message, lost)]
-        if work.residuals:
-            # What the mean lost is n times as much of this rank's own gradients.
-            for segment, place in zip(own.segments, flat.segments, strict=True):
-                residual = work.residuals[segment.tensor][segment.start : segment.start + segment.count]
-                residual += bucket.size * lost[0][place.start : place.start + place.count]
+        message = encode_mean(work, parts)
     except ValueError as error:
-        damage, message = error, message[:0]  # no mean: nobody takes an empty message for one
+        # No mean: nobody takes an empty message for one.
+        damage, message = error, work.room("mean's message", work.bucket.own_chunk.size, "uint8")[:0]
     expected = [chunk.fixed_size for chunk in chunks]
-    messages = yield work.transport.allgather(message, expected, f"{work.name}.gather")
+    messages = yield transport.allgather(message, expected, f"{name}.gather")
     if damage is not None:
         raise damage
     return [(chunk, [part]) for chunk, part in zip(chunks, messages, strict=True)]
@@ -141,12 +166,19 @@ EXCHANGES = ("auto", *ALGORITHMS)  # as users name them
 
 
 class Exchange:
-    """Drives an exchange; starts it when made."""
+    """Drives an exchange; starts it when made.
 
-    def __init__(self, work: Work, algorithm: str) -> None:
-        self.work, self.algorithm = work, algorithm
+    Args:
+        work: what is exchanged.
+        algorithm: the exchange's name.
+        transport: between the ranks.
+        name: the same on all ranks, and no other exchange's at the same time.
+    """
+
+    def __init__(self, work: Work, algorithm: str, transport: Transport, name: str) -> None:
+        self.work, self.algorithm, self.name = work, algorithm, name
         self.received_bytes = 0  # from other ranks
-        self._generator = ALGORITHMS[algorithm](work)
+        self._generator = ALGORITHMS[algorithm](work, transport, name)
         self._encoded: Encoded = []
         self._failure: ValueError | None = None
         self._handle: Handle | None = next(self._generator)
@@ -166,7 +198,7 @@ class Exchange:
         received = self._handle.wait()
         self._handle = None
         self.received_bytes += sum(
-            len(part) for rank, part in enumerate(received) if rank != self.work.transport.rank
+            len(part) for rank, part in enumerate(received) if rank != self.work.bucket.rank
         )
         try:
             self._handle = self._generator.send(received)

@@ -360,8 +360,8 @@ class QuantizedComm:
             algorithm = cost.choose(self._link, self.size, whole.size, whole.count)
         transport = MpiTransport(self._comm, number, bucket.buffers)
         uses = np.array([number], np.uint64)
-        work = Work(bucket, [values], uses, native, transport, f"call {number}")
-        exchange = Exchange(work, algorithm)
+        work = Work(bucket, [values], uses, native, buffers=bucket.buffers)
+        exchange = Exchange(work, algorithm, transport, f"call {number}")
         self._wire_bytes += work.encoded_bytes
         while not exchange.ready():
             yield

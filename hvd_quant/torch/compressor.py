@@ -567,7 +567,8 @@ class QuantizedCompressor(Compressor):
                 self._clear()
                 raise control.RankMismatchError(message)
         unsent, self._unsent = self._unsent, []
-        if same and any(told != self._progress() for told in self._ranks.progress):
+        # What they told decides, alike on every rank. What this one has may have changed since.
+        if same and any(told != self._ranks.progress[0] for told in self._ranks.progress):
             self._catch_up()
             for known in {id(pending.known): pending.known for pending in unsent}.values():
                 scheme = self._scheme_of(known.key) if known.named else self._present_scheme
@@ -691,9 +692,7 @@ class QuantizedCompressor(Compressor):
         self._announced, self._sent = self._sent, []
         exchanges = [shipment.exchange for shipment in self._announced]
         # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
-        sent = digest(
-            sorted((one.work.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges)
-        )
+        sent = digest(sorted((one.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges))
         self._ranks.announce(sent)
 
     def _receive_round(self, factor: float) -> None:
@@ -760,17 +759,16 @@ class QuantizedCompressor(Compressor):
             values,
             np.array([member.use for member in members], np.uint64),
             native if on_cpu else torch_ops,
-            self._transport,
-            name,
             [values_of(self._residual(member), plain=True) for member in members]
             if self.error_feedback
             else (),
+            bucket.buffers,
         )
         algorithm = self.exchange
         if algorithm == "auto":
             whole = bucket.whole
             algorithm = cost.choose(self._link, bucket.size, whole.size, whole.count)
-        exchange = Exchange(work, algorithm)
+        exchange = Exchange(work, algorithm, self._transport, name)
         self._wire_bytes += work.encoded_bytes
         self._messages += 1
         shipment = Shipment(exchange, members)

@@ -168,6 +168,24 @@ def check_a_rank_that_is_late_and_ahead(monkeypatch):
     assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
+def check_a_late_rank_changes_nothing(monkeypatch):
+    """Nor where parameters have come equally often on all ranks, but not all of them as often as others."""
+    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+
+    def trained(late):
+        model, compressor = mlp(), hq.QSGDCompressor(bits=2)
+        state = compressor.state_dict()
+        compressor.load_state_dict(state | {"uses": {"2.weight": 3}})  # 0.weight has been frozen until now
+        optimizer = optimizer_of(model, compressor)
+        if late and hvd.rank() == hvd.size() - 1:
+            time.sleep(3.0)
+        train(model, optimizer, range(2))
+        assert compressor.state_dict()["uses"]["0.weight"] == 2
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(trained(late=False), trained(late=True))
+
+
 def check_a_rank_that_is_ahead_and_comes_between_two_gradients(monkeypatch):
     monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     model, compressor = mlp(), hq.DQSGDCompressor(k=10.0, min_numel=0)

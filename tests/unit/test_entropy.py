@@ -391,14 +391,19 @@ def test_what_hostile_codes_are_made_from_is_sound(backend):
         assert same(decode(np.frombuffer(payload, np.uint8), backend=backend), np.zeros(640, np.float32))
 
 
+LARGE = QSGD(4, "max", 2**63 - 1, "elias")
+
+
 def test_as_many_values_as_the_bytes_allow():
     # 4096 values a byte are believed, more are not: an allocation must have its reason in the input.
     section = struct.pack("<B7xQQ", SPARSE, 0, 0)
-    size = len(coded_payload(ELIAS, 1, section))
-    assert decode(coded_payload(ELIAS, 4096 * (size - 32), section)).size == 4096 * (size - 32)
+    size = len(coded_payload(LARGE, 1, section))
+    for backend in ("native", "torch"):
+        payload = np.frombuffer(coded_payload(LARGE, 4096 * size, section), np.uint8)
+        assert decode(payload, backend=backend).size == 4096 * size
     for count in (4096 * size + 1, 2**40, 2**63, 2**64 - 1):
         with pytest.raises(ValueError, match="payload is damaged"):
-            decode(coded_payload(QSGD(4, "max", 2**63 - 1, "elias"), count, section))
+            decode(coded_payload(LARGE, count, section))
 
 
 # --- messages -------------------------------------------------------------------------------------------
@@ -552,8 +557,8 @@ def test_exchange(exchange, coding):
         for rank in range(ranks):
             bucket = FusedBucket(entries, ranks, rank, 0)
             uses = np.zeros(len(counts), np.uint64)
-            work = Work(bucket, values[rank], uses, native, network.ranks[rank], how)
-            exchanges.append(Exchange(work, exchange))
+            work = Work(bucket, values[rank], uses, native)
+            exchanges.append(Exchange(work, exchange, network.ranks[rank], how))
         for one in exchanges:
             assert one.advance(wait=False)
         outs = [[np.empty(count, np.float32) for count in counts] for _ in range(ranks)]

@@ -159,11 +159,11 @@ def test_over_many_steps_nothing_is_lost(ranks, kind, exchange):
                     gradients[rank],
                     np.full(3, step, np.uint64),
                     native,
-                    network.ranks[rank],
-                    "step",
                     residuals[rank],
                 ),
                 exchange,
+                network.ranks[rank],
+                "step",
             )
             for rank in range(ranks)
         ]
@@ -181,6 +181,33 @@ def test_over_many_steps_nothing_is_lost(ranks, kind, exchange):
         np.testing.assert_allclose(brought[i] + kept, exact[i], atol=1e-4)
         assert np.abs(kept).max() > 1e-3
         assert np.linalg.norm(kept) < 2 * np.linalg.norm(exact[i])
+
+
+@pytest.mark.parametrize("codec", [native, torch_ops])
+def test_a_mean_that_lost_too_much_for_float32_leaves_the_residual(codec):
+    residual = np.array([1.0, 3e38, -3e38], np.float32)
+    lost = np.array([0.5, 1e38, np.nan], np.float32)
+    arrays = (residual, lost) if codec is native else (torch.from_numpy(residual), torch.from_numpy(lost))
+    codec.add_lost(*arrays, 4)
+    np.testing.assert_array_equal(residual, np.array([3.0, 3e38, -3e38], np.float32))
+
+
+def test_residuals_stay_finite_where_gradients_are_as_large_as_float32_has_them():
+    ranks, scheme = 4, QSGD(bits=2, bucket_size=64)
+    residuals = [np.zeros(256, np.float32) for _ in range(ranks)]
+    buckets = [FusedBucket(entries_of([256], scheme), ranks, rank, 0) for rank in range(ranks)]
+    for step in range(60):
+        network, exchanges = Network(ranks), []
+        for rank in range(ranks):
+            values = randoms(256, seed=ranks * step + rank)
+            values *= np.float32(8e37) / np.abs(values).max()
+            work = Work(buckets[rank], [values], np.array([step], np.uint64), native, [residuals[rank]])
+            exchanges.append(Exchange(work, "scatter_allgather", network.ranks[rank], "step"))
+        for one in exchanges:
+            one.advance(wait=False)
+        for one in exchanges:
+            one.finish([np.empty(256, np.float32)])
+        assert all(np.isfinite(residual).all() for residual in residuals)
 
 
 def native_encode(residual):

@@ -36,8 +36,8 @@ def start(network, gradients, scheme, exchange, seed=0, use=0, codec=native):
     exchanges = []
     for rank, transport in enumerate(network.ranks):
         bucket = FusedBucket(entries_of(counts, scheme), network.size, rank, seed)
-        work = Work(bucket, gradients[rank], uses, codec, transport, "x")
-        exchanges.append(Exchange(work, exchange))
+        work = Work(bucket, gradients[rank], uses, codec)
+        exchanges.append(Exchange(work, exchange, transport, "x"))
     return exchanges
 
 
@@ -301,8 +301,10 @@ def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
             network.post = spoiled_post
         exchanges = [
             Exchange(
-                Work(bucket, gradient, np.array([step], np.uint64), native, transport, "x"),
+                Work(bucket, gradient, np.array([step], np.uint64), native),
                 "scatter_allgather",
+                transport,
+                "x",
             )
             for bucket, gradient, transport in zip(buckets, gradients, network.ranks, strict=True)
         ]
@@ -334,7 +336,7 @@ def test_ranks_that_differ_all_find_out(exchange, difference):
         values = [np.ones(entry.count, np.float32) for entry in entries]
         uses = np.zeros(len(entries), np.uint64)
         bucket = FusedBucket(entries, ranks, rank, 0)
-        exchanges.append(Exchange(Work(bucket, values, uses, native, transport, "x"), exchange))
+        exchanges.append(Exchange(Work(bucket, values, uses, native), exchange, transport, "x"))
     for one in exchanges:
         one.advance(wait=False)
     for one in exchanges:
@@ -347,10 +349,9 @@ def test_memory_is_used_again():
     messages = []
     for use in range(3):
         network = Network(1)
-        work = Work(
-            bucket, [np.ones(5000, np.float32)], np.array([use], np.uint64), native, network.ranks[0], "x"
-        )
-        exchange = Exchange(work, "scatter_allgather")
+        uses = np.array([use], np.uint64)
+        work = Work(bucket, [np.ones(5000, np.float32)], uses, native, buffers=bucket.buffers)
+        exchange = Exchange(work, "scatter_allgather", network.ranks[0], "x")
         exchange.finish([np.empty(5000, np.float32)])
         messages.append({name: id(buffer) for name, buffer in bucket.buffers.items()})
     assert messages[0]

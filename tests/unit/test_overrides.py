@@ -77,6 +77,8 @@ def test_schemes_in_files_have_the_compressors_rounding(tmp_path):
         ("a.yaml", "[x, y]", "must hold a mapping"),
         ("a.yaml", "", "must hold a mapping"),
         ("a.yaml", "x: {", "is no YAML"),
+        ("a.yaml", "'*.bias': none\n'*.bias': {scheme: qsgd}", r"more than once what holds for '\*\.bias'"),
+        ("a.yaml", "[" * 10_000, "is no YAML"),
         ("a.toml", "x = ", "is no TOML"),
         ("a.json", "{}", r"must be in a \.yaml, \.yml or \.toml file"),
     ],
@@ -87,6 +89,14 @@ def test_files_that_are_no_overrides(tmp_path, name, text, says):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ValueError, match=says):
+        Overrides(path)
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.toml"])
+def test_files_that_are_not_in_utf_8(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=f"{name} is not in UTF-8"):
         Overrides(path)
 
 

@@ -150,7 +150,18 @@ def test_a_resumed_schedule_goes_on(options):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": -1}, {"bits": 9}, {"bits": None}, {"spent": 1.5}, {"log_norms": "x"}]
+    "change",
+    [
+        {"step": -1},
+        {"step": 2**63 - 1},
+        {"bits": 9},
+        {"bits": None},
+        {"spent": 1.5},
+        {"log_norms": "x"},
+        {"log_norms": -1e308},
+        {"log_norm": 2000.0},
+        {"log_norm": float("nan")},
+    ],
 )
 def test_states_that_are_none(change):
     state = BitSchedule(DQSGD(k=1)).state_dict()
@@ -160,6 +171,13 @@ def test_states_that_are_none(change):
     with pytest.raises(KeyError):
         schedule.load_state_dict({})
     assert schedule.state_dict() == state
+
+
+def test_states_of_numpy_numbers_become_plain_ones():
+    schedule = BitSchedule(DQSGD(k=1))
+    numbers = {name: np.int64(3) for name in ("step", "spent", "norms", "bits")}
+    schedule.load_state_dict({**schedule.state_dict(), **numbers})
+    assert json.loads(json.dumps(schedule.state_dict())) == schedule.state_dict()
 
 
 # --- the arguments --------------------------------------------------------------------------------------
