@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import hvd_quant
-from examples.torch_fashion_mnist import DATA_DIR, load
+from examples.fashion_mnist import DATA_DIR, load
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, Scheme
 
@@ -21,7 +21,11 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4  # the example's
 
 @functools.cache
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return *load(DATA_DIR, "train"), *load(DATA_DIR, "t10k")
+    def tensors(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = load(DATA_DIR, part)
+        return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels)
+
+    return *tensors("train"), *tensors("t10k")
 
 
 def make_model() -> torch.nn.Module:
