@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # From a fresh Debian or Ubuntu machine to a working .venv/ at the repository's root:
-# system packages, torch, Horovod built from source, hvd_quant. Safe to run again: what is done is skipped.
+# system packages, torch and TensorFlow, Horovod built from source, hvd_quant.
+# Safe to run again: what is done is skipped.
 #
 # Environment:
-#   PYTHON                    interpreter for a new virtual environment (default: python3)
-#   HVD_QUANT_TORCH_VERSION   torch release                             (default: 2.13.0)
-#   HVD_QUANT_TORCH_INDEX     where CPU builds of torch come from if pip's own indexes have none
-#   HOROVOD_*, MAKEFLAGS      passed on to Horovod's build
+#   PYTHON                         interpreter for a new virtual environment         (default: python3)
+#   HVD_QUANT_FRAMEWORKS           torch, tensorflow, or both with a space between   (default: both)
+#   HVD_QUANT_TORCH_VERSION        torch release                                     (default: 2.13.0)
+#   HVD_QUANT_TORCH_INDEX          where CPU builds of torch come from if pip's own indexes have none
+#   HVD_QUANT_TENSORFLOW_VERSION   TensorFlow release, 2.16 or later                 (default: 2.21.0)
+#   HOROVOD_*, MAKEFLAGS           passed on to Horovod's build
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 python=${PYTHON:-python3}
+read -ra frameworks <<<"${HVD_QUANT_FRAMEWORKS:-torch tensorflow}"
 torch_version=${HVD_QUANT_TORCH_VERSION:-2.13.0}
+tensorflow_version=${HVD_QUANT_TENSORFLOW_VERSION:-2.21.0}
 torch_index=${HVD_QUANT_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 horovod_version=0.28.1
 venv=$root/.venv
@@ -73,6 +78,15 @@ once() {
     printf '%s' "$key" >"$stamps/$name"
   fi
 }
+
+# has FRAMEWORK: whether it was asked for.
+has() { [[ " ${frameworks[*]} " == *" $1 "* ]]; }
+
+for framework in "${frameworks[@]}"; do
+  [[ $framework =~ ^(torch|tensorflow)$ ]] ||
+    fail "HVD_QUANT_FRAMEWORKS names '$framework'; it takes torch, tensorflow, or both with a space between"
+done
+[ ${#frameworks[@]} -gt 0 ] || fail "HVD_QUANT_FRAMEWORKS is empty; it takes torch, tensorflow, or both"
 
 # --- system packages ------------------------------------------------------------------------------------
 
@@ -154,6 +168,13 @@ install_torch() {
   fi
 }
 
+install_tensorflow() {
+  local package=tensorflow
+  if has_gpu; then package='tensorflow[and-cuda]'; fi
+  # tf-keras is the Keras before Keras 3, which Horovod's own Keras optimizer is for.
+  pip install "$package==$tensorflow_version" "tf-keras==${tensorflow_version%.*}.*"
+}
+
 build_horovod() {
   # Not below $root: its path may hold spaces, which Horovod's build does not take.
   local work source
@@ -172,7 +193,9 @@ build_horovod() {
   # CMake 4 refuses the third-party projects' old minimum versions unless told otherwise.
   (
     export PATH="$venv/bin:$PATH" CMAKE_POLICY_VERSION_MINIMUM=3.5
-    export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+    export HOROVOD_WITHOUT_MXNET=1
+    if has torch; then export HOROVOD_WITH_PYTORCH=1; else export HOROVOD_WITHOUT_PYTORCH=1; fi
+    if has tensorflow; then export HOROVOD_WITH_TENSORFLOW=1; else export HOROVOD_WITHOUT_TENSORFLOW=1; fi
     export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
     cd "$source"
     pip wheel --no-deps --no-build-isolation -w "$work/wheels" .
@@ -193,23 +216,38 @@ install_system_packages
 "$venv/bin/python" -c '' 2>/dev/null || rm -rf "$stamps"
 once venv "$venv" make_venv
 install_data_set
-once torch "$torch_version $(has_gpu && echo gpu || echo cpu)" install_torch
-once horovod "$horovod_version torch-$(cat "$stamps/torch") $(cksum <scripts/patch_horovod.py)" build_horovod
+kind=$(has_gpu && echo gpu || echo cpu)
+built_for=
+if has torch; then
+  once torch "$torch_version $kind" install_torch
+  built_for+=" torch-$torch_version-$kind"
+fi
+if has tensorflow; then
+  once tensorflow "$tensorflow_version $kind" install_tensorflow
+  built_for+=" tensorflow-$tensorflow_version-$kind"
+fi
+once horovod "$horovod_version$built_for $(cksum <scripts/patch_horovod.py)" build_horovod
 compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"
 once hvd_quant "$(cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum)" install_hvd_quant
 
-"$venv/bin/python" - <<'PYTHON'
+"$venv/bin/python" - "${frameworks[@]}" <<'PYTHON'
+import importlib
+import os
 import platform
+import sys
 
-import horovod
-import horovod.torch as hvd
-import torch
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+versions = []
+for name in sys.argv[1:]:
+    versions.append(f"{name} {importlib.import_module(name).__version__}")
+    hvd = importlib.import_module(f"horovod.{name}")
 
+import horovod  # after the frameworks
 import hvd_quant
 
 controllers = ", ".join(name for name, built in (("MPI", hvd.mpi_built()), ("Gloo", hvd.gloo_built())) if built)
 gpu = "NCCL" if hvd.nccl_built() else "none"
-print(f"ready: Python {platform.python_version()}, torch {torch.__version__}, ", end="")
+print(f"ready: Python {platform.python_version()}, {', '.join(versions)}, ", end="")
 print(f"Horovod {horovod.__version__} (controllers: {controllers}; GPU operations: {gpu}), ", end="")
 print(f"hvd_quant {hvd_quant.__version__} (codec: {hvd_quant.native_isa()})")
 PYTHON

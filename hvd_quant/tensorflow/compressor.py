@@ -1,0 +1,619 @@
+"""Compressors for Horovod's functions on TensorFlow tensors, eager and in graphs.
+
+Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result; in a
+``tf.function`` it does so once, when the function is traced. So these two lay out operations: ``compress`` a
+control tensor for Horovod to reduce (see `hvd_quant.exchange.control`), ``decompress`` the exchange of the
+quantized gradient, which runs in every step (`hvd_quant.tensorflow.steps`). Gradients that have been
+compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, travel together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow.compression import Compressor
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+from tensorflow.python.framework.func_graph import FuncGraph
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from hvd_quant import wire
+from hvd_quant.codec import native
+from hvd_quant.exchange import control, cost
+from hvd_quant.exchange.algorithms import EXCHANGES
+from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer
+from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.steps import Steps
+
+DTYPES = {
+    tf.float32: "float32",
+    tf.float64: "float64",
+    tf.float16: "float16",
+    tf.bfloat16: "bfloat16",
+}
+FUSION_BYTES = 8 << 20
+_LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
+_SMALL = tf.float64  # what small gradients travel as: Horovod's groups are of one type, the control tensors'
+_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+
+@dataclass(eq=False)
+class Group:
+    """Gradients that travel together.
+
+    Args:
+        name: its first gradient's place in the function that is traced.
+    """
+
+    name: str
+    tensors: list[tf.Tensor] = field(default_factory=list)
+    fingerprints: list[int] = field(default_factory=list)
+    steps: Steps | None = None  # once the exchange is laid out
+    results: list[tf.Tensor] = field(default_factory=list)
+    first: tf.Tensor | None = None  # the first control tensor to come back
+
+
+@dataclass(eq=False)
+class Trace:
+    """A function that is traced; or what is called eagerly."""
+
+    places: int = 0  # of gradients, taken so far
+    groups: dict[int, Group] = field(default_factory=dict)  # open ones, by the identity of their graph
+    # Of small gradients, as they are and as they are sent. Counted whenever the last group is sent.
+    passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
+    last: Steps | None = None
+
+
+@dataclass(eq=False)
+class Member:
+    """What ``compress`` hands to ``decompress``: a place in a group, or the type of a small gradient."""
+
+    group: Group | None
+    index: int
+    dtype: tf.DType
+
+
+class QuantizedCompressor(Compressor):
+    """The exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
+
+    Make it once, outside of what is traced, the same on all ranks. It serves one model: its parts are told
+    apart by their places in the traced function.
+
+    Args:
+        scheme: how gradients are quantized.
+        min_numel: gradients of fewer values are left to Horovod, uncompressed. Those whose number of values
+            is not known when the function is traced are quantized.
+        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
+            a part and sends that to all, which is less to receive from three ranks on, for a second
+            rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
+        error_feedback: whether each rank keeps what quantization has lost of a gradient, and adds it to the
+            next one (Karimireddy et al., ICML 2019). It takes a float32 a value of memory.
+        fusion_bytes: how many bytes of gradients `hvd_quant.tensorflow.keras.DistributedOptimizer` has travel
+            together. Horovod's own functions have ``groups=`` for that.
+        process_set: the ranks that take part; give Horovod's function the same.
+        seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
+            ``rounding="correlated"`` all ranks need the same one.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its type, or not in its range.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | DQSGD,
+        *,
+        min_numel: int = 1024,
+        exchange: str = "auto",
+        error_feedback: bool = False,
+        fusion_bytes: int = FUSION_BYTES,
+        process_set: hvd.ProcessSet = hvd.global_process_set,
+        seed: int = 0,
+    ) -> None:
+        check_integer("min_numel", min_numel, 0, 2**63 - 1)
+        check_choice("exchange", exchange, EXCHANGES)
+        if not isinstance(error_feedback, bool):
+            raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
+        if scheme.rounding == "nearest" and not error_feedback:
+            raise ValueError(
+                'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
+            )
+        check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
+        check_integer("seed", seed, 0, 2**64 - 1)
+        native.threads()  # this and the next check what the environment says
+        cost.stated_bandwidth()
+        if not isinstance(process_set, hvd.ProcessSet):
+            raise TypeError(f"process_set must be a horovod.tensorflow.ProcessSet, not {process_set!r}")
+        if process_set.process_set_id is None:
+            raise ValueError(
+                "Horovod does not know this process_set yet: hand it to hvd.init(process_sets=...) or to "
+                "hvd.add_process_set before making the compressor"
+            )
+        self.scheme = scheme
+        self.min_numel = int(min_numel)
+        self.exchange = exchange
+        self.error_feedback = error_feedback
+        self.fusion_bytes = int(fusion_bytes)
+        self.process_set = process_set
+        self.seed = int(seed)
+        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
+        # need not make its compressors, so each set counts its own.
+        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+        self._progress = Progress(scheme)
+        self._has_begun = False
+        self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
+        self._eager = Trace()
+        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
+        self._loaded_uses: dict[str, int] = {}
+
+    # --- what Horovod calls -----------------------------------------------------------------------------
+
+    def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
+        """Lay out what Horovod is to reduce in place of a gradient.
+
+        Args:
+            tensor: of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass untouched.
+
+        Returns:
+            What Horovod is to reduce, and the context for `decompress`.
+
+        Raises:
+            RankMismatchError: the ranks are configured differently.
+            RuntimeError: Horovod is not initialised, or TensorFlow is in the manner of TensorFlow 1, or
+                compiles this function by XLA.
+        """
+        tensor = tf.convert_to_tensor(tensor)
+        if tensor.dtype not in DTYPES:
+            return tensor, None
+        if not tf.executing_eagerly():
+            _refuse_xla()
+        self._begin()
+        trace, graph = self._trace()
+        count = tensor.shape.num_elements()
+        if count == 0 or (count is not None and count < self.min_numel):
+            self._count_small(trace, count * tensor.dtype.size, count * _SMALL.size)
+            return tf.cast(tensor, _SMALL), Member(None, 0, tensor.dtype)
+
+        group = trace.groups.get(graph)
+        if group is None:
+            group = trace.groups[graph] = Group(f"{trace.places}")
+        if trace is not self._eager:
+            trace.places += 1
+        index = len(group.tensors)
+        fingerprint = control.fingerprint(
+            {
+                **self._config(),
+                "name": f"{group.name}.{index}",
+                "shape": str(tensor.shape),
+                "dtype": DTYPES[tensor.dtype],
+            }
+        )
+        group.tensors.append(tensor)
+        group.fingerprints.append(fingerprint)
+        return self._control(group, tensor, fingerprint), Member(group, index, tensor.dtype)
+
+    def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
+        """Lay out the exchange of a gradient, and of those that have been compressed since the last one.
+
+        Args:
+            tensor: the reduced control tensor.
+            ctx: what `compress` returned beside it; None for a tensor that passed untouched.
+
+        Returns:
+            The mean over the ranks, or the sum if that was asked for, in the gradient's shape and dtype.
+
+        Raises:
+            RankMismatchError: the ranks disagree about what they sent. In a graph it arrives as one of
+                ``tf.errors``, with the same text.
+            UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product. In a graph as above.
+        """
+        if ctx is None:
+            return tensor
+        group = ctx.group
+        if group is None:
+            return tf.cast(tensor, ctx.dtype)
+        if group.first is None:
+            trace, graph = self._trace()
+            if trace.groups.get(graph) is group:
+                del trace.groups[graph]
+            self._exchange(group, trace, tensor)
+            first, group.first = True, tensor
+        else:
+            first = False
+        result = group.results[ctx.index]
+        if not first:
+            checks = [
+                tf.debugging.assert_equal(
+                    tensor[0],
+                    group.first[0],
+                    "gradients that travel together must be reduced by the same operation",
+                )
+            ]
+            if self._progress.schedule is not None:
+                steps, fingerprint = group.steps, group.fingerprints[ctx.index]
+                checks += _call(
+                    lambda reduced: np.array(steps.check(reduced, fingerprint)), [tensor], [tf.float64]
+                )
+            with tf.control_dependencies([check for check in checks if check is not None]):
+                result = tf.identity(result)
+        return result
+
+    # --- what users call --------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """What this rank has contributed so far.
+
+        Returns:
+            ``steps``, how often the group of gradients that came most often has come, those before a loaded
+            state included; ``messages``, how many groups were sent; ``raw_bytes``, the gradients as they
+            were; ``wire_bytes``, what they were encoded into (messages, control tensors, small gradients);
+            ``received_bytes``, what came from other ranks by our own exchanges; ``compression_ratio``, raw
+            over wire bytes. With a schedule of bits also ``bits``, a list of those of each step since the
+            compressor was made.
+        """
+        progress = self._progress
+        with progress.lock:
+            if not progress.underway:
+                progress.end_step()
+            schedule = {} if progress.schedule is None else {"bits": list(progress.bits)}
+            return {
+                **schedule,
+                "steps": max(self._all_uses().values(), default=0),
+                "messages": progress.messages,
+                "raw_bytes": progress.raw_bytes,
+                "wire_bytes": progress.wire_bytes,
+                "received_bytes": progress.received_bytes,
+                "compression_ratio": progress.raw_bytes / progress.wire_bytes if progress.wire_bytes else 1.0,
+            }
+
+    def reset(self) -> None:
+        """Forget the gradients of a step that has failed, but not the noise and the statistics.
+
+        To be called on every rank, before training goes on after an exception.
+        """
+        self._progress.forget_step()
+        self._eager = Trace()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
+
+        With ``error_feedback`` every rank has a state of its own. To be taken between steps, and not in a
+        traced function.
+        """
+        progress = self._progress
+        with progress.lock:
+            if progress.underway:
+                raise RuntimeError("take a compressor's state between steps: gradients are on their way")
+            progress.end_step()
+            state: dict[str, Any] = {"seed": self.seed, "uses": self._all_uses()}
+            if progress.schedule is not None:
+                state["schedule"] = progress.schedule.state_dict()
+            if self.error_feedback:
+                state["residuals"] = {key: value.copy() for key, value in progress.residuals.items()}
+            return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. To be called on every rank, before the first step.
+
+        Raises:
+            ValueError: this is no such state.
+            RuntimeError: this compressor has been used already.
+        """
+        if self._has_begun:
+            raise RuntimeError("load a compressor's state before its first step")
+        try:
+            seed, uses = state["seed"], dict(state["uses"])
+            check_integer("seed", seed, 0, 2**64 - 1)
+            for name, count in uses.items():
+                check_integer(f"uses of {name}", count, 0, 2**63 - 1)
+            if self.error_feedback:
+                if "residuals" not in state:
+                    raise ValueError("it is of a compressor without error_feedback, and has no residuals")
+                self._progress.load_residuals(state["residuals"])
+            if self._progress.schedule is not None:
+                self._progress.schedule.load_state_dict(state["schedule"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a state of this hvd_quant compressor: {error}") from error
+        self.seed, self._loaded_uses = int(seed), {name: int(count) for name, count in uses.items()}
+
+    def __hash__(self) -> int:
+        # Horovod's Keras optimizer takes its compressor's hash when it is made, and nothing else that would
+        # tell us of it. Under Keras 3 it never calls compress, and replicas would drift apart in silence.
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "horovod._keras" and frame.f_code.co_name == "__init__":
+                _refuse_keras_3(frame.f_locals.get("self"))
+            frame = frame.f_back
+        return object.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a compressor belongs to its process, and cannot be copied or pickled: make a new one, and hand "
+            "it the state_dict() of the old one"
+        )
+
+    # --- layout -----------------------------------------------------------------------------------------
+
+    def _trace(self) -> tuple[Trace, int]:
+        """What is traced, and the identity of the graph at hand, which may be a branch in that."""
+        if tf.executing_eagerly():
+            return self._eager, 0
+        graph = root = tf.compat.v1.get_default_graph()
+        while isinstance(root.outer_graph, FuncGraph):
+            root = root.outer_graph
+        if root not in self._traces:
+            self._traces[root] = Trace()
+        return self._traces[root], id(graph)
+
+    def _count_small(self, trace: Trace, raw_bytes: int, sent_bytes: int) -> None:
+        """Note a gradient that is left to Horovod: now, or in every step of what is traced."""
+        if trace is self._eager:
+            with self._progress.lock:
+                self._progress.raw_bytes += raw_bytes
+                self._progress.wire_bytes += sent_bytes
+        else:
+            trace.passed_bytes[0] += raw_bytes
+            trace.passed_bytes[1] += sent_bytes
+
+    def _control(self, group: Group, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
+        """The control tensor of a gradient."""
+        rank = self.process_set.rank() if self.process_set.included() else 0
+        values = control.values(fingerprint, rank)
+        # A constant would be reduced at any time, or once for all. This waits for the gradient, as Horovod's
+        # allreduce of it would.
+        with tf.control_dependencies([tensor]):
+            name = f"hvd_quant_{self._number}_{group.name}_{len(group.tensors) - 1}"
+            fixed = tf.compat.v1.placeholder_with_default(
+                tf.constant(values, tf.float64), [control.SIZE], name
+            )
+        if self._progress.schedule is None:
+            return fixed
+        wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor  # squares of halves overflow
+        square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
+        return tf.concat([fixed[: control.SQUARE], [square]], 0)
+
+    def _exchange(self, group: Group, trace: Trace, reduced: tf.Tensor) -> None:
+        """Lay out a group's exchange: Horovod's collectives, and the steps between them."""
+        tensors = group.tensors
+        unknown = [tensor for tensor in tensors if not tensor.shape.is_fully_defined()]
+        group.steps = steps = Steps(
+            self._progress,
+            group.name,
+            [DTYPES[tensor.dtype] for tensor in tensors],
+            [np.dtype(tensor.dtype.as_numpy_dtype) for tensor in tensors],
+            [tuple(tensor.shape) if tensor.shape.is_fully_defined() else None for tensor in tensors],
+            self._algorithm(tensors),
+            self.process_set.rank() if self.process_set.included() else 0,
+            self.process_set.size() if self.process_set.included() else 1,
+            [self.seed, self.process_set.ranks, self._number],
+            group.fingerprints[0],
+            self.error_feedback,
+            trace.passed_bytes,
+        )
+        if trace.last is not None:
+            trace.last.passed_bytes = [0, 0]
+        trace.last = steps if trace is not self._eager else None
+        with tf.device("/CPU:0"):
+            shapes = [tf.shape(tensor, tf.int64) for tensor in unknown]
+            use = tf.identity(self._counter(group.name).assign_add(1)) - 1
+            message, sizes, bits = _call(steps.send, [*tensors, use], [tf.uint8, tf.int32, tf.int32])
+            message = tf.ensure_shape(message, [None])
+            if steps.algorithm == "scatter_allgather":
+                sizes = tf.ensure_shape(sizes, [steps.size])
+                parts, sizes = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
+                (message,) = _call(steps.relay, [parts, sizes, use, bits, *shapes], [tf.uint8])
+                message = tf.ensure_shape(message, [None])
+            received = hvd.allgather(message, process_set=self.process_set)
+            results = _call(
+                steps.receive, [received, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
+            )
+        group.results = [
+            tf.ensure_shape(result, tensor.shape) for result, tensor in zip(results, tensors, strict=True)
+        ]
+        group.tensors = []  # eager ones need not wait for the garbage collector
+
+    def _algorithm(self, tensors: list[tf.Tensor]) -> str:
+        """The exchange's name: a function of what all ranks know when they trace, whenever they do."""
+        if self.exchange != "auto":
+            return self.exchange
+        counts = [tensor.shape.num_elements() for tensor in tensors]
+        if None in counts:
+            return "allgather"
+        scheme = self.scheme.at(self.scheme.max_bits) if isinstance(self.scheme, DQSGD) else self.scheme
+        nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
+        return cost.choose(self._link(), self.process_set.size(), nbytes, sum(counts))
+
+    def _counter(self, name: str) -> tf.Variable:
+        """How often a group has come. A variable, because a number would be the traced one for ever."""
+        if name not in self._uses:
+            # Of this class itself: of tf.Variable, tf.function allows none after its first call.
+            with tf.init_scope(), tf.device("/CPU:0"):
+                self._uses[name] = ResourceVariable(
+                    self._loaded_uses.get(name, 0), trainable=False, dtype=tf.int64, name="hvd_quant_uses"
+                )
+        return self._uses[name]
+
+    def _all_uses(self) -> dict[str, int]:
+        return {**self._loaded_uses, **{name: int(uses.numpy()) for name, uses in self._uses.items()}}
+
+    # --- agreement between ranks ------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Compare configurations with the other ranks, once."""
+        if self._has_begun:
+            return
+        if not hvd.is_initialized():
+            raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            raise RuntimeError(
+                "hvd_quant.tensorflow needs TensorFlow 2's eager execution and tf.function; graphs of "
+                "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
+            )
+        if self.process_set.included() and self.process_set.size() > 1:
+            with tf.init_scope():
+                configs = hvd.allgather_object(
+                    self._config(), name="hvd_quant.agreement", process_set=self.process_set
+                )
+            if any(config != configs[0] for config in configs):
+                raise control.RankMismatchError(control.explain_mismatch(configs, [{}], [[]]))
+        self._has_begun = True
+
+    def _link(self) -> cost.Link:
+        return cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "scheme": type(self.scheme).__name__,
+            **asdict(self.scheme),
+            "min_numel": self.min_numel,
+            "exchange": self.exchange,
+            "error_feedback": self.error_feedback,
+            "fusion_bytes": self.fusion_bytes,
+            "link": asdict(self._link()),
+            "wire version": wire.VERSION,
+            "compressor": self._number,
+            **({"seed": self.seed} if self.scheme.rounding == "correlated" else {}),
+        }
+
+
+def _call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list[tf.Tensor]:
+    """A function of NumPy arrays as an operation.
+
+    Not a stateful one: those wait for each other in the order in which they were traced, and gradients would
+    travel one after the other.
+    """
+    results = tf.numpy_function(function, inputs, dtypes, stateful=False)
+    return results if isinstance(results, list) else [results]
+
+
+def _refuse_xla() -> None:
+    """XLA compiles neither Horovod's operations nor ours; its own message is of little help.
+
+    Raises:
+        RuntimeError: the function that is being traced is to be compiled by XLA.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:  # TensorFlow does not tell what is traced whether it will be compiled
+        function = frame.f_locals.get("self") if frame.f_code.co_filename == _FUNCTION_FILE else None
+        if isinstance(function, Function) and function._jit_compile:
+            raise RuntimeError(
+                "gradients cannot be exchanged in a function that XLA compiles: leave out jit_compile=True "
+                "of the tf.function around it, and pass jit_compile=False to Keras's model.compile()"
+            )
+        frame = frame.f_back
+
+
+_FUNCTION_FILE = Function.__init__.__code__.co_filename
+
+
+def _refuse_keras_3(optimizer: object) -> None:
+    """Raises a RuntimeError if an optimizer is one of Keras 3."""
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(optimizer, getattr(keras, "Optimizer", keras.optimizers.Optimizer)):
+        raise RuntimeError(
+            "Horovod's DistributedOptimizer reduces no gradients of Keras 3. Use "
+            "hvd_quant.tensorflow.keras.DistributedOptimizer, which takes the same arguments, or legacy "
+            "Keras: pip install tf_keras, and set TF_USE_LEGACY_KERAS=1"
+        )
+
+
+def _rounding(given: str | None, options: dict[str, Any]) -> str:
+    """To nearest with error feedback: stochastic rounding to few levels loses more than it is given."""
+    if given is not None:
+        return given
+    return "nearest" if options.get("error_feedback") is True else "independent"
+
+
+class QSGDCompressor(QuantizedCompressor):
+    """Gradients quantized by QSGD: ``hvd.DistributedGradientTape(tape, compression=QSGDCompressor(bits=4))``.
+
+    Args:
+        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
+        rounding: of the scheme; by default ``"independent"``, or ``"nearest"`` with ``error_feedback``.
+        **options: of the exchange, see `QuantizedCompressor`.
+
+    Warning:
+        Horovod hands sparse gradients (``tf.IndexedSlices``, of embeddings) to no compressor: they travel
+        uncompressed, unless its function is given ``sparse_as_dense=True``.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        norm: str = "max",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str | None = None,
+        **options: Any,
+    ) -> None:
+        rounding = _rounding(rounding, options)
+        super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
+
+
+class NUQSGDCompressor(QuantizedCompressor):
+    """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
+
+    Args:
+        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.NUQSGD`.
+        rounding: as in `QSGDCompressor`.
+        **options: of the exchange, see `QuantizedCompressor`.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        norm: str = "l2",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str | None = None,
+        **options: Any,
+    ) -> None:
+        rounding = _rounding(rounding, options)
+        super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
+
+
+class DQSGDCompressor(QuantizedCompressor):
+    """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
+
+    A step ends when a gradient comes again. The norm that the next step's bits follow from is that of the
+    quantized gradients: the root of the sum over them of the ranks' mean squared norm.
+
+    Args:
+        k, mean_bits, total_steps, alpha, min_bits, max_bits: of the schedule, see `hvd_quant.DQSGD`.
+        norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
+        rounding: as in `QSGDCompressor`.
+        **options: of the exchange, see `QuantizedCompressor`.
+
+    Example:
+        >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * steps_per_epoch)
+    """
+
+    def __init__(
+        self,
+        k: float | None = None,
+        mean_bits: float | None = None,
+        total_steps: int | None = None,
+        alpha: float = 1.0,
+        min_bits: int = 2,
+        max_bits: int = 8,
+        norm: str = "max",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str | None = None,
+        **options: Any,
+    ) -> None:
+        rounding = _rounding(rounding, options)
+        scheme = DQSGD(
+            k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
+        )
+        super().__init__(scheme, **options)

@@ -1,0 +1,107 @@
+"""What a compressor knows while training runs, whatever graph its gradients come from."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hvd_quant.schedule import BitSchedule
+from hvd_quant.schemes import DQSGD, Scheme
+
+
+class Progress:
+    """Statistics, residuals and the schedule of bits. TensorFlow calls it from several threads.
+
+    Args:
+        scheme: what the user asked for.
+    """
+
+    def __init__(self, scheme: Scheme | DQSGD) -> None:
+        self.lock = threading.RLock()
+        self.residuals: dict[str, np.ndarray] = {}  # of error feedback, flat float32, by gradient
+        self.raw_bytes = self.wire_bytes = self.received_bytes = self.messages = 0
+        self.bits: list[int] = []  # of each step, where there is a schedule
+        self.underway = 0  # groups that have been sent, and not received
+        self._scheme = scheme
+        self.schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
+        self._seen: set[str] = set()  # groups that have come in this step
+        self._squares: list[float] = []  # squared norms of the gradients that have come back in this step
+
+    def scheme_at(self, bits: int) -> Scheme:
+        """The scheme with so many bits; any number where there is no schedule."""
+        return self._scheme.at(bits) if isinstance(self._scheme, DQSGD) else self._scheme
+
+    def send(self, group: str) -> int:
+        """Note that a group is sent; returns the bits of its step, 0 where there is no schedule.
+
+        A step of the schedule ends when a group comes again: by then all of them have come back, because
+        they have changed the parameters that the new gradient was computed from.
+        """
+        with self.lock:
+            self.underway += 1
+            if self.schedule is None:
+                return 0
+            if group in self._seen:
+                self.end_step()
+            self._seen.add(group)
+            return self.schedule.bits
+
+    def note_square(self, square: float) -> None:
+        """Note the squared norm of a gradient that has come back."""
+        with self.lock:
+            self._squares.append(square)
+
+    def end_step(self) -> None:
+        """The next gradient is of another step, which may have another number of bits."""
+        with self.lock:
+            if self.schedule is None or not self._seen:
+                return
+            # Exactly rounded, because they come back in another order on every rank.
+            try:
+                square = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
+            except OverflowError:
+                square = math.inf
+            self._seen.clear()
+            self._squares.clear()
+            self.bits.append(self.schedule.bits)
+            self.schedule.advance(square)
+
+    def forget_step(self) -> None:
+        """Leave the present step."""
+        with self.lock:
+            self._seen.clear()
+            self._squares.clear()
+            self.underway = 0
+
+    def residuals_of(self, keys: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]:
+        """What has not been sent yet of these gradients.
+
+        Raises:
+            ValueError: the ones of these names were of other sizes.
+        """
+        with self.lock:
+            for key, count in zip(keys, counts, strict=True):
+                known = self.residuals.setdefault(key, np.zeros(count, np.float32))
+                if known.size != count:
+                    raise ValueError(
+                        f"error_feedback=True has kept {known.size} values of gradient {key}, which has "
+                        f"{count} now. One compressor serves one model: make another one for another model."
+                    )
+            return [self.residuals[key] for key in keys]
+
+    def load_residuals(self, residuals: Mapping[str, Any]) -> None:
+        """Take over those of a state.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        loaded = {key: np.array(value, np.float32).reshape(-1) for key, value in residuals.items()}
+        for key, value in loaded.items():
+            if not np.isfinite(value).all():
+                raise ValueError(f"what it has for gradient {key} is not finite")
+        with self.lock:
+            self.residuals = loaded

@@ -1,0 +1,239 @@
+"""What is computed between Horovod's operations: the parts of an exchange, called in every step.
+
+A graph holds Horovod's own allgather (or alltoall and allgather), and in front of it, between them and behind
+it a call of these functions on NumPy arrays that share TensorFlow's memory. They keep nothing from one part
+to the next, so that TensorFlow may run them in any order that the graph allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hvd_quant.codec import native
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, cut
+from hvd_quant.exchange import control
+from hvd_quant.exchange.algorithms import Work, encode_chunks, encode_mean, encode_whole
+from hvd_quant.exchange.fused import Entry, FusedBucket
+from hvd_quant.tensorflow.progress import Progress
+
+_BUCKETS_KEPT = 16  # of a group whose shapes or bits change
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Steps:
+    """A group of gradients that travel together.
+
+    Args:
+        progress: the compressor's.
+        name: of the group, the same on all ranks.
+        dtypes: of the gradients, as `hvd_quant.codec.message.DTYPES` calls them.
+        types: of the results, as NumPy knows them.
+        shapes: of the gradients; None for those known only when they come.
+        algorithm: the exchange's name.
+        rank, size: of the process set.
+        seed: of the noise; anything that JSON can hold.
+        fingerprint: of the first gradient's control tensor.
+        error_feedback: whether what is lost is kept.
+        passed_bytes: of gradients that Horovod reduces uncompressed in the same step, as they are and as
+            they are sent.
+    """
+
+    progress: Progress
+    name: str
+    dtypes: Sequence[str]
+    types: Sequence[np.dtype]
+    shapes: Sequence[Shape | None]
+    algorithm: str
+    rank: int
+    size: int
+    seed: object
+    fingerprint: int
+    error_feedback: bool
+    passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __post_init__(self) -> None:
+        self.keys = [f"{self.name}.{i}" for i in range(len(self.dtypes))]
+        self._buckets: dict[tuple, FusedBucket] = {}
+
+    def send(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encode the gradients.
+
+        Args:
+            *arrays: the gradients, and how often the group has come, an int64 scalar.
+
+        Returns:
+            The message; the sizes of its parts for an alltoall, int32, which add up to its own; and the bits
+            of the step, an int32 scalar.
+        """
+        *gradients, use = arrays
+        bits = self.progress.send(self.name)
+        bucket = self._bucket([gradient.shape for gradient in gradients], bits)
+        counts = [gradient.size for gradient in gradients]
+        residuals = self.progress.residuals_of(self.keys, counts) if self.error_feedback else ()
+        work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
+        if self.algorithm == "allgather":
+            message, sizes = encode_whole(work), []
+        else:
+            message, sizes = encode_chunks(work)
+        with self.progress.lock:
+            self.progress.raw_bytes += sum(gradient.nbytes for gradient in gradients) + self.passed_bytes[0]
+            self.progress.wire_bytes += work.encoded_bytes + control.NBYTES * len(gradients)
+            self.progress.wire_bytes += self.passed_bytes[1]
+            self.progress.messages += 1
+        return message, np.array(sizes, np.int32), np.array(bits, np.int32)
+
+    def relay(
+        self,
+        received: np.ndarray,
+        sizes: np.ndarray,
+        use: np.ndarray,
+        bits: np.ndarray,
+        *shapes: np.ndarray,
+    ) -> np.ndarray:
+        """Encode the mean of this rank's chunk.
+
+        Args:
+            received: all ranks' messages about it, end to end.
+            sizes: of these.
+            use: as `send` had it.
+            bits: as `send` returned them.
+            *shapes: of the gradients of unknown shape.
+
+        Returns:
+            The message about the mean; an empty one, which nobody takes for one, if there is none.
+        """
+        bucket = self._bucket(self._all_shapes(shapes), int(bits))
+        residuals: Sequence[np.ndarray] = ()
+        if self.error_feedback:
+            residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
+        ends = np.cumsum(sizes)
+        parts = [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        self._count_received(parts)
+        try:
+            # Of the values themselves only the memory's kind is looked at.
+            return encode_mean(self._work(bucket, [received], use, residuals), parts)
+        except ValueError:
+            return received[:0]
+
+    def receive(
+        self, received: np.ndarray, reduced: np.ndarray, bits: np.ndarray, *shapes: np.ndarray
+    ) -> list[np.ndarray]:
+        """Decode the mean over the ranks.
+
+        Args:
+            received: all ranks' messages, end to end.
+            reduced: the first gradient's control tensor, as it came back.
+            bits: as `send` returned them.
+            *shapes: of the gradients of unknown shape.
+
+        Returns:
+            The mean, or the sum if that was asked for, of each gradient.
+
+        Raises:
+            RankMismatchError: the ranks have not sent the same gradients.
+            UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
+        """
+        all_shapes = self._all_shapes(shapes)
+        bucket = self._bucket(all_shapes, int(bits))
+        factor = self.check(reduced, self.fingerprint)
+        results = [
+            native.empty(int(np.prod(shape)), _memory(kind), received).reshape(shape)
+            for shape, kind in zip(all_shapes, self.types, strict=True)
+        ]
+        whole = self.algorithm == "allgather"
+        layouts = [bucket.whole] * self.size if whole else list(bucket.chunks)
+        messages = cut(received, [layout.fixed_size for layout in layouts])
+        self._count_received(messages)
+        parts = [(layout, [message]) for layout, message in zip(layouts, messages, strict=True)]
+        decoded = [(bucket.whole, messages)] if whole else parts
+        try:
+            for layout, of_layout in decoded:
+                native.decode_messages(of_layout, layout, results, factor)
+        except ValueError as error:
+            raise control.RankMismatchError(self._explain(bucket, layouts, messages)) from error
+        with self.progress.lock:
+            self.progress.underway -= 1
+        return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
+
+    def check(self, reduced: np.ndarray, fingerprint: int) -> float:
+        """The factor of a reduced control tensor; notes the squared norm in it.
+
+        Raises:
+            RankMismatchError, UnsupportedReductionError: as `receive`.
+        """
+        try:
+            factor = control.check(reduced[: control.SQUARE].tolist(), fingerprint, self.size)
+        except control.FingerprintMismatch:
+            raise control.RankMismatchError(
+                f"the ranks have different gradients at place {self.name}: on this rank {self._what()}. "
+                "Every rank must build the same model, in the same order."
+            ) from None
+        if self.progress.schedule is not None:
+            self.progress.note_square(float(reduced[control.SQUARE]) / factor)
+        return factor
+
+    def _work(
+        self, bucket: FusedBucket, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
+    ) -> Work:
+        # Fresh memory, because TensorFlow keeps what it is given.
+        return Work(bucket, values, np.full(len(self.keys), use, np.uint64), native, residuals)
+
+    def _bucket(self, shapes: Sequence[Shape], bits: int) -> FusedBucket:
+        key = (tuple(shapes), bits)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            scheme = self.progress.scheme_at(bits)
+            entries = [
+                Entry(name, int(np.prod(shape)), dtype, scheme)
+                for name, shape, dtype in zip(self.keys, shapes, self.dtypes, strict=True)
+            ]
+            if len(self._buckets) >= _BUCKETS_KEPT:
+                self._buckets.clear()
+            bucket = self._buckets[key] = FusedBucket(entries, self.size, self.rank, self.seed)
+        return bucket
+
+    def _all_shapes(self, unknown: Sequence[np.ndarray]) -> list[Shape]:
+        rest = iter(unknown)
+        return [shape if shape is not None else tuple(next(rest).tolist()) for shape in self.shapes]
+
+    def _count_received(self, messages: Sequence[np.ndarray]) -> None:
+        with self.progress.lock:
+            self.progress.received_bytes += sum(
+                message.size for rank, message in enumerate(messages) if rank != self.rank
+            )
+
+    def _what(self) -> str:
+        return ", ".join(
+            f"{dtype} of shape {shape if shape is not None else 'unknown'}"
+            for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
+        )
+
+    def _explain(
+        self, bucket: FusedBucket, layouts: Sequence[MessageLayout], messages: Sequence[np.ndarray]
+    ) -> str:
+        others = [
+            str(rank)
+            for rank, (layout, message) in enumerate(zip(layouts, messages, strict=True))
+            if message[:PREAMBLE_SIZE].tobytes() != layout.preamble
+        ]
+        who = f"rank {', '.join(others)} has" if 0 < len(others) < self.size else "some rank has"
+        return (
+            f"{who} sent other gradients at place {self.name} than this one: here {self._what()}, by "
+            f"{bucket.entries[0].scheme}. Every rank must build the same model, in the same order, and be at "
+            "the same step."
+        )
+
+
+def _values(gradient: np.ndarray) -> np.ndarray:
+    """As the native codec reads them: bfloat16 as 16-bit patterns."""
+    return gradient.view(_memory(gradient.dtype))
+
+
+def _memory(kind: np.dtype) -> str:
+    """The type of NumPy's own in which values of a type are stored."""
+    return kind.name if kind.name != "bfloat16" else "int16"
