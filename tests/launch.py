@@ -2,8 +2,13 @@
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
+SECONDS = 300  # for one launch; far above what it takes, so that only a hang gets there
 
 
 def launch(command, seconds, **environment):
@@ -21,3 +26,33 @@ def launch(command, seconds, **environment):
         )
     except subprocess.TimeoutExpired as error:
         pytest.fail(f"hung for {seconds} s:\n{(error.stdout or b'').decode()[-8000:]}")
+
+
+def horovodrun(ranks, controller, *command, **environment):
+    """Run a command on several ranks and return its completed process."""
+    launcher = Path(sys.executable).with_name("horovodrun")
+    environment = {
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        **environment,
+    }
+    return launch([launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
+
+
+def run_checks(ranks, controller, where, selection="", **environment):
+    """Have every rank run the checks of a folder or file below tests/ together."""
+    options = (
+        "-x",
+        "-q",
+        "--color=no",
+        "--timeout=120",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+    )
+    names = ("-o", "python_files=check_*.py", "-o", "python_functions=check_*", "-k", selection)
+    command = (sys.executable, "-m", "pytest", *options, *names, HERE / where)
+    done = horovodrun(ranks, controller, *command, **environment)
+    assert done.returncode == 0, done.stdout[-12000:]
+    assert done.stdout.count(" passed") == ranks, done.stdout[-12000:]

@@ -1,29 +1,15 @@
 """Runs tests/parallel on several ranks, under both of Horovod's controllers, through horovodrun itself."""
 
-import os
 import sys
-from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import HERE, horovodrun, run_checks
 
-HERE = Path(__file__).parent
-SECONDS = 300  # for one launch; far above what it takes, so that only a hang gets there
 EXCHANGES = ["allgather", "scatter_allgather"]
 # With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on
 # who comes when, and with 8 the promises alone.
 MEETING = "check_errors or check_exchange"
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"
-
-
-def horovodrun(ranks, controller, *command):
-    """Run a command on several ranks and return its completed process."""
-    launcher = Path(sys.executable).with_name("horovodrun")
-    environment = {
-        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    }
-    return launch([launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
 
 
 @pytest.mark.parametrize(
@@ -40,24 +26,7 @@ def horovodrun(ranks, controller, *command):
 )
 def test_checks_on_every_rank(ranks, controller, checks, selection):
     pytest.importorskip("horovod.torch")
-    names = ("-o", "python_files=check_*.py", "-o", "python_functions=check_*")
-    pytest_options = (
-        *names,
-        "-x",
-        "-q",
-        "--color=no",
-        "--timeout=120",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:hypothesispytest",
-        "-k",
-        selection,
-    )
-    where = HERE / "parallel" / checks
-    done = horovodrun(ranks, controller, sys.executable, "-m", "pytest", *pytest_options, where)
-    assert done.returncode == 0, done.stdout[-12000:]
-    assert done.stdout.count(" passed") == ranks, done.stdout[-12000:]
+    run_checks(ranks, controller, f"parallel/{checks}", selection)
 
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])

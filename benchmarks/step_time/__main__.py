@@ -2,20 +2,22 @@
 
     python -m benchmarks.step_time                                     # the default cases, as root
     python -m benchmarks.step_time --cases 'linear/1gbit/*' small/unshaped/1
+    python -m benchmarks.step_time --cases tensorflow/1gbit/2
     python -m benchmarks.step_time --markdown --json step_time.json --plot step_time.png
 
 A case is MODEL/RATE/HOSTS, with one rank a host, or two ranks on the only one:
 
 - models: linear, 8 x Linear(1024), 8.4 M parameters; device, the same where another device computes: the
   processor sleeps for 2 ms a layer; transformer, an encoder of 25 M parameters in 96 tensors; small, 320
-  matrices of 64 x 64;
+  matrices of 64 x 64; tensorflow, TensorFlow's 8 x Dense(1024) in a tf.function;
 - rates of every host's link: 100mbit, 1gbit, 10gbit, unshaped;
 - hosts: 1, 2, 4, 8.
 
 A case is two launches, one for the rows that use Horovod and one for DDP's, each with a row that computes and
-exchanges nothing. The rows of a launch take turns, step by step, so that what disturbs the machine disturbs
-all of them. A step's time is that of its slowest rank, from a barrier on. Ranks share this machine's cores:
-where there are more ranks than cores, computing takes longer than on as many machines.
+exchanges nothing; the model tensorflow has only the first. The rows of a launch take turns, step by step, so
+that what disturbs the machine disturbs all of them. A step's time is that of its slowest rank, from a barrier
+on. Ranks share this machine's cores: where there are more ranks than cores, computing takes longer than on as
+many machines.
 """
 
 from __future__ import annotations
@@ -38,8 +40,7 @@ from benchmarks.netlab import Lab, LabError, missing
 from benchmarks.step_time import report
 from benchmarks.step_time.report import Case, progress
 
-RANK = Path(__file__).with_name("rank.py")
-MODELS = ("linear", "device", "transformer", "small")
+MODELS = ("linear", "device", "transformer", "small", "tensorflow")
 RATES = ("100mbit", "1gbit", "10gbit", "unshaped")
 DEFAULT = [
     *(f"linear/{rate}/2" for rate in RATES),
@@ -51,6 +52,7 @@ DEFAULT = [
         "transformer/1gbit/2",
         "transformer/1gbit/4",
         "small/unshaped/1",
+        "tensorflow/1gbit/2",
     ),
 ]
 ALL = [
@@ -107,7 +109,8 @@ def run_ddp(lab: Lab, command: list[str], slots: int, timeout: float) -> tuple[i
 def launch(lab: Lab, case: Case, library: str, args: argparse.Namespace) -> None:
     """Note in the case what rank 0 reports, or that the launch has failed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(RANK), library, case.model, folder]
+        program = ["tf_rank"] if library == "tensorflow" else ["rank", library, case.model]
+        command = [sys.executable, "-m", f"benchmarks.step_time.{program[0]}", *program[1:], folder]
         command += ["--steps", str(args.steps), "--seconds", str(args.seconds)]
         try:
             with watched(f"{case.name}, {library}", Path(folder) / "progress"):
@@ -134,7 +137,7 @@ def run(case: Case, args: argparse.Namespace) -> None:
     begin = time.monotonic()
     try:
         with Lab(case.hosts, None if case.rate == "unshaped" else case.rate) as lab:
-            for library in ("horovod", "ddp"):
+            for library in ("tensorflow",) if case.model == "tensorflow" else ("horovod", "ddp"):
                 launch(lab, case, library, args)
     except LabError as error:
         case.failures["lab"] = str(error)

@@ -1,7 +1,7 @@
-"""One rank of a launch of `benchmarks.step_time`: trains one library's rows in turn, and times each step.
+"""One rank of a launch of `benchmarks.step_time`: trains the rows of a library for torch in turn, and times
+each step.
 
-Every row has a copy of the model with an optimizer of its own. In each round every row takes a step, in an
-order that changes from round to round: what disturbs the machine disturbs all rows alike.
+Every row has a copy of the model with an optimizer of its own.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import json
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-WARM_UP = 3  # rounds that do not count: fused buckets, caches and PowerSGD need them to settle
-AT_LEAST = 5  # rounds that do, however long they take
+from benchmarks.step_time import turns
+
 OVERHEAD_STEPS = 10
 OURS = "hvd_quant 4 bits"
 NO_FUSION = "4 bits, no fusion"
@@ -96,11 +93,15 @@ def make_model(kind: str, generator: torch.Generator) -> tuple[nn.Module, torch.
 
 @dataclass
 class Row:
-    """A way to train."""
+    """A way to train; a `turns.Row`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    compressor: Any = None  # ours
+    compressor: Any = None
+
+    @property
+    def sizes(self) -> list[int]:
+        return [parameter.numel() for parameter in self.model.parameters()]
 
     def step(self, x: torch.Tensor) -> None:
         self.optimizer.zero_grad()
@@ -117,7 +118,7 @@ def twin(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 class Horovod:
-    """Rows that exchange by Horovod."""
+    """Rows that exchange by Horovod; a `turns.Library`."""
 
     def __init__(self) -> None:
         import horovod.torch as hvd
@@ -127,7 +128,6 @@ class Horovod:
         self.barrier = hvd.barrier
 
     def maximum(self, values: list[float]) -> list[float]:
-        """The greatest of all ranks, item by item."""
         return self.hvd.allreduce(torch.tensor(values, dtype=torch.float64), op=self.hvd.Max).tolist()
 
     def rows(self, model: nn.Module) -> dict[str, Row]:
@@ -211,65 +211,6 @@ class DDP:
         return rows
 
 
-def measure(
-    library: Horovod | DDP,
-    rows: dict[str, Row],
-    x: torch.Tensor,
-    steps: int,
-    seconds: float,
-    tell: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    """Figures of every row; seconds of a step are those of the rank that took longest, from a barrier on."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    before: dict[str, dict[str, float]] = {}
-    begin = time.perf_counter()
-    for number in range(-WARM_UP, steps):
-        if number == 0:
-            before = {name: row.compressor.stats() for name, row in rows.items() if row.compressor}
-        for name in random.Random(number).sample(list(rows), len(rows)):
-            tell(f"{name}, " + (f"step {number + 1} of {steps}" if number >= 0 else "warming up"))
-            library.barrier()
-            start = time.perf_counter()
-            rows[name].step(x)
-            times[name].append(time.perf_counter() - start)
-        if number + 1 >= AT_LEAST and library.maximum([time.perf_counter() - begin])[0] > seconds:
-            break
-    figures: dict[str, dict[str, Any]] = {}
-    for name, row in rows.items():
-        counted = times[name][WARM_UP:]
-        figures[name] = {"seconds": library.maximum(counted)}
-        if row.compressor:
-            after = row.compressor.stats()
-            received, buckets = (
-                (after[key] - before[name][key]) / len(counted) for key in ("received_bytes", "messages")
-            )
-            figures[name] |= {
-                "received_bytes": library.maximum([received])[0],
-                "payload_bytes": payload_bytes(row),
-                "buckets": buckets,
-                "gradients": len(quantized(row)),
-            }
-    for name in (OURS, NO_FUSION):
-        if name in rows:
-            tell(f"{name}, CPU time of its own")
-            own = own_cpu_seconds(library, rows[name], x)
-            figures[name]["own_seconds"] = library.maximum([own])[0]
-    return figures
-
-
-def quantized(row: Row) -> list[int]:
-    """How many values each of the gradients has that are large enough to be quantized."""
-    counts = [parameter.numel() for parameter in row.model.parameters()]
-    return [count for count in counts if count >= row.compressor.min_numel]
-
-
-def payload_bytes(row: Row) -> int:
-    """What these gradients become in a step."""
-    from hvd_quant import wire
-
-    return sum(wire.payload_size(row.compressor.scheme, count) for count in quantized(row))
-
-
 def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
     """CPU time that a fused bucket costs this rank's training thread, but for the codec, Horovod's calls, and
     the looks at what is being waited for, which are the more the slower the link is.
@@ -332,20 +273,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", choices=("horovod", "ddp"))
     parser.add_argument("model")
-    parser.add_argument("folder", type=Path, help="where rank 0 writes progress and figures.json")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="begin no further round after these")
-    args = parser.parse_args()
+    args = turns.parse(parser)
 
     torch.set_num_threads(1)
     library = Horovod() if args.library == "horovod" else DDP()
     model, x = make_model(args.model, torch.Generator().manual_seed(library.rank))
-    progress = args.folder / "progress"
-    tell = progress.write_text if library.rank == 0 else lambda text: None
-    figures = measure(library, library.rows(model), x, args.steps, args.seconds, tell)
-    if library.rank == 0:
-        (args.folder / "figures.json").write_text(json.dumps(figures))
-    library.barrier()
+    rows = library.rows(model)
+    figures = turns.measure(library, rows, x, args)
+    for name in (OURS, NO_FUSION):
+        if name in rows:
+            turns.tell(library, args.folder, f"{name}, CPU time of its own")
+            own = own_cpu_seconds(library, rows[name], x)
+            figures[name]["own_seconds"] = library.maximum([own])[0]
+    turns.write(library, args.folder, figures)
 
 
 if __name__ == "__main__":

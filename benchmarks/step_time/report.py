@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Case:
     """A model on a number of hosts with links of a rate, and what was measured."""
 
     name: str
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # from rank.measure
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)  # from turns.measure
     failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,10 +80,15 @@ def progress(text: str) -> None:
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import horovod
-    import torch
 
     import hvd_quant
 
+    distributions = metadata.packages_distributions()
+    frameworks = {
+        name: metadata.version(distributions[name][0])
+        for name in ("torch", "tensorflow")
+        if name in distributions
+    }
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -91,7 +97,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": next(names, platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
+        **frameworks,
         "horovod": horovod.__version__,
         "hvd_quant": hvd_quant.__version__,
     }
@@ -127,7 +133,7 @@ def goals(cases: Sequence[Case]) -> list[dict[str, Any]]:
             goal(case, "own CPU time of a fused bucket below 0.5 ms", own, own < 0.5)
         if case.model == "linear" and case.rate in ("10gbit", "unshaped"):
             goal(case, "4 bits not slower than Horovod fp32", of_fp32, of_fp32 >= 1)
-        if case.ranks == 8:
+        if case.ranks == 8 and SCATTER in case.rows:
             row = case.rows[SCATTER]
             ratio = row["received_bytes"] / (case.share * row["payload_bytes"])
             text = f"scatter-allgather: a rank receives {case.share:g} payloads, within 10 %"
@@ -171,11 +177,18 @@ def floor_cell(case: Case) -> str:
     return f"{1e3 * case.median(COMPUTE):.1f} + {1e3 * case.wire:.1f} = {1e3 * case.floor:.1f}"
 
 
+def ratio_cell(case: Case) -> str:
+    if OURS not in case.rows:
+        return ""
+    return ", ".join(f"{case.median(row) / case.median(OURS):.2f}" for row in (FP32, FP16))
+
+
 def print_all(
     cases: Sequence[Case], checks: Sequence[dict[str, Any]], here: dict[str, Any], markdown: bool
 ) -> None:
     """Everything as text; ``here`` is the `machine` that it was measured on."""
-    versions = ", ".join(f"{name} {here[name]}" for name in ("torch", "horovod", "hvd_quant"))
+    names = ("torch", "tensorflow", "horovod", "hvd_quant")
+    versions = ", ".join(f"{name} {here[name]}" for name in names if name in here)
     print(f"{here['cpu']}, {here['cores']} cores, one thread a rank; {versions}.")
     print("Milliseconds a step: median (quartiles).\n")
     for model in dict.fromkeys(case.model for case in cases):
@@ -184,6 +197,8 @@ def print_all(
         rows = [[name, *(cell(case, name) for case in own)] for name in names]
         if any(floors := [floor_cell(case) for case in own]):
             rows.append(["floor at 4 bits: compute + wire", *floors])
+        if any(ratios := [ratio_cell(case) for case in own]):
+            rows.append(["4 bits, times as fast as fp32, fp16", *ratios])
         if rows:
             print_table([model, *(case.title for case in own)], rows, markdown)
     # The link's rate changes none of this.

@@ -40,9 +40,13 @@ Description = Mapping[str, object]
 class RankMismatchError(RuntimeError):
     """The ranks are configured differently, or submitted their gradients in different orders."""
 
+    __init__ = Exception.__init__  # else TensorFlow's AutoGraph makes another exception of it
+
 
 class UnsupportedReductionError(RuntimeError):
     """Horovod was asked for a reduction that quantized gradients cannot be given."""
+
+    __init__ = Exception.__init__
 
 
 class FingerprintMismatch(Exception):  # noqa: N818  it is caught and turned into a RankMismatchError

@@ -155,6 +155,7 @@ class QuantizedCompressor(Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
+    @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing
     def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
         """Lay out what Horovod is to reduce in place of a gradient.
 
@@ -199,6 +200,7 @@ class QuantizedCompressor(Compressor):
         group.fingerprints.append(fingerprint)
         return self._control(group, tensor, fingerprint), Member(group, index, tensor.dtype)
 
+    @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
         """Lay out the exchange of a gradient, and of those that have been compressed since the last one.
 
@@ -395,7 +397,7 @@ class QuantizedCompressor(Compressor):
             self._algorithm(tensors),
             self.process_set.rank() if self.process_set.included() else 0,
             self.process_set.size() if self.process_set.included() else 1,
-            [self.seed, self.process_set.ranks, self._number],
+            (self.seed, self.process_set.ranks),
             group.fingerprints[0],
             self.error_feedback,
             trace.passed_bytes,

@@ -94,7 +94,10 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         "scale_local_gradients": scale_local_gradients,
     }
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        if isinstance(optimizer, tf.keras.optimizers.Optimizer):  # TF_USE_LEGACY_KERAS=1
+        legacy = tf.keras.optimizers
+        if legacy.Optimizer is not keras.optimizers.Optimizer and isinstance(  # TF_USE_LEGACY_KERAS=1
+            optimizer, (legacy.Optimizer, legacy.legacy.Optimizer)
+        ):
             import horovod.tensorflow.keras as hvd_keras
 
             return hvd_keras.DistributedOptimizer(optimizer, **arguments)

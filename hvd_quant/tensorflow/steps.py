@@ -70,7 +70,7 @@ class Steps:
             The message; the sizes of its parts for an alltoall, int32, which add up to its own; and the bits
             of the step, an int32 scalar.
         """
-        *gradients, use = arrays
+        *gradients, use = map(np.asarray, arrays)  # what has no dimensions comes as a NumPy scalar
         bits = self.progress.send(self.name)
         bucket = self._bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]

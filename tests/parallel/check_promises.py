@@ -1,33 +1,23 @@
 """Promises 1, 3, 4 and 5 for every kind of compressor. 2, 6 and 7 are of codec and wire: tests/unit."""
 
-import functools
-
 import horovod.torch as hvd
 import pytest
 import torch
 from common import backward, error_of, mlp, same_everywhere, same_mismatch
+from kinds import EXCHANGES, KINDS, make, other_kind
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD
 
-KINDS = {
-    "QSGD": hq.QSGDCompressor,
-    "QSGD l2": functools.partial(hq.QSGDCompressor, norm="l2"),
-    "NUQSGD": hq.NUQSGDCompressor,
-    "DQ-SGD": functools.partial(hq.DQSGDCompressor, mean_bits=3, total_steps=10),
-    "correlated": functools.partial(hq.QSGDCompressor, rounding="correlated"),
-    "correlated NUQSGD": functools.partial(hq.NUQSGDCompressor, rounding="correlated"),
-    "error feedback": functools.partial(hq.QSGDCompressor, bits=2, error_feedback=True),
-    "error feedback, DQ-SGD": functools.partial(hq.DQSGDCompressor, k=30.0, error_feedback=True),
-    "overrides": functools.partial(hq.QSGDCompressor, overrides={"0.*": QSGD(bits=8), "*.bias": None}),
-}
-exchanges = pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+# Of torch alone, in which the compressor knows the parameters' names.
+KINDS["overrides"] = ("QSGDCompressor", {"overrides": {"0.*": QSGD(bits=8), "*.bias": None}})
+exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def optimizer_of(model, kind, **options):
     """Stock Horovod's optimizer, with our compressor."""
-    compressor = KINDS[kind](named_parameters=model.named_parameters(), min_numel=0, **options)
+    compressor = make(hq, kind, named_parameters=model.named_parameters(), min_numel=0, **options)
     return hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=compressor
     )
@@ -78,10 +68,8 @@ def check_what_is_not_finite_reaches_every_rank(kind, exchange, value):
 @kinds
 def check_another_configuration_is_an_error_everywhere(kind):
     """One rank has this kind, and the others have the next one."""
-    names = list(KINDS)
-    other = names[(names.index(kind) + 1) % len(names)]
     model = mlp()
-    optimizer = optimizer_of(model, kind if hvd.rank() == 0 else other)
+    optimizer = optimizer_of(model, kind if hvd.rank() == 0 else other_kind(kind))
     text = same_mismatch(error_of(lambda: (backward(model), optimizer.step())))
     assert "hvd_quant is configured differently on the ranks" in text
     assert "on rank 0" in text

@@ -1,0 +1,247 @@
+"""Keras 3: model.fit with our optimizer, and the cases in which Horovod's own would do nothing."""
+
+import os
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from common_tf import error_of, exact_mean, gathered, own_randn, same_everywhere
+
+import hvd_quant.tensorflow as hq
+import hvd_quant.tensorflow.keras as hqk
+from hvd_quant.codec import native
+
+pytestmark = pytest.mark.skipif(os.environ.get("TF_USE_LEGACY_KERAS") == "1", reason="is of Keras 3")
+
+
+def make_model():
+    return keras.Sequential(
+        [keras.Input((32,)), keras.layers.Dense(64, activation="tanh"), keras.layers.Dense(32)]
+    )
+
+
+def own_data(count=64, seed=0):
+    return own_randn(count, 32, seed=seed).numpy(), own_randn(count, 32, seed=seed + 1).numpy()
+
+
+def fit(optimizer, model=None, epochs=2, callbacks=(), **options):
+    model = model or make_model()
+    model.compile(optimizer, "mse", jit_compile=False, **options)
+    history = model.fit(
+        *own_data(),
+        batch_size=16,
+        epochs=epochs,
+        verbose=0,
+        shuffle=False,
+        callbacks=[hqk.BroadcastGlobalVariablesCallback(0), *callbacks],
+    )
+    return model, history
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 1}, {"op": hvd.Sum}, {"gradient_predivide_factor": 2.0}])
+def check_fit_keeps_replicas_identical_and_encodes_every_gradient_once(options, monkeypatch):
+    encoded = []
+    encode = native.encode_message
+
+    def count(values, *rest):
+        encoded.extend(value.shape for value in values)
+        return encode(values, *rest)
+
+    monkeypatch.setattr(native, "encode_message", count)
+    keras.utils.set_random_seed(hvd.rank())  # replicas begin apart, and are broadcast
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.Adam(0.01), compression=hq.QSGDCompressor(exchange="allgather"), **options
+    )
+    model, _ = fit(optimizer)
+    assert same_everywhere(*(variable.numpy() for variable in model.variables))
+    assert same_everywhere(*(variable.numpy() for variable in model.optimizer.variables))
+    assert sorted(encoded) == sorted(2 * 4 * [(32, 64), (64, 32)])  # epochs, steps; biases are small
+    assert type(optimizer).__name__ == "Adam"
+
+
+def check_training_is_that_of_one_process_with_all_data():
+    """With a fine quantization; clipping comes after the mean."""
+    size = hvd.size()
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.SGD(0.5, global_clipnorm=0.1), compression=hq.QSGDCompressor(bits=8, bucket_size=32)
+    )
+    model = make_model()
+    start = model.get_weights()
+    fit(optimizer, model, epochs=3)
+
+    alone = make_model()
+    alone.set_weights(start)
+    alone.compile(keras.optimizers.SGD(0.5, global_clipnorm=0.1), "mse", jit_compile=False)
+    parts = [np.stack(gathered(part)) for part in own_data()]
+    x, y = (part.reshape(size, 4, 16, 32).swapaxes(0, 1).reshape(-1, 32) for part in parts)
+    alone.fit(x, y, batch_size=16 * size, epochs=3, verbose=0, shuffle=False)
+    moved = max(np.abs(one - two).max() for one, two in zip(alone.get_weights(), start, strict=True))
+    for one, two in zip(model.get_weights(), alone.get_weights(), strict=True):
+        assert np.abs(one - two).max() < 0.1 * moved
+
+
+@pytest.mark.parametrize("average", [False, True])
+def check_backward_passes_per_step(average):
+    compressor = hq.QSGDCompressor(bits=8, bucket_size=32, exchange="allgather")
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.SGD(1.0),
+        compression=compressor,
+        backward_passes_per_step=2,
+        average_aggregated_gradients=average,
+    )
+    variable = keras.Variable(np.zeros((40, 50), np.float32))
+    gradients = [own_randn(40, 50, seed=seed) for seed in range(4)]
+    optimizer.build([variable])
+    for gradient in gradients:
+        optimizer.apply([gradient], [variable])
+    exact = -sum(exact_mean(gradient) for gradient in gradients) / (2 if average else 1)
+    assert np.abs(variable.numpy() - exact).max() < 0.2
+    assert same_everywhere(variable.numpy())
+    assert compressor.stats()["messages"] == 2
+
+
+def check_a_loss_scaler_skips_the_step_on_all_ranks():
+    compressor = hq.QSGDCompressor(min_numel=0)
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=8.0),
+        compression=compressor,
+    )
+    variable = keras.Variable(np.zeros((40, 50), np.float32))
+    optimizer.build([variable])
+    apply = tf.function(lambda gradient: optimizer.apply([gradient], [variable]))
+    for step in range(3):
+        gradient = own_randn(40, 50, seed=step).numpy()
+        if step == 1 and hvd.rank() == hvd.size() - 1:
+            gradient[3, 4] = np.inf
+        before = variable.numpy()
+        apply(tf.constant(gradient))
+        assert same_everywhere(variable.numpy())
+        assert np.array_equal(before, variable.numpy()) == (step == 1)
+        assert np.isfinite(variable.numpy()).all()
+    assert float(optimizer.dynamic_scale) == 4.0
+
+
+def check_mixed_float16_needs_a_loss_scaler_in_ours():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        with pytest.raises(ValueError, match=r"DistributedOptimizer\(keras.optimizers.LossScaleOptimizer"):
+            hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor())
+        scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01))
+        model, _ = fit(hqk.DistributedOptimizer(scaled, compression=hq.QSGDCompressor()))
+        assert same_everywhere(*(variable.numpy() for variable in model.variables))
+        assert all(np.isfinite(variable.numpy()).all() for variable in model.variables)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def check_sparse_gradients():
+    """They travel uncompressed, with a warning, once; or dense."""
+    for sparse_as_dense in (False, True):
+        compressor = hq.QSGDCompressor(bits=8, min_numel=0, exchange="allgather")
+        optimizer = hqk.DistributedOptimizer(
+            keras.optimizers.SGD(1.0), compression=compressor, sparse_as_dense=sparse_as_dense
+        )
+        variable = keras.Variable(np.zeros((40, 50), np.float32))
+        optimizer.build([variable])
+        rows = own_randn(2, 50)
+        gradient = tf.IndexedSlices(rows, tf.constant([3, 5 + hvd.rank()]), tf.constant([40, 50]))
+        if sparse_as_dense:
+            optimizer.apply([gradient], [variable])
+        else:
+            with pytest.warns(UserWarning, match=r"sparse .*sparse_as_dense=True has them quantized"):
+                optimizer.apply([gradient], [variable])
+        exact = np.zeros((40, 50))
+        exact[[3, 5 + hvd.rank()]] = -rows.numpy()
+        assert np.abs(variable.numpy() - np.mean(gathered(exact), axis=0)).max() < 0.1
+        assert compressor.stats()["messages"] == (1 if sparse_as_dense else 0)
+
+
+def check_local_variables_and_groups_of_variables():
+    compressor = hq.QSGDCompressor(bits=8, min_numel=0, exchange="allgather")
+    variables = [keras.Variable(np.zeros((40, 50), np.float32)) for _ in range(4)]
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.SGD(1.0), compression=compressor, groups=[[variables[2], variables[0]]]
+    )
+    optimizer.register_local_var(variables[3])
+    gradients = [own_randn(40, 50, seed=seed) for seed in range(4)]
+    optimizer.build(variables)
+    optimizer.apply(gradients, variables)
+    for variable, gradient in zip(variables[:3], gradients, strict=False):
+        assert np.abs(variable.numpy() + exact_mean(gradient)).max() < 0.1
+    np.testing.assert_allclose(variables[3].numpy(), -gradients[3] / hvd.size(), rtol=1e-6)
+    assert compressor.stats()["messages"] == 2
+
+
+def check_metrics_are_averaged_before_others_see_them():
+    seen = []
+    watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(dict(logs)))
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=hq.QSGDCompressor())
+    _, history = fit(optimizer, callbacks=[hqk.MetricAverageCallback(), watch])
+    assert len(set(gathered(tuple(history.history["loss"])))) == 1
+    assert [one["loss"] for one in seen] == history.history["loss"]
+
+
+def check_a_saved_model_has_the_plain_optimizer(tmp_path):
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.Adam(0.02), compression=hq.QSGDCompressor())
+    model, _ = fit(optimizer)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is keras.optimizers.Adam
+    assert float(loaded.optimizer.learning_rate) == pytest.approx(0.02)
+    assert int(loaded.optimizer.iterations) == int(optimizer.iterations)
+
+
+@pytest.mark.parametrize("compression", [hvd.Compression.none, hvd.Compression.fp16])
+def check_without_quantization(compression):
+    model, _ = fit(hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=compression))
+    assert same_everywhere(*(variable.numpy() for variable in model.variables))
+
+
+def check_several_steps_in_one_execution():
+    compressor = hq.DQSGDCompressor(mean_bits=4, total_steps=8)
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=compressor)
+    model, _ = fit(optimizer, steps_per_execution=4)
+    assert same_everywhere(*(variable.numpy() for variable in model.variables))
+    bits = compressor.stats()["bits"]
+    assert len(bits) == 8
+    assert sum(bits) == pytest.approx(4 * 8, abs=1)
+
+
+def check_xla_is_a_clear_error():
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=hq.QSGDCompressor())
+    model = make_model()
+    model.compile(optimizer, "mse", jit_compile=True)  # as Keras has it by itself for some models
+    error = error_of(lambda: model.fit(*own_data(), batch_size=16, verbose=0))
+    assert "jit_compile=False" in str(error)
+
+    compressor = hq.QSGDCompressor()
+    compiled = tf.function(lambda x: hvd.allreduce(x, compression=compressor), jit_compile=True)
+    assert "that XLA compiles" in str(error_of(lambda: compiled(own_randn(2000))))
+
+
+def check_horovods_own_optimizer_is_refused():
+    import horovod.tensorflow.keras as hvd_keras
+
+    with pytest.raises(RuntimeError, match=r"hvd_quant\.tensorflow\.keras\.DistributedOptimizer"):
+        hvd_keras.DistributedOptimizer(keras.optimizers.Adam(), compression=hq.QSGDCompressor())
+    with pytest.raises(RuntimeError, match=r"hvd_quant\.tensorflow\.keras\.DistributedOptimizer"):
+        hvd.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.NUQSGDCompressor())
+    hvd_keras.DistributedOptimizer(keras.optimizers.SGD())  # which is none of ours
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"op": hvd.Adasum}, "op must be hvd.Average or hvd.Sum"),
+        ({"op": hvd.Sum, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor needs"),
+        ({"backward_passes_per_step": 0}, "must be positive"),
+        ({"groups": -1}, "groups must be"),
+    ],
+)
+def check_arguments(options, says):
+    with pytest.raises(ValueError, match=says):
+        hqk.DistributedOptimizer(keras.optimizers.SGD(), **options)
+    with pytest.raises(TypeError, match="must be a Keras optimizer"):
+        hqk.DistributedOptimizer("adam")

@@ -1,0 +1,25 @@
+"""Set-up of the TensorFlow tests that every rank runs together. tests/test_tensorflow.py starts them."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # for kinds.py
+
+import horovod.tensorflow as hvd
+import pytest
+import tensorflow as tf
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _horovod():
+    hvd.init(process_sets="dynamic")
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test begins on all ranks together, with the same random numbers."""
+    tf.keras.utils.set_random_seed(0)
+    hvd.allreduce(tf.zeros(1), name="same_start")

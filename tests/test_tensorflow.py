@@ -1,0 +1,38 @@
+"""Runs tests/parallel_tf on several ranks, under both of Horovod's controllers, through horovodrun itself."""
+
+import sys
+
+import pytest
+from launch import HERE, horovodrun, run_checks
+
+pytest.importorskip("tensorflow")
+pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with TensorFlow")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "controller", "checks", "selection"),
+    [
+        (2, "mpi", "", ""),
+        (2, "gloo", "", "not memory"),
+        (3, "mpi", "/check_tf_gradients.py", "mean_and_sum or tape or process_sets or not_known"),
+    ],
+)
+def test_checks_on_every_rank(ranks, controller, checks, selection):
+    run_checks(ranks, controller, f"parallel_tf{checks}", selection)
+
+
+def test_legacy_keras():
+    run_checks(2, "mpi", "parallel_tf/check_legacy_keras.py", TF_USE_LEGACY_KERAS="1")
+
+
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+@pytest.mark.parametrize("example", ["tf2_fashion_mnist.py", "keras_fashion_mnist.py"])
+def test_examples(example, controller):
+    """On a small part of the data, or as much as the folder has."""
+    path = HERE.parent / "examples" / example
+    options = ("--epochs", "1", "--limit", "1280")
+    done = horovodrun(2, controller, sys.executable, path, *options)
+    if "Fashion-MNIST not found" in done.stdout:
+        pytest.skip("needs Fashion-MNIST")
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "parameters are bit-identical on all 2 ranks" in done.stdout

@@ -1,0 +1,40 @@
+"""The TensorFlow plug in processes of one rank, each of its own: what they import and how they begin."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("tensorflow")
+pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with TensorFlow")
+
+IMPORTS = "import sys, tensorflow as tf, horovod.tensorflow as hvd, hvd_quant.tensorflow as hq"
+REDUCE = "hvd.allreduce(tf.linspace(0.0, 1.0, 2000), compression=hq.QSGDCompressor(bits=8))"
+
+
+def run(lines):
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", f"{IMPORTS}\n{lines}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return done.stderr + done.stdout
+
+
+def test_it_needs_no_torch():
+    assert run("print('torch' in sys.modules)").strip().endswith("False")
+
+
+def test_before_init():
+    assert "call hvd.init() before training" in run("hq.QSGDCompressor().compress(tf.ones(2000))")
+
+
+def test_graphs_of_tensorflow_1_are_refused():
+    assert "graphs of TensorFlow 1" in run(f"tf.compat.v1.disable_eager_execution()\nhvd.init()\n{REDUCE}")
+
+
+def test_one_rank():
+    """By hand; Horovod's optimizers and tapes reduce nothing with one rank."""
+    output = run(
+        f"hvd.init()\nx = {REDUCE}\nprint(abs(x - tf.linspace(0.0, 1.0, 2000)).numpy().max() < 0.01)"
+    )
+    assert output.strip().endswith("True"), output
