@@ -230,13 +230,12 @@ once horovod "$horovod_version$built_for $(cksum <scripts/patch_horovod.py)" bui
 compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"
 once hvd_quant "$(cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum)" install_hvd_quant
 
-"$venv/bin/python" - "${frameworks[@]}" <<'PYTHON'
+# TensorFlow says much when it is imported.
+"$venv/bin/python" - "${frameworks[@]}" 2>"$logs/ready.log" <<'PYTHON' || { cat "$logs/ready.log" >&2 && exit 1; }
 import importlib
-import os
 import platform
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 versions = []
 for name in sys.argv[1:]:
     versions.append(f"{name} {importlib.import_module(name).__version__}")

@@ -97,7 +97,7 @@ def decode_messages(
         layout: of each of them, all packed.
         dtypes: of the tensors that the segments are ranges of.
         shapes: of the same.
-        factor: multiplies the mean, a scalar.
+        factor: multiplies the mean, a floating-point scalar.
 
     Returns:
         The tensors; what no segment is about is zero.
@@ -109,7 +109,8 @@ def decode_messages(
     messages = tf.ensure_shape(messages, [None, layout.size])
     count = tf.cast(tf.shape(messages)[0], tf.float64)
     # As the native codec: the weight is rounded to float32 before it multiplies.
-    weight = tf.cast(tf.cast(factor, tf.float64) / count, tf.float32)
+    factor = tf.cast(tf.convert_to_tensor(factor, dtype_hint=tf.float64), tf.float64)
+    weight = tf.cast(factor / count, tf.float32)
 
     def results(exact: bool) -> list[tf.Tensor]:
         sums = _sums(messages, layout, exact)
