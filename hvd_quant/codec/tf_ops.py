@@ -36,7 +36,7 @@ TOP_POWER = 2.0**24  # what a norm is scaled to before rounding to powers: nothi
 CHECKSUM_ROW = 1024  # words that are summed at once
 MASK32 = 2**32 - 1
 
-_PROBLEMS = (
+_PROBLEMS = (  # by the numbers of `problems`
     "is fine",
     "is not the one that was expected",
     "holds another payload than was expected",
@@ -126,7 +126,7 @@ def decode_messages(
 
     needs_exact = _may_be_subnormal(messages, layout) | (tf.abs(weight) < SAFE_WEIGHT)
     decoded = tf.cond(needs_exact, lambda: results(True), lambda: results(False))
-    with tf.control_dependencies([_assertion(_problems(messages, layout))]):
+    with tf.control_dependencies([_assertion(problems(messages, layout))]):
         return [tf.identity(tensor) for tensor in tf.nest.flatten(decoded)]
 
 
@@ -378,8 +378,8 @@ def _assemble(
 # --- checks ---------------------------------------------------------------------------------------------
 
 
-def _problems(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
-    """What is wrong with each message, as a place in _PROBLEMS: int64 of shape (n,)."""
+def problems(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
+    """What is wrong with each of n messages: int64 of shape (n,), 0 where nothing is."""
     expected = np.frombuffer(layout.preamble, np.int64)
     found = [tf.reduce_any(_words64(messages[:, :PREAMBLE_SIZE]) != expected, 1)]
     others: list[list[tf.Tensor]] = [[], [], []]
@@ -399,19 +399,19 @@ def _problems(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
         others[2].append(tf.reduce_any(payload[:, used:] != 0, 1))
     if layout.segments:
         found += [tf.reduce_any(tf.stack(kind), 0) for kind in others]
-    problems = tf.zeros_like(found[0], tf.int64)
+    numbers = tf.zeros_like(found[0], tf.int64)
     for place, is_wrong in reversed(list(enumerate(found, 1))):
-        problems = tf.where(is_wrong, tf.constant(place, tf.int64), problems)
-    return problems
+        numbers = tf.where(is_wrong, tf.constant(place, tf.int64), numbers)
+    return numbers
 
 
-def _assertion(problems: tf.Tensor) -> tf.Operation | None:
-    """Fails if there are any, and names the first message that has one."""
+def _assertion(found: tf.Tensor) -> tf.Operation | None:
+    """Fails if problems were found, and names the first message that has one."""
     with tf.device("/CPU:0"):
-        number = tf.argmax(tf.cast(problems > 0, tf.int64))
-        what = tf.gather(tf.constant(_PROBLEMS), problems[number])
+        number = tf.argmax(tf.cast(found > 0, tf.int64))
+        what = tf.gather(tf.constant(_PROBLEMS), found[number])
         text = tf.strings.join(["message ", tf.strings.as_string(number), " ", what])
-        return tf.debugging.Assert(tf.reduce_all(problems == 0), [text])
+        return tf.debugging.Assert(tf.reduce_all(found == 0), [text])
 
 
 def _may_be_subnormal(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:

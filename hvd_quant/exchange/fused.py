@@ -129,9 +129,22 @@ class FusedBucket:
 
         Args:
             layout: of the message.
+            stage: as in `noise_keys`.
+            uses: how often each gradient has been exchanged before, uint64 of shape (entries,).
+        """
+        base, tensors, shifts = self.noise_keys(layout, stage)
+        return Noise(native.step_seeds(base, tensors, uses), shifts)
+
+    def noise_keys(self, layout: MessageLayout, stage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What of the noise is the same in every step.
+
+        Args:
+            layout: of the message.
             stage: sets the first rounding of an exchange, ``"whole"`` or ``"chunk"``, apart from the second,
                 ``"mean"``, which every rank does for itself, so that nothing correlates there.
-            uses: how often each gradient has been exchanged before, uint64 of shape (entries,).
+
+        Returns:
+            For each segment: whose noise it has, uint64; its gradient, int64; its shift, uint32.
         """
         cache = (stage, layout.preamble)
         if cache not in self._noise:
@@ -146,8 +159,7 @@ class FusedBucket:
                 np.array([segment.tensor for segment in layout.segments], np.int64),
                 np.array(shifts, np.uint32),
             )
-        base, tensors, shifts = self._noise[cache]
-        return Noise(native.step_seeds(base, tensors, uses), shifts)
+        return self._noise[cache]
 
 
 class Group:

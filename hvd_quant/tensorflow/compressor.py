@@ -30,8 +30,9 @@ from hvd_quant.codec import native
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer
+from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import Steps
+from hvd_quant.tensorflow.steps import Steps, call
 
 DTYPES = {
     tf.float32: "float32",
@@ -240,7 +241,7 @@ class QuantizedCompressor(Compressor):
             ]
             if self._progress.schedule is not None:
                 steps, fingerprint = group.steps, group.fingerprints[ctx.index]
-                checks += _call(
+                checks += call(
                     lambda reduced: np.array(steps.check(reduced, fingerprint)), [tensor], [tf.float64]
                 )
             with tf.control_dependencies([check for check in checks if check is not None]):
@@ -387,10 +388,10 @@ class QuantizedCompressor(Compressor):
     def _exchange(self, group: Group, trace: Trace, reduced: tf.Tensor) -> None:
         """Lay out a group's exchange: Horovod's collectives, and the steps between them."""
         tensors = group.tensors
-        unknown = [tensor for tensor in tensors if not tensor.shape.is_fully_defined()]
         group.steps = steps = Steps(
             self._progress,
             group.name,
+            f"hvd_quant_{self._number}_{group.name}",
             [DTYPES[tensor.dtype] for tensor in tensors],
             [np.dtype(tensor.dtype.as_numpy_dtype) for tensor in tensors],
             [tuple(tensor.shape) if tensor.shape.is_fully_defined() else None for tensor in tensors],
@@ -406,23 +407,34 @@ class QuantizedCompressor(Compressor):
             trace.last.passed_bytes = [0, 0]
         trace.last = steps if trace is not self._eager else None
         with tf.device("/CPU:0"):
-            shapes = [tf.shape(tensor, tf.int64) for tensor in unknown]
             use = tf.identity(self._counter(group.name).assign_add(1)) - 1
-            message, sizes, bits = _call(steps.send, [*tensors, use], [tf.uint8, tf.int32, tf.int32])
-            message = tf.ensure_shape(message, [None])
-            if steps.algorithm == "scatter_allgather":
-                sizes = tf.ensure_shape(sizes, [steps.size])
-                parts, sizes = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
-                (message,) = _call(steps.relay, [parts, sizes, use, bits, *shapes], [tf.uint8])
-                message = tf.ensure_shape(message, [None])
-            received = hvd.allgather(message, process_set=self.process_set)
-            results = _call(
-                steps.receive, [received, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
-            )
+        if device.has_gpu() and device.can_exchange(steps):
+            results = device.exchange(steps, tensors, use, reduced, self.process_set)
+        else:
+            results = self._exchange_by_host(steps, tensors, use, reduced)
         group.results = [
             tf.ensure_shape(result, tensor.shape) for result, tensor in zip(results, tensors, strict=True)
         ]
         group.tensors = []  # eager ones need not wait for the garbage collector
+
+    def _exchange_by_host(
+        self, steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Lay out a group's exchange, with the native codec between Horovod's collectives."""
+        with tf.device("/CPU:0"):
+            shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
+            message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, tf.int32, tf.int32])
+            message = tf.ensure_shape(message, [None])
+            if steps.algorithm == "scatter_allgather":
+                sizes = tf.ensure_shape(sizes, [steps.size])
+                message = steps.named(message, "scatter")
+                parts, sizes = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
+                (message,) = call(steps.relay, [parts, sizes, use, bits, *shapes], [tf.uint8])
+                message = tf.ensure_shape(message, [None])
+            received = hvd.allgather(steps.named(message, "gather"), process_set=self.process_set)
+            return call(
+                steps.receive, [received, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
+            )
 
     def _algorithm(self, tensors: list[tf.Tensor]) -> str:
         """The exchange's name: a function of what all ranks know when they trace, whenever they do."""
@@ -486,16 +498,6 @@ class QuantizedCompressor(Compressor):
             "compressor": self._number,
             **({"seed": self.seed} if self.scheme.rounding == "correlated" else {}),
         }
-
-
-def _call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list[tf.Tensor]:
-    """A function of NumPy arrays as an operation.
-
-    Not a stateful one: those wait for each other in the order in which they were traced, and gradients would
-    travel one after the other.
-    """
-    results = tf.numpy_function(function, inputs, dtypes, stateful=False)
-    return results if isinstance(results, list) else [results]
 
 
 def _refuse_xla() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, cut
@@ -31,6 +33,7 @@ class Steps:
     Args:
         progress: the compressor's.
         name: of the group, the same on all ranks.
+        title: what its messages are called in a graph.
         dtypes: of the gradients, as `hvd_quant.codec.message.DTYPES` calls them.
         types: of the results, as NumPy knows them.
         shapes: of the gradients; None for those known only when they come.
@@ -45,6 +48,7 @@ class Steps:
 
     progress: Progress
     name: str
+    title: str
     dtypes: Sequence[str]
     types: Sequence[np.dtype]
     shapes: Sequence[Shape | None]
@@ -60,6 +64,13 @@ class Steps:
         self.keys = [f"{self.name}.{i}" for i in range(len(self.dtypes))]
         self._buckets: dict[tuple, FusedBucket] = {}
 
+    def named(self, message: tf.Tensor, stage: str) -> tf.Tensor:
+        """A message with a name, by which Horovod finds the other ranks'.
+
+        Otherwise it would have that of an operation, which has a number if there are several of its kind.
+        """
+        return tf.identity(message, f"{self.title}_{stage}")
+
     def send(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Encode the gradients.
 
@@ -72,7 +83,7 @@ class Steps:
         """
         *gradients, use = map(np.asarray, arrays)  # what has no dimensions comes as a NumPy scalar
         bits = self.progress.send(self.name)
-        bucket = self._bucket([gradient.shape for gradient in gradients], bits)
+        bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
         residuals = self.progress.residuals_of(self.keys, counts) if self.error_feedback else ()
         work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
@@ -107,7 +118,7 @@ class Steps:
         Returns:
             The message about the mean; an empty one, which nobody takes for one, if there is none.
         """
-        bucket = self._bucket(self._all_shapes(shapes), int(bits))
+        bucket = self.bucket(self._all_shapes(shapes), int(bits))
         residuals: Sequence[np.ndarray] = ()
         if self.error_feedback:
             residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
@@ -139,7 +150,7 @@ class Steps:
             UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
         """
         all_shapes = self._all_shapes(shapes)
-        bucket = self._bucket(all_shapes, int(bits))
+        bucket = self.bucket(all_shapes, int(bits))
         factor = self.check(reduced, self.fingerprint)
         results = [
             native.empty(int(np.prod(shape)), _memory(kind), received).reshape(shape)
@@ -183,7 +194,8 @@ class Steps:
         # Fresh memory, because TensorFlow keeps what it is given.
         return Work(bucket, values, np.full(len(self.keys), use, np.uint64), native, residuals)
 
-    def _bucket(self, shapes: Sequence[Shape], bits: int) -> FusedBucket:
+    def bucket(self, shapes: Sequence[Shape], bits: int) -> FusedBucket:
+        """The fused bucket of gradients of these shapes, in a step with so many bits."""
         key = (tuple(shapes), bits)
         bucket = self._buckets.get(key)
         if bucket is None:
@@ -222,10 +234,13 @@ class Steps:
             if message[:PREAMBLE_SIZE].tobytes() != layout.preamble
         ]
         who = f"rank {', '.join(others)} has" if 0 < len(others) < self.size else "some rank has"
+        return f"{self.mismatch(who)} Here {bucket.entries[0].scheme} holds."
+
+    def mismatch(self, who: str) -> str:
+        """What to say when others have sent something else."""
         return (
-            f"{who} sent other gradients at place {self.name} than this one: here {self._what()}, by "
-            f"{bucket.entries[0].scheme}. Every rank must build the same model, in the same order, and be at "
-            "the same step."
+            f"{who} sent other gradients at place {self.name} than this one, which has {self._what()}. Every "
+            "rank must build the same model, in the same order, and be at the same step."
         )
 
 
@@ -237,3 +252,13 @@ def _values(gradient: np.ndarray) -> np.ndarray:
 def _memory(kind: np.dtype) -> str:
     """The type of NumPy's own in which values of a type are stored."""
     return kind.name if kind.name != "bfloat16" else "int16"
+
+
+def call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list[tf.Tensor]:
+    """A function of NumPy arrays as an operation.
+
+    Not a stateful one: those wait for each other in the order in which they were traced, and gradients would
+    travel one after the other.
+    """
+    results = tf.numpy_function(function, inputs, dtypes, stateful=False)
+    return results if isinstance(results, list) else [results]

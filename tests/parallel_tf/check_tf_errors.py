@@ -74,7 +74,7 @@ def check_different_shapes_that_are_known_only_at_run_time(exchange):
 
     error = error_of(lambda: reduce(tf.ones(first_and_rest(2000, 2100))))
     assert isinstance(error, tf.errors.OpError)
-    assert "sent other gradients at place 0 than this one" in str(error)
+    assert "sent other gradients at place 0 than this one, which has float32 of shape unknown" in str(error)
     assert same_everywhere(np.array(type(error).__name__.encode()))
 
 

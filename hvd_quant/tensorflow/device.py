@@ -1,0 +1,139 @@
+"""The exchange on a GPU: the codec is made of TensorFlow's operations, and gradients stay where they are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from hvd_quant.codec import tf_ops
+from hvd_quant.codec.message import MessageLayout
+from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.tensorflow.steps import Steps, call
+
+
+def has_gpu() -> bool:
+    """Whether TensorFlow computes on a GPU here."""
+    return bool(tf.config.list_logical_devices("GPU"))
+
+
+def can_exchange(steps: Steps) -> bool:
+    """Whether what a group sends is known when it is traced: its shapes, its bits, and the size of its codes.
+
+    Error feedback, too, is left to the CPU.
+    """
+    progress = steps.progress
+    return (
+        None not in steps.shapes
+        and progress.schedule is None
+        and progress.scheme_at(0).coding == "packed"
+        and not steps.error_feedback
+    )
+
+
+def exchange(
+    steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet
+) -> list[tf.Tensor]:
+    """Lay out a group's exchange.
+
+    Args:
+        steps: of the group, for which `can_exchange` holds.
+        tensors: its gradients.
+        use: how often it has come, an int64 scalar.
+        reduced: the first control tensor, as it came back.
+        process_set: the ranks.
+
+    Returns:
+        The mean over the ranks, or the sum if that was asked for, of each gradient.
+    """
+    bucket = steps.bucket(steps.shapes, 0)
+    if steps.algorithm == "allgather":
+        message = _encode(tensors, bucket, bucket.whole, "whole", use)
+        received = _gather(steps, message, reduced, process_set)
+        messages = _cut(steps, received, [bucket.whole.size] * steps.size)
+        dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received)
+        return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor)
+
+    sizes = [chunk.size for chunk in bucket.chunks]
+    sent = tf.concat([_encode(tensors, bucket, chunk, "chunk", use) for chunk in bucket.chunks], 0)
+    sent, splits = steps.named(sent, "scatter"), tf.constant(sizes, tf.int32)
+    message = _encode_mean(bucket, *hvd.alltoall(sent, splits=splits, process_set=process_set), use)
+    received = _gather(steps, message, reduced, process_set)
+    factor = _factor(steps, reduced, received)
+    pieces = defaultdict(list)  # of each gradient, in order
+    for chunk, message in zip(bucket.chunks, _cut(steps, received, sizes), strict=True):
+        flat = chunk.flattened()
+        values = _decode_flat(message[tf.newaxis], flat, factor)
+        for segment, place in zip(chunk.segments, flat.segments, strict=True):
+            pieces[segment.tensor].append(values[place.start : place.start + place.count])
+    return [
+        tf.cast(tf.reshape(tf.concat(pieces[i], 0), tensor.shape), tensor.dtype)
+        for i, tensor in enumerate(tensors)
+    ]
+
+
+def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet) -> tf.Tensor:
+    """All ranks' messages end to end.
+
+    Nothing is looked at before everything has come, the control tensor included: a rank that has found an
+    error takes part in nothing any more, and the others would wait for it.
+    """
+    received = hvd.allgather(steps.named(message, "gather"), process_set=process_set)
+    with tf.control_dependencies([reduced]):
+        return tf.identity(received)
+
+
+def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor) -> tf.Tensor:
+    """What the mean is to be multiplied by."""
+    with tf.device("/CPU:0"), tf.control_dependencies([received]):
+        (factor,) = call(
+            lambda control: np.array(steps.check(control, steps.fingerprint)), [reduced], [tf.float64]
+        )
+        return tf.cast(tf.ensure_shape(factor, []), tf.float32)
+
+
+def _encode(
+    tensors: list[tf.Tensor], bucket: FusedBucket, layout: MessageLayout, stage: str, use: tf.Tensor
+) -> tf.Tensor:
+    base, _, shifts = bucket.noise_keys(layout, stage)
+    return tf_ops.encode_message(tensors, layout, tf_ops.step_seeds(base, use), shifts)
+
+
+def _encode_mean(bucket: FusedBucket, received: tf.Tensor, sizes: tf.Tensor, use: tf.Tensor) -> tf.Tensor:
+    """The message with the mean of all ranks' messages about the own chunk.
+
+    These have come end to end, each of its size. If something is wrong with them, it is an empty message,
+    which nobody takes for a mean: others wait for one.
+    """
+    own, flat = bucket.chunks[bucket.rank], bucket.own_chunk
+
+    def mean() -> tf.Tensor:
+        parts = tf.reshape(received, [bucket.size, own.size])
+
+        def encoded() -> tf.Tensor:
+            # The noise is that of the chunk, whose segments have the gradients' names.
+            base, _, shifts = bucket.noise_keys(own, "mean")
+            values = _decode_flat(parts, flat, tf.constant(1.0))
+            return tf_ops.encode_message([values], flat, tf_ops.step_seeds(base, use), shifts)
+
+        return tf.cond(tf.reduce_all(tf.equal(tf_ops.problems(parts, flat), 0)), encoded, nothing)
+
+    def nothing() -> tf.Tensor:
+        return tf.zeros([0], tf.uint8)
+
+    # Not the size of what has come: TensorFlow believes that to be the size of what was sent.
+    return tf.cond(tf.equal(tf.reduce_sum(sizes), bucket.size * own.size), mean, nothing)
+
+
+def _decode_flat(messages: tf.Tensor, flat: MessageLayout, factor: tf.Tensor) -> tf.Tensor:
+    (values,) = tf_ops.decode_messages(messages, flat, [tf.float32], [[flat.count]], factor)
+    return values
+
+
+def _cut(steps: Steps, received: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+    """The messages that have come end to end."""
+    expected = tf.debugging.assert_equal(tf.size(received), sum(sizes), steps.mismatch("some rank has"))
+    with tf.control_dependencies([expected] if expected is not None else []):
+        return tf.split(received, sizes)

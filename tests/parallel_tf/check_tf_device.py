@@ -1,0 +1,97 @@
+"""The exchange that GPUs take, on CPU tensors: TensorFlow's operations in place of the native codec."""
+
+import horovod.tensorflow as hvd
+import numpy as np
+import pytest
+import tensorflow as tf
+from check_tf_gradients import assert_close
+from common_tf import error_of, exact_mean, gathered, own_randn, same_everywhere
+from kinds import EXCHANGES
+
+import hvd_quant.tensorflow as hq
+from hvd_quant.codec import native
+from hvd_quant.tensorflow import device
+
+exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
+
+
+@pytest.fixture(params=["all", "rank 0"], autouse=True)
+def who(request, monkeypatch):
+    """Which ranks have a GPU: those that have none read and write the same bytes."""
+    here = request.param == "all" or hvd.rank() == 0
+    monkeypatch.setattr(device, "has_gpu", lambda: here)
+    if here:
+        monkeypatch.setattr(native, "encode_message", None)  # not called
+    return request.param
+
+
+@exchanges
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("scheme", ["QSGD", "NUQSGD"])
+def check_mean_and_sum_of_several_types(exchange, op, traced, scheme):
+    bits = 8 if scheme == "QSGD" else 4
+    compressor = getattr(hq, f"{scheme}Compressor")(bits=bits, norm="max", exchange=exchange)
+    tensors = [own_randn(3001), own_randn(40, 50, seed=1, dtype=tf.float64)]
+
+    def reduce(*tensors):
+        return [*hvd.grouped_allreduce(list(tensors), compression=compressor, op=op)]
+
+    results = (tf.function(reduce) if traced else reduce)(*tensors)
+    for tensor, result in zip(tensors, results, strict=True):
+        assert result.dtype == tensor.dtype
+        assert result.shape == tensor.shape
+        assert_close(
+            tf.cast(result, tf.float64),
+            exact_mean(tensor),
+            bits=bits,
+            factor=hvd.size() if op == hvd.Sum else 1.0,
+        )
+
+
+@exchanges
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16], ids=lambda dtype: dtype.name)
+def check_halves(exchange, dtype):
+    x = own_randn(2000, dtype=dtype)
+    compressor = hq.QSGDCompressor(bits=8, exchange=exchange)
+    result = tf.function(lambda x: hvd.allreduce(x, compression=compressor))(x)
+    assert result.dtype == dtype
+    assert_close(tf.cast(result, tf.float64), exact_mean(tf.cast(x, tf.float64)), precision=0.01)
+
+
+@exchanges
+@pytest.mark.parametrize("rounding", ["independent", "correlated"])
+def check_noise_and_what_is_not_finite(exchange, rounding):
+    compressor = hq.QSGDCompressor(bits=2, bucket_size=500, exchange=exchange, rounding=rounding)
+    reduce = tf.function(lambda x: hvd.allreduce(x, compression=compressor))
+    x = own_randn(2000).numpy()
+    results = [reduce(tf.constant(x)).numpy() for _ in range(4)]
+    assert all(same_everywhere(result) for result in results)
+    assert len({result.tobytes() for result in results}) == 4
+    assert reduce.experimental_get_tracing_count() == 1
+    if hvd.rank() == hvd.size() - 1:
+        x[700] = np.nan
+    result = reduce(tf.constant(x)).numpy()
+    assert same_everywhere(result)
+    assert not np.isfinite(result[500:1000]).any()
+    assert np.isfinite(result[:500]).all()
+    assert np.isfinite(result[1000:]).all()
+
+
+@exchanges
+def check_different_shapes(exchange):
+    compressor = hq.QSGDCompressor(exchange=exchange)
+    x = tf.ones(2000 if hvd.rank() == 0 else 2100)
+    error = error_of(lambda: tf.function(lambda x: hvd.allreduce(x, compression=compressor))(x))
+    assert all(
+        text == "OpError" for text in gathered("OpError" if isinstance(error, tf.errors.OpError) else "")
+    )
+
+
+@pytest.mark.parametrize("options", [{"coding": "huffman"}, {"error_feedback": True}])
+def check_what_is_left_to_the_host(options, who, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    compressor = hq.QSGDCompressor(**options)
+    result = tf.function(lambda x: hvd.allreduce(x, compression=compressor))(own_randn(2000))
+    assert same_everywhere(result)
