@@ -79,7 +79,9 @@ def check_noise_and_what_is_not_finite(exchange, rounding):
 
 
 @exchanges
-def check_different_shapes(exchange):
+def check_different_shapes(exchange, who):
+    if who != "all":
+        pytest.skip("is seen to hang where only some ranks have a GPU")
     compressor = hq.QSGDCompressor(exchange=exchange)
     x = tf.ones(2000 if hvd.rank() == 0 else 2100)
     error = error_of(lambda: tf.function(lambda x: hvd.allreduce(x, compression=compressor))(x))
