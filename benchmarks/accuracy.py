@@ -3,7 +3,7 @@
 
     python benchmarks/accuracy.py --markdown --json accuracy.json
 
-Runs examples/torch_fashion_mnist.py under horovodrun once for every seed and kind of gradient.
+Runs an example on Fashion-MNIST under horovodrun once for every seed and kind of gradient.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 LABELS = {"none": "float32", "fp16": "float16"}
-EXAMPLE = Path(__file__).parents[1] / "examples" / "torch_fashion_mnist.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def train(kind: str, seed: int, args: argparse.Namespace, log: Path) -> dict[str, Any]:
     """The last epoch's record of a run; ``kind`` is none, fp16, SCHEME:BITS, or SCHEME:BITS:ef."""
     compression, *options = kind.split(":")
     launcher = Path(sys.executable).with_name("horovodrun")
-    command = [launcher, f"--{args.controller}", "-np", str(args.ranks), sys.executable, EXAMPLE]
+    example = EXAMPLES / f"{args.example}_fashion_mnist.py"
+    command = [launcher, f"--{args.controller}", "-np", str(args.ranks), sys.executable, example]
     command += ["--compression", compression, "--epochs", str(args.epochs), "--seed", str(seed)]
     command += ["--json-log", log] + (["--bits", options[0]] if options else [])
     command += ["--error-feedback"] if options[1:] == ["ef"] else []
@@ -45,6 +46,7 @@ def main() -> None:
         default=["none", "qsgd:4", "nuqsgd:4", "dqsgd:4", "qsgd:2", "qsgd:2:ef"],
         metavar="none|fp16|(qsgd|nuqsgd|dqsgd):BITS[:ef]",
     )
+    parser.add_argument("--example", choices=("torch", "tf2", "keras"), default="torch")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=2)

@@ -71,6 +71,7 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
     steps = Steps(
         Progress(scheme),
         "0",
+        "gradient",
         ["float32"],
         [x.dtype],
         [x.shape],
