@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ def test_damage_that_the_checksum_matches(backend, payload, data):
     # Deliberately made sound again: what comes after the checksum must hold by itself.
     sound = with_checksum(bytes(damaged))
     result = outcome(sound, backend)
-    assert result == outcome(sound, "torch")
+    if find_spec("torch"):
+        assert result == outcome(sound, "torch")
     if result != "refused":
         values = reference_decode(sound)
         assert result == np.where(np.isnan(values), np.float32(np.nan), values).tobytes()
@@ -121,6 +123,7 @@ def test_padding_must_be_zero(backend):
 CLAIMS = [2**28, 2**31, 2**32 + 1, 2**40, 2**62, 2**63, 2**64 - 1]
 
 
+@pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
 def test_claimed_sizes_are_not_allocated():
     # In a process that cannot allocate 64 MiB more than it has: reserving what a header claims would be a
     # MemoryError, or for torch a RuntimeError.
