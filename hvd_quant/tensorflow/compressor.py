@@ -168,14 +168,19 @@ class QuantizedCompressor(Compressor):
 
         Raises:
             RankMismatchError: the ranks are configured differently.
-            RuntimeError: Horovod is not initialised, or TensorFlow is in the manner of TensorFlow 1, or
-                compiles this function by XLA.
+            RuntimeError: Horovod is not initialised; or TensorFlow is in the manner of TensorFlow 1, or
+                compiles this function by XLA; or error feedback or DQ-SGD is used outside of a function.
         """
         tensor = tf.convert_to_tensor(tensor)
         if tensor.dtype not in DTYPES:
             return tensor, None
         if not tf.executing_eagerly():
             _refuse_xla()
+        elif self.error_feedback or self._progress.schedule is not None:
+            raise RuntimeError(
+                "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
+                "them within a tf.function"
+            )
         self._begin()
         trace, graph = self._trace()
         count = tensor.shape.num_elements()
@@ -263,9 +268,7 @@ class QuantizedCompressor(Compressor):
         """
         progress = self._progress
         with progress.lock:
-            if not progress.underway:
-                progress.end_step()
-            schedule = {} if progress.schedule is None else {"bits": list(progress.bits)}
+            schedule = {} if progress.schedule is None else {"bits": progress.all_bits()}
             return {
                 **schedule,
                 "steps": max(self._all_uses().values(), default=0),

@@ -53,7 +53,7 @@ def exchange(
         message = _encode(tensors, bucket, bucket.whole, "whole", use)
         received = _gather(steps, message, reduced, process_set)
         messages = _cut(steps, received, [bucket.whole.size] * steps.size)
-        dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received)
+        dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received, bucket)
         return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor)
 
     sizes = [chunk.size for chunk in bucket.chunks]
@@ -61,7 +61,7 @@ def exchange(
     sent, splits = steps.named(sent, "scatter"), tf.constant(sizes, tf.int32)
     message = _encode_mean(bucket, *hvd.alltoall(sent, splits=splits, process_set=process_set), use)
     received = _gather(steps, message, reduced, process_set)
-    factor = _factor(steps, reduced, received)
+    factor = _factor(steps, reduced, received, bucket)
     pieces = defaultdict(list)  # of each gradient, in order
     for chunk, message in zip(bucket.chunks, _cut(steps, received, sizes), strict=True):
         flat = chunk.flattened()
@@ -85,12 +85,21 @@ def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: h
         return tf.identity(received)
 
 
-def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor) -> tf.Tensor:
-    """What the mean is to be multiplied by."""
+def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor, bucket: FusedBucket) -> tf.Tensor:
+    """What the mean is to be multiplied by. Counts the step."""
+    raw_bytes = sum(entry.nbytes for entry in bucket.entries)
+    if steps.algorithm == "allgather":
+        encoded_bytes, received_bytes = bucket.whole.size, (bucket.size - 1) * bucket.whole.size
+    else:
+        encoded_bytes, own = sum(chunk.size for chunk in bucket.chunks), bucket.chunks[bucket.rank].size
+        received_bytes = (bucket.size - 1) * own + encoded_bytes - own
+
+    def check(control: np.ndarray) -> np.ndarray:
+        steps.count_static(raw_bytes, encoded_bytes, received_bytes)
+        return np.array(steps.check(control, steps.fingerprint))
+
     with tf.device("/CPU:0"), tf.control_dependencies([received]):
-        (factor,) = call(
-            lambda control: np.array(steps.check(control, steps.fingerprint)), [reduced], [tf.float64]
-        )
+        (factor,) = call(check, [reduced], [tf.float64])
         return tf.cast(tf.ensure_shape(factor, []), tf.float32)
 
 

@@ -15,7 +15,9 @@ Optimizers of legacy Keras (tf_keras) are handed on to Horovod's own.
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,15 +51,15 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
 ) -> Any:
     """A Keras optimizer that reduces gradients over the ranks before it applies them.
 
-    The arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``. Of an optimizer of Keras 3 a
-    new one is made, of the same configuration and of a class of the same name, which a saved model restores
-    as the plain optimizer. It reduces the gradients before it clips them, as a single process would that had
-    all ranks' data. With one of our compressors, gradients travel in groups of its ``fusion_bytes``, last
-    variable first, unless ``groups`` says otherwise.
+    The arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``. An optimizer of Keras 3 is
+    itself made distributed, with the state that it has, and returned. Its class has the same name as before,
+    so that a saved model restores the plain optimizer. It reduces the gradients before it clips them, as a
+    single process would that had all ranks' data. With one of our compressors, gradients travel in groups of
+    its ``fusion_bytes``, last variable first, unless ``groups`` says otherwise.
 
     Args:
         optimizer: of Keras 3, or of legacy Keras.
-        name: of the new one.
+        name: for it.
         device_dense: where gradients are reduced; by default where Horovod has it.
         device_sparse: where sparse ones are.
         compression: one of our compressors, or Horovod's ``Compression``.
@@ -140,43 +142,53 @@ def _distributed(
     if num_groups:
         warnings.warn("num_groups is called groups today", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
-    if groups is not None and not isinstance(groups, list) and not groups > 0:
+    if groups is not None and not isinstance(groups, (list, tuple)) and not groups > 0:
         raise ValueError("groups must be a positive number, or a list of lists of variables")
-    if not is_scaled and keras.config.dtype_policy().name == "mixed_float16":
-        # Keras would wrap ours, and some ranks would skip a step that others wait in.
-        raise ValueError(
-            "with the policy mixed_float16, hand over a loss-scaling optimizer, so that all ranks skip a "
-            "step together: DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...)"
-        )
-    config = optimizer.get_config()
+    if getattr(optimizer, "is_distributed", False):
+        raise ValueError("this optimizer is a DistributedOptimizer already")
     if backward_passes_per_step > 1:
         if is_scaled:
             raise ValueError(
                 "backward_passes_per_step is not supported with a LossScaleOptimizer; give the optimizer in "
                 "it gradient_accumulation_steps"
             )
-        if config.get("gradient_accumulation_steps"):
+        if optimizer.gradient_accumulation_steps:
             raise ValueError(
                 "the optimizer has gradient_accumulation_steps already; leave out backward_passes_per_step"
             )
-        config["gradient_accumulation_steps"] = backward_passes_per_step
+        if optimizer.built:
+            raise ValueError("backward_passes_per_step needs an optimizer that has no variables yet")
+        optimizer.gradient_accumulation_steps = backward_passes_per_step
     passes = 1 if average_aggregated_gradients else backward_passes_per_step
+    known: dict[int, Any] = {}  # variables by their identities
     local: set[int] = set()  # identities of variables whose gradients stay on this rank
     kept: list[Any] = []  # these variables, so that their identities are not used again
     coming: list[Any] = []  # variables whose gradients are applied; Keras would take an attribute for its own
 
     def reduce(gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         """The gradients' mean or sum over the ranks; None stays None."""
-        gradients = list(gradients)
         if not process_set.included() or process_set.size() == 1:
-            return gradients
+            return list(gradients)
+        if tf.executing_eagerly():
+            # Traced, where every gradient has a place of its own. Traced anew for other variables.
+            known.update((id(variable), variable) for variable in variables)
+            return reduce_traced(list(gradients), tuple(map(id, variables)))
+        return reduce_in_graph(gradients, variables)
+
+    @tf.function
+    def reduce_traced(gradients: list[Gradient], variables: tuple[int, ...]) -> list[Gradient]:
+        return reduce_in_graph(gradients, [known[variable] for variable in variables])
+
+    @tf.autograph.experimental.do_not_convert
+    def reduce_in_graph(gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        gradients = list(gradients)
         shared = []
         for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
             if gradient is None:
                 continue
             if id(variable) in local:
                 if scale_local_gradients:
-                    gradients[i] = gradient * (1 / process_set.size())
+                    gradients[i] = _scaled(gradient, 1 / process_set.size())
                 continue
             if isinstance(gradient, tf.IndexedSlices):
                 if sparse_as_dense:
@@ -210,6 +222,8 @@ def _distributed(
     kind = type(optimizer)
 
     class Distributed(kind):
+        is_distributed = True
+
         # A loss-scaling optimizer looks for what is not finite before all else, so that it must be reduced by
         # then. Others accumulate first, and clip after that.
         if is_scaled:
@@ -221,6 +235,10 @@ def _distributed(
 
         else:
 
+            def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
+                _refuse_loss_scaler()
+                super().apply(grads, trainable_variables)
+
             def _backend_apply_gradients(self, grads: Sequence[Gradient], trainable_variables: Any) -> None:
                 nonlocal coming
                 coming = list(trainable_variables)
@@ -228,7 +246,7 @@ def _distributed(
 
             def _clip_gradients(self, grads: Sequence[Gradient]) -> list[Gradient]:
                 if passes > 1:
-                    grads = [gradient * passes for gradient in grads]
+                    grads = [_scaled(gradient, passes) for gradient in grads]
                 return super()._clip_gradients(reduce(grads, coming))
 
         def register_local_var(self, var: Any) -> None:
@@ -239,8 +257,37 @@ def _distributed(
     Distributed.__name__ = Distributed.__qualname__ = kind.__name__
     Distributed.__module__ = kind.__module__
     if name is not None:
-        config["name"] = name
-    return Distributed.from_config(config)
+        optimizer.name = name
+    # Not one made anew from the configuration: that has no state, and none of what cannot be serialised.
+    object.__setattr__(optimizer, "__class__", Distributed)
+    return optimizer
+
+
+def _scaled(gradient: tf.Tensor | tf.IndexedSlices, factor: float) -> tf.Tensor | tf.IndexedSlices:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
+    return gradient * factor
+
+
+def _refuse_loss_scaler() -> None:
+    """A loss scaler around our optimizer would have some ranks skip a step in which others wait.
+
+    Raises:
+        RuntimeError: it is a loss scaler that applies gradients.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _LOSS_SCALER_FILE:
+            raise RuntimeError(
+                "a loss scaler must be in the DistributedOptimizer, and not around it, so that all ranks "
+                "skip a step together: "
+                "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...). "
+                "Keras puts one around by itself under the policy mixed_float16."
+            )
+        frame = frame.f_back
+
+
+_LOSS_SCALER_FILE = keras.optimizers.LossScaleOptimizer.apply.__code__.co_filename
 
 
 def _groups(
@@ -251,7 +298,7 @@ def _groups(
     compression: Any,
 ) -> list[list[int]]:
     """Which gradients are reduced together."""
-    if isinstance(groups, list):
+    if isinstance(groups, (list, tuple)):
         place = {id(variables[i]): i for i in indices}
         chosen = [[place.pop(id(v)) for v in group if id(v) in place] for group in groups]
         return [group for group in [*chosen, *([i] for i in place.values())] if group]
@@ -274,7 +321,7 @@ def _groups(
 
 def _warn_of_sparse_gradients(compression: QuantizedCompressor, variable: Any) -> None:
     if compression not in _warned:
-        _warned.append(compression)
+        _warned.add(compression)
         warnings.warn(
             f"the gradient of {variable.path} is sparse (tf.IndexedSlices), and travels uncompressed, as all "
             "such gradients do; sparse_as_dense=True has them quantized",
@@ -282,7 +329,7 @@ def _warn_of_sparse_gradients(compression: QuantizedCompressor, variable: Any) -
         )
 
 
-_warned: list[QuantizedCompressor] = []
+_warned: weakref.WeakSet[QuantizedCompressor] = weakref.WeakSet()
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
@@ -310,7 +357,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             self._broadcast()
 
     def _broadcast(self) -> None:
-        variables = [*self.model.variables, *self.model.optimizer.variables]
+        # Not the state of random generators, which ranks may want apart.
+        variables = [*self.model.weights, *self.model.optimizer.variables]
         with tf.device(self._device):
             hvd.broadcast_variables([variable.value for variable in variables], root_rank=self._root_rank)
         self._done = True

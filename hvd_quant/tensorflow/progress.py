@@ -70,6 +70,10 @@ class Progress:
             self.bits.append(self.schedule.bits)
             self.schedule.advance(square)
 
+    def all_bits(self) -> list[int]:
+        """Of each step, the present one included."""
+        return [*self.bits, self.schedule.bits] if self._seen else list(self.bits)
+
     def forget_step(self) -> None:
         """Leave the present step."""
         with self.lock:
@@ -89,7 +93,8 @@ class Progress:
                 if known.size != count:
                     raise ValueError(
                         f"error_feedback=True has kept {known.size} values of gradient {key}, which has "
-                        f"{count} now. One compressor serves one model: make another one for another model."
+                        f"{count} now. One compressor serves one model, and one set of trained "
+                        "variables: make another one for another."
                     )
             return [self.residuals[key] for key in keys]
 

@@ -171,6 +171,14 @@ class Steps:
             self.progress.underway -= 1
         return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
 
+    def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
+        """Note a step whose bytes are known beforehand, and were not counted by the others."""
+        with self.progress.lock:
+            self.progress.raw_bytes += raw_bytes + self.passed_bytes[0]
+            self.progress.wire_bytes += encoded_bytes + control.NBYTES * len(self.keys) + self.passed_bytes[1]
+            self.progress.received_bytes += received_bytes
+            self.progress.messages += 1
+
     def check(self, reduced: np.ndarray, fingerprint: int) -> float:
         """The factor of a reduced control tensor; notes the squared norm in it.
 

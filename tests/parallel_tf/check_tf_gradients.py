@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common_tf import Mlp, error_of, exact_mean, gathered, own_randn, same_everywhere
-from kinds import EXCHANGES
+from kinds import EXCHANGES, make
 
 import hvd_quant
 import hvd_quant.tensorflow as hq
@@ -271,9 +271,16 @@ def check_error_feedback_loses_nothing(exchange):
 
 def check_error_feedback_of_another_model_is_an_error():
     compressor = hq.QSGDCompressor(bits=2, error_feedback=True)
-    hvd.allreduce(own_randn(2000), compression=compressor)
-    error = error_of(lambda: hvd.allreduce(own_randn(3000), compression=compressor))
+    for count in (2000, 3000):
+        reduce = tf.function(lambda x: hvd.allreduce(x, compression=compressor))
+        error = error_of(lambda count=count, reduce=reduce: reduce(own_randn(count)))
     assert "One compressor serves one model" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["error feedback", "DQ-SGD"])
+def check_what_needs_places_is_refused_outside_of_a_function(kind):
+    error = error_of(lambda: hvd.allreduce(own_randn(2000), compression=make(hq, kind)))
+    assert "within a tf.function" in str(error)
 
 
 def check_process_sets():

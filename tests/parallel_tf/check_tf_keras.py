@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common_tf import error_of, exact_mean, gathered, own_randn, same_everywhere
+from kinds import make
 
 import hvd_quant.tensorflow as hq
 import hvd_quant.tensorflow.keras as hqk
@@ -126,14 +127,53 @@ def check_a_loss_scaler_skips_the_step_on_all_ranks():
 def check_mixed_float16_needs_a_loss_scaler_in_ours():
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        with pytest.raises(ValueError, match=r"DistributedOptimizer\(keras.optimizers.LossScaleOptimizer"):
-            hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor())
+        error = error_of(
+            lambda: fit(hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor()))
+        )
+        assert "DistributedOptimizer(keras.optimizers.LossScaleOptimizer" in str(error)
         scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01))
         model, _ = fit(hqk.DistributedOptimizer(scaled, compression=hq.QSGDCompressor()))
         assert same_everywhere(*(variable.numpy() for variable in model.variables))
         assert all(np.isfinite(variable.numpy()).all() for variable in model.variables)
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def check_a_loss_scaler_around_ours_is_an_error():
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor())
+    around = keras.optimizers.LossScaleOptimizer(optimizer)
+    variable = keras.Variable(np.zeros((40, 50), np.float32))
+    around.build([variable])
+    error = error_of(lambda: around.apply([own_randn(40, 50)], [variable]))
+    assert "a loss scaler must be in the DistributedOptimizer" in str(error)
+
+
+def check_an_optimizer_keeps_what_it_has():
+    """Its state, and what its configuration cannot hold."""
+    variables = [keras.Variable(np.ones((40, 50), np.float32), name=name) for name in "ab"]
+    optimizer = keras.optimizers.SGD(lambda: 0.5, momentum=0.9, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay([variables[0]])
+    optimizer.build(variables)
+    optimizer.apply([tf.ones((40, 50))] * 2, variables)
+    before = [variable.numpy() for variable in optimizer.variables]
+    distributed = hqk.DistributedOptimizer(optimizer, compression=hq.QSGDCompressor())
+    for one, two in zip(distributed.variables, before, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two)
+    assert int(distributed.iterations) == 1
+    assert float(distributed.learning_rate) == 0.5
+    distributed.apply([tf.zeros((40, 50))] * 2, variables)
+    assert variables[0].numpy()[0, 0] > variables[1].numpy()[0, 0]  # which has decayed
+    with pytest.raises(ValueError, match="already"):
+        hqk.DistributedOptimizer(distributed)
+
+
+@pytest.mark.parametrize("kind", ["error feedback", "DQ-SGD"])
+def check_run_eagerly(kind):
+    compressor = make(hq, kind, fusion_bytes=0, min_numel=0)
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=compressor)
+    model, _ = fit(optimizer, run_eagerly=True)
+    assert same_everywhere(*(variable.numpy() for variable in model.variables))
+    assert compressor.stats()["steps"] == 8
 
 
 def check_sparse_gradients():
@@ -161,13 +201,17 @@ def check_sparse_gradients():
 def check_local_variables_and_groups_of_variables():
     compressor = hq.QSGDCompressor(bits=8, min_numel=0, exchange="allgather")
     variables = [keras.Variable(np.zeros((40, 50), np.float32)) for _ in range(4)]
+    rows = keras.Variable(np.zeros((3, 2), np.float32))
     optimizer = hqk.DistributedOptimizer(
-        keras.optimizers.SGD(1.0), compression=compressor, groups=[[variables[2], variables[0]]]
+        keras.optimizers.SGD(1.0), compression=compressor, groups=((variables[2], variables[0]),)
     )
     optimizer.register_local_var(variables[3])
+    optimizer.register_local_var(rows)
     gradients = [own_randn(40, 50, seed=seed) for seed in range(4)]
-    optimizer.build(variables)
-    optimizer.apply(gradients, variables)
+    sparse = tf.IndexedSlices(tf.ones([1, 2]), tf.constant([1]), tf.constant([3, 2]))
+    optimizer.build([*variables, rows])
+    optimizer.apply([*gradients, sparse], [*variables, rows])
+    np.testing.assert_allclose(rows.numpy(), [[0, 0], [-1 / hvd.size()] * 2, [0, 0]], rtol=1e-6)
     for variable, gradient in zip(variables[:3], gradients, strict=False):
         assert np.abs(variable.numpy() + exact_mean(gradient)).max() < 0.1
     np.testing.assert_allclose(variables[3].numpy(), -gradients[3] / hvd.size(), rtol=1e-6)
