@@ -421,8 +421,8 @@ def check_auto_takes_what_the_model_takes(monkeypatch):
 
 
 def recording(function, taken):
-    def recorded(work, algorithm):
+    def recorded(work, algorithm, *rest):
         taken.append(algorithm)
-        return function(work, algorithm)
+        return function(work, algorithm, *rest)
 
     return recorded
