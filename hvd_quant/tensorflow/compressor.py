@@ -499,6 +499,7 @@ class QuantizedCompressor(Compressor):
             "link": asdict(self._link()),
             "wire version": wire.VERSION,
             "compressor": self._number,
+            "computes on": "GPU" if device.has_gpu() else "CPU",
             **({"seed": self.seed} if self.scheme.rounding == "correlated" else {}),
         }
 
