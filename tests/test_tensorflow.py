@@ -10,15 +10,14 @@ pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with Tenso
 
 
 @pytest.mark.parametrize(
-    ("ranks", "controller", "checks", "selection"),
+    ("controller", "checks"),
     [
-        (2, "mpi", "", ""),
-        (2, "gloo", "", "not memory and not device and not dtypes"),
-        (3, "mpi", "/check_tf_gradients.py", "mean_and_sum or tape or process_sets or not_known"),
+        *(("mpi", checks) for checks in ("promises", "gradients", "errors", "keras", "device")),
+        *(("gloo", checks) for checks in ("promises", "errors", "keras")),
     ],
 )
-def test_checks_on_every_rank(ranks, controller, checks, selection):
-    run_checks(ranks, controller, f"parallel_tf{checks}", selection)
+def test_checks_on_every_rank(controller, checks):
+    run_checks(2, controller, f"parallel_tf/check_tf_{checks}.py")
 
 
 def test_legacy_keras():
