@@ -59,6 +59,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
 
+def rounding_for(given: str | None, error_feedback: bool) -> str:
+    """The rounding that a compressor has where the user gives none.
+
+    To nearest with error feedback: stochastic rounding to few levels loses more than it is given.
+    """
+    if given is not None:
+        return given
+    return "nearest" if error_feedback else "independent"
+
+
 @dataclass(frozen=True)
 class Scheme(ABC):
     """Stochastic rounding to levels; use one of the schemes below, which say to which.

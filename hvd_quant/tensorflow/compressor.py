@@ -29,7 +29,7 @@ from hvd_quant import wire
 from hvd_quant.codec import native
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES
-from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer
+from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
 from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.steps import Steps, call
@@ -535,13 +535,6 @@ def _refuse_keras_3(optimizer: object) -> None:
         )
 
 
-def _rounding(given: str | None, options: dict[str, Any]) -> str:
-    """To nearest with error feedback: stochastic rounding to few levels loses more than it is given."""
-    if given is not None:
-        return given
-    return "nearest" if options.get("error_feedback") is True else "independent"
-
-
 class QSGDCompressor(QuantizedCompressor):
     """Gradients quantized by QSGD: ``hvd.DistributedGradientTape(tape, compression=QSGDCompressor(bits=4))``.
 
@@ -564,7 +557,7 @@ class QSGDCompressor(QuantizedCompressor):
         rounding: str | None = None,
         **options: Any,
     ) -> None:
-        rounding = _rounding(rounding, options)
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
         super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
 
 
@@ -586,7 +579,7 @@ class NUQSGDCompressor(QuantizedCompressor):
         rounding: str | None = None,
         **options: Any,
     ) -> None:
-        rounding = _rounding(rounding, options)
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
         super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
 
 
@@ -620,7 +613,7 @@ class DQSGDCompressor(QuantizedCompressor):
         rounding: str | None = None,
         **options: Any,
     ) -> None:
-        rounding = _rounding(rounding, options)
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
         scheme = DQSGD(
             k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
         )

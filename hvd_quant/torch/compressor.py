@@ -31,7 +31,7 @@ from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.overrides import Overrides
 from hvd_quant.schedule import BitSchedule
-from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer
+from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
@@ -811,13 +811,6 @@ class QuantizedCompressor(Compressor):
         ctx.result.copy_(results[members.index(ctx)])
 
 
-def _rounding(given: str | None, options: dict[str, Any]) -> str:
-    """To nearest with error feedback: stochastic rounding to few levels loses more than it is given."""
-    if given is not None:
-        return given
-    return "nearest" if options.get("error_feedback") is True else "independent"
-
-
 class QSGDCompressor(QuantizedCompressor):
     """Gradients quantized by QSGD: ``hvd.DistributedOptimizer(..., compression=QSGDCompressor(bits=4))``.
 
@@ -841,7 +834,7 @@ class QSGDCompressor(QuantizedCompressor):
         rounding: str | None = None,
         **options: Any,
     ) -> None:
-        rounding = _rounding(rounding, options)
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
         super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
 
 
@@ -863,7 +856,7 @@ class NUQSGDCompressor(QuantizedCompressor):
         rounding: str | None = None,
         **options: Any,
     ) -> None:
-        rounding = _rounding(rounding, options)
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
         super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
 
 
@@ -898,7 +891,7 @@ class DQSGDCompressor(QuantizedCompressor):
         rounding: str | None = None,
         **options: Any,
     ) -> None:
-        rounding = _rounding(rounding, options)
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
         scheme = DQSGD(
             k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
         )
