@@ -52,13 +52,14 @@ class BitSchedule:
         """Of the step to come: min_bits to max_bits."""
         return self._bits
 
-    def advance(self, square: float) -> None:
+    def advance(self, *squares: float) -> None:
         """Note that a step has been taken with `bits`.
 
         Args:
-            square: the squared norm of its gradient, the same on all ranks. If it is 0 or not finite, the
-                next step has as many bits.
+            *squares: the squared norms of its gradients, the same on all ranks, in whatever order. If their
+                sum is 0 or not finite, the next step has as many bits.
         """
+        square = _sum(squares)
         self.step += 1
         self.spent += self._bits
         if 0.0 < square < math.inf:
@@ -162,3 +163,13 @@ class BitSchedule:
             self._FORMAT, packed
         )
         self._log_norm = None if math.isnan(log_norm) else log_norm
+
+
+def _sum(squares: Sequence[float]) -> float:
+    """The exactly rounded sum: the same in every order."""
+    if not all(map(math.isfinite, squares)):
+        return math.nan
+    try:
+        return math.fsum(squares)
+    except OverflowError:
+        return math.inf

@@ -9,12 +9,10 @@ compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, tr
 
 from __future__ import annotations
 
-import itertools
 import sys
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -26,10 +24,9 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
-from hvd_quant.codec import native
 from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.algorithms import EXCHANGES
-from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
+from hvd_quant.plug import FUSION_BYTES, LATENCY, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
+from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.steps import Steps, call
@@ -40,10 +37,7 @@ DTYPES = {
     tf.float16: "float16",
     tf.bfloat16: "bfloat16",
 }
-FUSION_BYTES = 8 << 20
-_LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
 _SMALL = tf.float64  # what small gradients travel as: Horovod's groups are of one type, the control tensors'
-_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
 
 
 @dataclass(eq=False)
@@ -82,7 +76,7 @@ class Member:
     dtype: tf.DType
 
 
-class QuantizedCompressor(Compressor):
+class QuantizedCompressor(Options, Compressor):
     """The exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
 
     Make it once, outside of what is traced, the same on all ranks. It serves one model: its parts are told
@@ -118,39 +112,20 @@ class QuantizedCompressor(Compressor):
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
-        check_integer("min_numel", min_numel, 0, 2**63 - 1)
-        check_choice("exchange", exchange, EXCHANGES)
-        if not isinstance(error_feedback, bool):
-            raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
-        if scheme.rounding == "nearest" and not error_feedback:
-            raise ValueError(
-                'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
-            )
-        check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
-        check_integer("seed", seed, 0, 2**64 - 1)
-        native.threads()  # this and the next check what the environment says
-        cost.stated_bandwidth()
-        if not isinstance(process_set, hvd.ProcessSet):
-            raise TypeError(f"process_set must be a horovod.tensorflow.ProcessSet, not {process_set!r}")
-        if process_set.process_set_id is None:
-            raise ValueError(
-                "Horovod does not know this process_set yet: hand it to hvd.init(process_sets=...) or to "
-                "hvd.add_process_set before making the compressor"
-            )
-        self.scheme = scheme
-        self.min_numel = int(min_numel)
-        self.exchange = exchange
-        self.error_feedback = error_feedback
-        self.fusion_bytes = int(fusion_bytes)
-        self.process_set = process_set
-        self.seed = int(seed)
-        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
-        # need not make its compressors, so each set counts its own.
-        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+        super().__init__(
+            scheme,
+            min_numel=min_numel,
+            exchange=exchange,
+            error_feedback=error_feedback,
+            fusion_bytes=fusion_bytes,
+            process_set=process_set,
+            seed=seed,
+        )
         self._progress = Progress(scheme)
         self._has_begun = False
         self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
         self._eager = Trace()
+        self._zero: tf.Variable | None = None  # until there is a gradient: the user may set up devices
         self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
         self._loaded_uses: dict[str, int] = {}
 
@@ -342,12 +317,6 @@ class QuantizedCompressor(Compressor):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(
-            "a compressor belongs to its process, and cannot be copied or pickled: make a new one, and hand "
-            "it the state_dict() of the old one"
-        )
-
     # --- layout -----------------------------------------------------------------------------------------
 
     def _trace(self) -> tuple[Trace, int]:
@@ -375,13 +344,11 @@ class QuantizedCompressor(Compressor):
         """The control tensor of a gradient."""
         rank = self.process_set.rank() if self.process_set.included() else 0
         values = control.values(fingerprint, rank)
-        # A constant would be reduced at any time, or once for all. This waits for the gradient, as Horovod's
-        # allreduce of it would.
+        # Of a constant, TensorFlow would have the mean once, when it folds the graph's constants, and not in
+        # every step. And it is to wait for the gradient, as Horovod's allreduce of that would.
         with tf.control_dependencies([tensor]):
             name = f"hvd_quant_{self._number}_{group.name}_{len(group.tensors) - 1}"
-            fixed = tf.compat.v1.placeholder_with_default(
-                tf.constant(values, tf.float64), [control.SIZE], name
-            )
+            fixed = tf.add(tf.constant(values, tf.float64), self._zero, name)
         if self._progress.schedule is None:
             return fixed
         wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor  # squares of halves overflow
@@ -448,16 +415,12 @@ class QuantizedCompressor(Compressor):
             return "allgather"
         scheme = self.scheme.at(self.scheme.max_bits) if isinstance(self.scheme, DQSGD) else self.scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
-        return cost.choose(self._link(), self.process_set.size(), nbytes, sum(counts))
+        return cost.choose(self._link, self.process_set.size(), nbytes, sum(counts))
 
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""
         if name not in self._uses:
-            # Of this class itself: of tf.Variable, tf.function allows none after its first call.
-            with tf.init_scope(), tf.device("/CPU:0"):
-                self._uses[name] = ResourceVariable(
-                    self._loaded_uses.get(name, 0), trainable=False, dtype=tf.int64, name="hvd_quant_uses"
-                )
+            self._uses[name] = _variable(self._loaded_uses.get(name, 0), tf.int64, "hvd_quant_uses")
         return self._uses[name]
 
     def _all_uses(self) -> dict[str, int]:
@@ -476,6 +439,8 @@ class QuantizedCompressor(Compressor):
                 "hvd_quant.tensorflow needs TensorFlow 2's eager execution and tf.function; graphs of "
                 "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
             )
+        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), LATENCY)
+        self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope():
                 configs = hvd.allgather_object(
@@ -485,23 +450,15 @@ class QuantizedCompressor(Compressor):
                 raise control.RankMismatchError(control.explain_mismatch(configs, [{}], [[]]))
         self._has_begun = True
 
-    def _link(self) -> cost.Link:
-        return cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
+    def _config(self) -> control.Description:
+        return {**super()._config(), "computes on": "GPU" if device.has_gpu() else "CPU"}
 
-    def _config(self) -> dict[str, Any]:
-        return {
-            "scheme": type(self.scheme).__name__,
-            **asdict(self.scheme),
-            "min_numel": self.min_numel,
-            "exchange": self.exchange,
-            "error_feedback": self.error_feedback,
-            "fusion_bytes": self.fusion_bytes,
-            "link": asdict(self._link()),
-            "wire version": wire.VERSION,
-            "compressor": self._number,
-            "computes on": "GPU" if device.has_gpu() else "CPU",
-            **({"seed": self.seed} if self.scheme.rounding == "correlated" else {}),
-        }
+
+def _variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
+    """A scalar of our own, which may be made while a function is traced."""
+    # Of this class itself: of tf.Variable, tf.function allows none after its first call.
+    with tf.init_scope(), tf.device("/CPU:0"):
+        return ResourceVariable(value, trainable=False, dtype=dtype, name=name)
 
 
 def _refuse_xla() -> None:
@@ -535,7 +492,7 @@ def _refuse_keras_3(optimizer: object) -> None:
         )
 
 
-class QSGDCompressor(QuantizedCompressor):
+class QSGDCompressor(QSGDArguments, QuantizedCompressor):
     """Gradients quantized by QSGD: ``hvd.DistributedGradientTape(tape, compression=QSGDCompressor(bits=4))``.
 
     Args:
@@ -548,20 +505,8 @@ class QSGDCompressor(QuantizedCompressor):
         uncompressed, unless its function is given ``sparse_as_dense=True``.
     """
 
-    def __init__(
-        self,
-        bits: int = 4,
-        norm: str = "max",
-        bucket_size: int = 512,
-        coding: str = "packed",
-        rounding: str | None = None,
-        **options: Any,
-    ) -> None:
-        rounding = rounding_for(rounding, options.get("error_feedback") is True)
-        super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
 
-
-class NUQSGDCompressor(QuantizedCompressor):
+class NUQSGDCompressor(NUQSGDArguments, QuantizedCompressor):
     """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
 
     Args:
@@ -570,20 +515,8 @@ class NUQSGDCompressor(QuantizedCompressor):
         **options: of the exchange, see `QuantizedCompressor`.
     """
 
-    def __init__(
-        self,
-        bits: int = 4,
-        norm: str = "l2",
-        bucket_size: int = 512,
-        coding: str = "packed",
-        rounding: str | None = None,
-        **options: Any,
-    ) -> None:
-        rounding = rounding_for(rounding, options.get("error_feedback") is True)
-        super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
 
-
-class DQSGDCompressor(QuantizedCompressor):
+class DQSGDCompressor(DQSGDArguments, QuantizedCompressor):
     """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
 
     A step ends when a gradient comes again. The norm that the next step's bits follow from is that of the
@@ -598,23 +531,3 @@ class DQSGDCompressor(QuantizedCompressor):
     Example:
         >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * steps_per_epoch)
     """
-
-    def __init__(
-        self,
-        k: float | None = None,
-        mean_bits: float | None = None,
-        total_steps: int | None = None,
-        alpha: float = 1.0,
-        min_bits: int = 2,
-        max_bits: int = 8,
-        norm: str = "max",
-        bucket_size: int = 512,
-        coding: str = "packed",
-        rounding: str | None = None,
-        **options: Any,
-    ) -> None:
-        rounding = rounding_for(rounding, options.get("error_feedback") is True)
-        scheme = DQSGD(
-            k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
-        )
-        super().__init__(scheme, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,15 +59,10 @@ class Progress:
         with self.lock:
             if self.schedule is None or not self._seen:
                 return
-            # Exactly rounded, because they come back in another order on every rank.
-            try:
-                square = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
-            except OverflowError:
-                square = math.inf
+            self.bits.append(self.schedule.bits)
+            self.schedule.advance(*self._squares)
             self._seen.clear()
             self._squares.clear()
-            self.bits.append(self.schedule.bits)
-            self.schedule.advance(square)
 
     def all_bits(self) -> list[int]:
         """Of each step, the present one included."""

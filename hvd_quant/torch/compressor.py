@@ -9,14 +9,12 @@ exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import os
 import threading
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import horovod.torch as hvd
@@ -24,25 +22,21 @@ import numpy as np
 import torch
 from horovod.torch.compression import Compressor
 
-from hvd_quant import wire
 from hvd_quant.codec import native, torch_ops
 from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
+from hvd_quant.exchange.algorithms import Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.overrides import Overrides
+from hvd_quant.plug import FUSION_BYTES, LATENCY, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schedule import BitSchedule
-from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
+from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
 from hvd_quant.torch.transport import HorovodTransport
 
-FUSION_BYTES = 8 << 20
-_LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
-_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
 
-
-class QuantizedCompressor(Compressor):
+class QuantizedCompressor(Options, Compressor):
     """The exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
 
     Args:
@@ -85,41 +79,20 @@ class QuantizedCompressor(Compressor):
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
-        check_integer("min_numel", min_numel, 0, 2**63 - 1)
-        check_choice("exchange", exchange, EXCHANGES)
-        if not isinstance(error_feedback, bool):
-            raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
         self._overrides = Overrides(overrides, scheme.rounding)
-        schemes = [scheme, *(other for _, other in self._overrides if other is not None)]
-        self._correlated = any(one.rounding == "correlated" for one in schemes)
-        if any(one.rounding == "nearest" for one in schemes) and not error_feedback:
-            raise ValueError(
-                'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
-            )
-        check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
-        check_integer("seed", seed, 0, 2**64 - 1)
-        native.threads()  # this and the next check what the environment says
-        cost.stated_bandwidth()
-        if not isinstance(process_set, hvd.ProcessSet):
-            raise TypeError(f"process_set must be a horovod.torch.ProcessSet, not {process_set!r}")
-        if process_set.process_set_id is None:
-            raise ValueError(
-                "Horovod does not know this process_set yet: hand it to hvd.init(process_sets=...) or to "
-                "hvd.add_process_set before making the compressor"
-            )
-        self.scheme = scheme
-        self.min_numel = int(min_numel)
-        self.exchange = exchange
-        self.error_feedback = error_feedback
-        self.fusion_bytes = int(fusion_bytes)
-        self.process_set = process_set
-        self.seed = int(seed)
+        super().__init__(
+            scheme,
+            [other for _, other in self._overrides if other is not None],
+            min_numel=min_numel,
+            exchange=exchange,
+            error_feedback=error_feedback,
+            fusion_bytes=fusion_bytes,
+            process_set=process_set,
+            seed=seed,
+        )
         self.in_use = False  # by an optimizer of ours
         self._lock = threading.RLock()  # autograd calls hooks from a thread for every device
         self._names: ParameterNames | None = None
-        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
-        # need not make its compressors, so each set counts its own.
-        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
         self._ranks = Ranks(process_set, self._number)
         self._transport: HorovodTransport | None = None  # until there is a gradient, and again after reset
         self._fusion = Fusion(self.fusion_bytes)
@@ -446,12 +419,6 @@ class QuantizedCompressor(Compressor):
                     f"{sizes.get(name, 0)}"
                 )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(
-            "a compressor belongs to its process and its model's parameters, and cannot be copied or "
-            "pickled: make a new one, and hand it the state_dict() of the old one"
-        )
-
     # --- identity ---------------------------------------------------------------------------------------
 
     def _name(self, tensor: torch.Tensor) -> str | None:
@@ -509,7 +476,7 @@ class QuantizedCompressor(Compressor):
                 "named_parameters=model.named_parameters(), or use hvd_quant.torch.DistributedOptimizer, "
                 "which does so"
             )
-        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), _LATENCY)
+        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), LATENCY)
         named = self._names.named_parameters() if self._names is not None else []
         self._parameters = {
             name: [
@@ -615,16 +582,7 @@ class QuantizedCompressor(Compressor):
 
     def _config(self) -> control.Description:
         return {
-            "scheme": type(self.scheme).__name__,
-            **asdict(self.scheme),
-            "min_numel": self.min_numel,
-            "exchange": self.exchange,
-            "error_feedback": self.error_feedback,
-            "fusion_bytes": self.fusion_bytes,
-            "link": asdict(self._link),
-            "wire version": wire.VERSION,
-            "compressor": self._number,
-            **({"seed": self.seed} if self._correlated else {}),
+            **super()._config(),
             "overrides": [[pattern, str(scheme)] for pattern, scheme in self._overrides],
         }
 
@@ -645,14 +603,9 @@ class QuantizedCompressor(Compressor):
 
     def _end_step(self) -> None:
         """All gradients of a step have come back: the next one may have another number of bits."""
-        # Exactly rounded, because they come back in another order on every rank.
-        try:
-            square = math.fsum(self._squares) if all(map(math.isfinite, self._squares)) else math.nan
-        except OverflowError:
-            square = math.inf
-        self._squares.clear()
         self._bits.append(self._schedule.bits)
-        self._schedule.advance(square)
+        self._schedule.advance(*self._squares)
+        self._squares.clear()
         if self._schedule.bits != self._present_scheme.bits:
             self._present_scheme = self.scheme.at(self._schedule.bits)
 
@@ -811,7 +764,7 @@ class QuantizedCompressor(Compressor):
         ctx.result.copy_(results[members.index(ctx)])
 
 
-class QSGDCompressor(QuantizedCompressor):
+class QSGDCompressor(QSGDArguments, QuantizedCompressor):
     """Gradients quantized by QSGD: ``hvd.DistributedOptimizer(..., compression=QSGDCompressor(bits=4))``.
 
     Args:
@@ -825,20 +778,8 @@ class QSGDCompressor(QuantizedCompressor):
         them, or use `hvd_quant.torch.DistributedOptimizer`.
     """
 
-    def __init__(
-        self,
-        bits: int = 4,
-        norm: str = "max",
-        bucket_size: int = 512,
-        coding: str = "packed",
-        rounding: str | None = None,
-        **options: Any,
-    ) -> None:
-        rounding = rounding_for(rounding, options.get("error_feedback") is True)
-        super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
 
-
-class NUQSGDCompressor(QuantizedCompressor):
+class NUQSGDCompressor(NUQSGDArguments, QuantizedCompressor):
     """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
 
     Args:
@@ -847,20 +788,8 @@ class NUQSGDCompressor(QuantizedCompressor):
         **options: of the exchange, see `QuantizedCompressor`.
     """
 
-    def __init__(
-        self,
-        bits: int = 4,
-        norm: str = "l2",
-        bucket_size: int = 512,
-        coding: str = "packed",
-        rounding: str | None = None,
-        **options: Any,
-    ) -> None:
-        rounding = rounding_for(rounding, options.get("error_feedback") is True)
-        super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
 
-
-class DQSGDCompressor(QuantizedCompressor):
+class DQSGDCompressor(DQSGDArguments, QuantizedCompressor):
     """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
 
     A step ends when nothing is on its way any more, as it is after ``optimizer.synchronize()``. The norm that
@@ -876,23 +805,3 @@ class DQSGDCompressor(QuantizedCompressor):
     Example:
         >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * len(loader))
     """
-
-    def __init__(
-        self,
-        k: float | None = None,
-        mean_bits: float | None = None,
-        total_steps: int | None = None,
-        alpha: float = 1.0,
-        min_bits: int = 2,
-        max_bits: int = 8,
-        norm: str = "max",
-        bucket_size: int = 512,
-        coding: str = "packed",
-        rounding: str | None = None,
-        **options: Any,
-    ) -> None:
-        rounding = rounding_for(rounding, options.get("error_feedback") is True)
-        scheme = DQSGD(
-            k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
-        )
-        super().__init__(scheme, **options)

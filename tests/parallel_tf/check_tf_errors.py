@@ -79,6 +79,19 @@ def check_different_shapes_that_are_known_only_at_run_time(exchange):
 
 
 @exchanges
+def check_the_ranks_compare_notes_in_every_step(exchange):
+    """And not once, when TensorFlow folds constants."""
+    compressor = hq.QSGDCompressor(exchange=exchange)
+    reduce = tf.function(lambda x: hvd.allreduce(x, compression=compressor))
+    x = own_randn(2000)
+    for _ in range(2):
+        reduce(x)
+    if hvd.rank() == 0:
+        compressor._zero.assign(1.0)  # it is in all that is compared
+    assert isinstance(error_of(lambda: reduce(x)), tf.errors.OpError)
+
+
+@exchanges
 def check_other_bits_in_one_step(exchange):
     """A rank that is elsewhere in its schedule."""
     compressor = hq.DQSGDCompressor(k=10.0, exchange=exchange)

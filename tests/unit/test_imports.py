@@ -17,6 +17,7 @@ FLOORS = [
     ["schemes", "schedule", "overrides", "wire", "version"],
     ["codec"],
     ["exchange"],
+    ["plug"],
     ["torch", "tensorflow", "mpi"],
     ["cli"],
 ]
@@ -24,6 +25,7 @@ FLOORS = [
 ALLOWED = {
     "codec/torch_ops.py": {"torch"},
     "codec/tf_ops.py": {"tensorflow"},
+    "plug.py": {"horovod"},
     "torch": {"torch", "horovod"},
     "tensorflow": {"tensorflow", "keras", "horovod"},
     "mpi": {"mpi4py"},

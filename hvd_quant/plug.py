@@ -1,0 +1,160 @@
+"""What the compressors for Horovod's frameworks share: their options, and the arguments of their schemes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from horovod.common.process_sets import ProcessSet
+
+from hvd_quant import wire
+from hvd_quant.codec import native
+from hvd_quant.exchange import cost
+from hvd_quant.exchange.algorithms import EXCHANGES
+from hvd_quant.exchange.control import Description
+from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
+
+FUSION_BYTES = 8 << 20
+LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
+_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+
+class Options:
+    """A compressor's options: checked, kept, and described for ranks to compare.
+
+    Args:
+        scheme: how gradients are quantized.
+        others: schemes that hold for some gradients instead.
+        min_numel, exchange, error_feedback, fusion_bytes, process_set, seed: as the compressors explain them.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its type, or not in its range.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | DQSGD,
+        others: Sequence[Scheme] = (),
+        *,
+        min_numel: int,
+        exchange: str,
+        error_feedback: bool,
+        fusion_bytes: int,
+        process_set: ProcessSet,
+        seed: int,
+    ) -> None:
+        check_integer("min_numel", min_numel, 0, 2**63 - 1)
+        check_choice("exchange", exchange, EXCHANGES)
+        if not isinstance(error_feedback, bool):
+            raise TypeError(f"error_feedback must be True or False, not {error_feedback!r}")
+        roundings = {one.rounding for one in (scheme, *others)}
+        if "nearest" in roundings and not error_feedback:
+            raise ValueError(
+                'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
+            )
+        check_integer("fusion_bytes", fusion_bytes, 0, 2**63 - 1)
+        check_integer("seed", seed, 0, 2**64 - 1)
+        native.threads()  # this and the next check what the environment says
+        cost.stated_bandwidth()
+        if not isinstance(process_set, ProcessSet):
+            raise TypeError(f"process_set must be a ProcessSet of Horovod, not {process_set!r}")
+        if process_set.process_set_id is None:
+            raise ValueError(
+                "Horovod does not know this process_set yet: hand it to hvd.init(process_sets=...) or to "
+                "hvd.add_process_set before making the compressor"
+            )
+        self.scheme = scheme
+        self.min_numel = int(min_numel)
+        self.exchange = exchange
+        self.error_feedback = error_feedback
+        self.fusion_bytes = int(fusion_bytes)
+        self.process_set = process_set
+        self.seed = int(seed)
+        self._shares_noise = "correlated" in roundings
+        self._link: cost.Link | None = None  # until Horovod is asked where the ranks are
+        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
+        # need not make its compressors, so each set counts its own.
+        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+
+    def _config(self) -> Description:
+        """What must be the same on all ranks."""
+        return {
+            "scheme": type(self.scheme).__name__,
+            **asdict(self.scheme),
+            "min_numel": self.min_numel,
+            "exchange": self.exchange,
+            "error_feedback": self.error_feedback,
+            "fusion_bytes": self.fusion_bytes,
+            "link": asdict(self._link),
+            "wire version": wire.VERSION,
+            "compressor": self._number,
+            **({"seed": self.seed} if self._shares_noise else {}),
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a compressor belongs to its process, and cannot be copied or pickled: make a new one, and hand "
+            "it the state_dict() of the old one"
+        )
+
+
+# --- arguments of the schemes, for compressors that are named after one -----------------------------------
+
+
+class QSGDArguments:
+    """Takes those of `hvd_quant.QSGD`, and hands on the other options."""
+
+    def __init__(
+        self,
+        bits: int = 4,
+        norm: str = "max",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str | None = None,
+        **options: Any,
+    ) -> None:
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
+        super().__init__(QSGD(bits, norm, bucket_size, coding, rounding), **options)
+
+
+class NUQSGDArguments:
+    """Takes those of `hvd_quant.NUQSGD`, and hands on the other options."""
+
+    def __init__(
+        self,
+        bits: int = 4,
+        norm: str = "l2",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str | None = None,
+        **options: Any,
+    ) -> None:
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
+        super().__init__(NUQSGD(bits, norm, bucket_size, coding, rounding), **options)
+
+
+class DQSGDArguments:
+    """Takes those of `hvd_quant.DQSGD`, and hands on the other options."""
+
+    def __init__(
+        self,
+        k: float | None = None,
+        mean_bits: float | None = None,
+        total_steps: int | None = None,
+        alpha: float = 1.0,
+        min_bits: int = 2,
+        max_bits: int = 8,
+        norm: str = "max",
+        bucket_size: int = 512,
+        coding: str = "packed",
+        rounding: str | None = None,
+        **options: Any,
+    ) -> None:
+        rounding = rounding_for(rounding, options.get("error_feedback") is True)
+        scheme = DQSGD(
+            k, mean_bits, total_steps, alpha, min_bits, max_bits, norm, bucket_size, coding, rounding
+        )
+        super().__init__(scheme, **options)
