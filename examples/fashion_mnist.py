@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -153,40 +154,81 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[[], None]
 
 
 class Report:
-    """Says how each epoch went, and logs it, on the rank that makes one.
+    """Says on rank 0 how each epoch went, and logs it.
 
     Args:
         args: the command line's.
-        size: ranks.
+        hvd: `horovod.torch` or `horovod.tensorflow`.
+        compression: what Horovod was given.
+        parameters: how many the model has.
     """
 
-    def __init__(self, args: argparse.Namespace, size: int) -> None:
-        self._args, self._size, self._log = args, size, None
-        if args.json_log:
+    def __init__(self, args: argparse.Namespace, hvd: Any, compression: Any, parameters: int) -> None:
+        self._args, self._hvd, self._compression, self._parameters = args, hvd, compression, parameters
+        self._log: TextIO | None = None
+        if args.json_log and hvd.rank() == 0:
             try:
                 args.json_log.parent.mkdir(parents=True, exist_ok=True)
                 self._log = args.json_log.open("w")
             except OSError as error:
                 raise SystemExit(f"cannot write --json-log: {error}") from None
 
-    def epoch(self, number: int, **measured: float) -> None:
-        """Report train_loss, test_loss, test_accuracy, raw_bytes, wire_bytes and seconds."""
+    def progress(self, epoch: int, steps: int) -> AbstractContextManager[Callable[[], None]]:
+        """A function that advances the epoch's bar by one of its steps."""
+        return progress(f"epoch {epoch}/{self._args.epochs}", steps, self._hvd.rank() == 0)
+
+    def epoch(
+        self,
+        number: int,
+        steps: int,
+        *,
+        seconds: float,
+        train_loss: float,
+        test_loss: float,
+        test_accuracy: float,
+    ) -> None:
+        """Report an epoch, by whose end so many steps have been taken in all."""
+        if self._hvd.rank() != 0:
+            return
         args = self._args
-        name = args.compression + (f"-{args.bits}bit" if args.compression in SCHEMES else "")
+        raw_bytes, wire_bytes = self._sent_bytes(steps)
         record = {
-            "compression": name,
+            "compression": args.compression + (f"-{args.bits}bit" if args.compression in SCHEMES else ""),
             "error_feedback": args.error_feedback,
             "seed": args.seed,
-            "ranks": self._size,
+            "ranks": self._hvd.size(),
             "epoch": number,
-            **measured,
+            "train_loss": train_loss,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "raw_bytes": raw_bytes,
+            "wire_bytes": wire_bytes,
+            "seconds": seconds,
         }
         say(
-            f"epoch {number}/{args.epochs}: test accuracy {100 * measured['test_accuracy']:.2f} %, "
-            f"test loss {measured['test_loss']:.4f}, train loss {measured['train_loss']:.4f}, "
-            f"{measured['seconds']:.1f} s, sent {measured['wire_bytes'] / 1e6:.1f} MB "
-            f"(as float32: {measured['raw_bytes'] / 1e6:.1f} MB)"
+            f"epoch {number}/{args.epochs}: test accuracy {100 * test_accuracy:.2f} %, "
+            f"test loss {test_loss:.4f}, train loss {train_loss:.4f}, {seconds:.1f} s, "
+            f"sent {wire_bytes / 1e6:.1f} MB (as float32: {raw_bytes / 1e6:.1f} MB)"
         )
         if self._log:
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
+
+    def _sent_bytes(self, steps: int) -> tuple[int, int]:
+        """What a rank has contributed to the reductions: as float32, and as it was sent."""
+        raw = 4 * self._parameters * steps
+        if self._hvd.size() == 1:
+            return raw, 0  # nothing is reduced then
+        if self._args.compression in SCHEMES:
+            return raw, self._compression.stats()["wire_bytes"]
+        return raw, raw // 2 if self._args.compression == "fp16" else raw
+
+    def finish(self, parameters: Iterable[np.ndarray]) -> int:
+        """Say whether every rank's parameters are the same, bit by bit; the program's exit status."""
+        digest = hashlib.sha256(b"".join(parameter.tobytes() for parameter in parameters))
+        if len(set(self._hvd.allgather_object(digest.hexdigest(), name="replicas"))) > 1:
+            print("the ranks' parameters differ: this must not happen", file=sys.stderr)
+            return 1
+        if self._hvd.rank() == 0:
+            say(f"parameters are bit-identical on all {self._hvd.size()} ranks")
+        return 0

@@ -9,7 +9,6 @@ By model.fit, with hvd_quant's DistributedOptimizer: Horovod's own does not work
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import Any
 
@@ -18,8 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow says much when 
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
-from fashion_mnist import Report, arguments, load, make_compression, progress, say, steps_per_epoch
-from tf_common import make_model, make_schedule, replicas_identical, sent_bytes, set_threads
+from fashion_mnist import Report, arguments, load, make_compression, steps_per_epoch
+from tf_common import make_model, make_optimizer, set_threads
 
 import hvd_quant.tensorflow as hq
 import hvd_quant.tensorflow.keras as hqk
@@ -49,14 +48,14 @@ class Batches(keras.utils.PyDataset):
 class Reporter(keras.callbacks.Callback):
     """Shows a bar and the epochs' results as the other examples do."""
 
-    def __init__(self, report: Report | None, epochs: int, steps: int, compression: Any) -> None:
+    def __init__(self, report: Report, steps: int) -> None:
         super().__init__()
-        self._report, self._epochs, self._steps, self._compression = report, epochs, steps, compression
+        self._report, self._steps = report, steps
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._begin = time.perf_counter()
         self._seconds = 0.0
-        self._bar = progress(f"epoch {epoch + 1}/{self._epochs}", self._steps, self._report is not None)
+        self._bar = self._report.progress(epoch + 1, self._steps)
         self._advance = self._bar.__enter__()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -67,17 +66,14 @@ class Reporter(keras.callbacks.Callback):
         self._bar.__exit__(None, None, None)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        raw_bytes, wire_bytes = sent_bytes(self._compression, self.model, (epoch + 1) * self._steps)
-        if self._report:
-            self._report.epoch(
-                epoch + 1,
-                train_loss=logs["loss"],
-                test_loss=logs["val_loss"],
-                test_accuracy=logs["val_accuracy"],
-                raw_bytes=raw_bytes,
-                wire_bytes=wire_bytes,
-                seconds=self._seconds,
-            )
+        self._report.epoch(
+            epoch + 1,
+            (epoch + 1) * self._steps,
+            seconds=self._seconds,
+            train_loss=logs["loss"],
+            test_loss=logs["val_loss"],
+            test_accuracy=logs["val_accuracy"],
+        )
 
 
 def main() -> int:
@@ -91,16 +87,14 @@ def main() -> int:
 
     model = make_model()
     compression = make_compression(args, args.epochs * steps, hq, hvd.Compression)
-    optimizer = keras.optimizers.SGD(
-        make_schedule(args.lr, args.epochs * steps), momentum=0.9, weight_decay=5e-4
-    )
+    optimizer = make_optimizer(args.lr, args.epochs * steps)
     model.compile(
         hqk.DistributedOptimizer(optimizer, compression=compression),  # <- the one argument
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         jit_compile=False,  # XLA compiles none of Horovod's operations
     )
-    report = Report(args, hvd.size()) if hvd.rank() == 0 else None
+    report = Report(args, hvd, compression, model.count_params())
     model.fit(
         Batches(train_images, train_labels, args.batch_size, steps, 1000 * args.seed),
         epochs=args.epochs,
@@ -110,16 +104,10 @@ def main() -> int:
         callbacks=[
             hqk.BroadcastGlobalVariablesCallback(0),
             hqk.MetricAverageCallback(),
-            Reporter(report, args.epochs, steps, compression),
+            Reporter(report, steps),
         ],
     )
-
-    if not replicas_identical(model):
-        print("the ranks' parameters differ: this must not happen", file=sys.stderr)
-        return 1
-    if hvd.rank() == 0:
-        say(f"parameters are bit-identical on all {hvd.size()} ranks")
-    return 0
+    return report.finish(variable.numpy() for variable in model.trainable_variables)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ keras_fashion_mnist.py.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -20,8 +19,8 @@ import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
-from fashion_mnist import Report, arguments, load, make_compression, progress, say, steps_per_epoch
-from tf_common import make_model, make_schedule, replicas_identical, sent_bytes, set_threads
+from fashion_mnist import Report, arguments, load, make_compression, steps_per_epoch
+from tf_common import make_model, make_optimizer, set_threads
 
 import hvd_quant.tensorflow as hq
 
@@ -54,9 +53,7 @@ def main() -> int:
 
     model = make_model()
     compression = make_compression(args, args.epochs * steps, hq, hvd.Compression)
-    optimizer = keras.optimizers.SGD(
-        make_schedule(args.lr, args.epochs * steps), momentum=0.9, weight_decay=5e-4
-    )
+    optimizer = make_optimizer(args.lr, args.epochs * steps)
     optimizer.build(model.trainable_variables)
     hvd.broadcast_variables([v.value for v in (*model.variables, *optimizer.variables)], root_rank=0)
 
@@ -69,35 +66,26 @@ def main() -> int:
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), model.trainable_variables, strict=True))
         return loss
 
-    report = Report(args, hvd.size()) if hvd.rank() == 0 else None
+    report = Report(args, hvd, compression, model.count_params())
     for epoch in range(1, args.epochs + 1):
         begin = time.perf_counter()
         losses = []
-        with progress(f"epoch {epoch}/{args.epochs}", steps, hvd.rank() == 0) as advance:
+        with report.progress(epoch, steps) as advance:
             for share in batches(len(train_labels), args.batch_size, steps, 1000 * args.seed + epoch):
                 losses.append(train_step(tf.constant(train_images[share]), tf.constant(train_labels[share])))
                 advance()
         train_loss = float(hvd.allreduce(tf.reduce_mean(losses), name="train.loss"))
         seconds = time.perf_counter() - begin
-        test_loss, test_accuracy = evaluate(model, test_images, test_labels)
-        raw_bytes, wire_bytes = sent_bytes(compression, model, epoch * steps)
-        if report:
-            report.epoch(
-                epoch,
-                train_loss=train_loss,
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                raw_bytes=raw_bytes,
-                wire_bytes=wire_bytes,
-                seconds=seconds,
-            )
-
-    if not replicas_identical(model):
-        print("the ranks' parameters differ: this must not happen", file=sys.stderr)
-        return 1
-    if hvd.rank() == 0:
-        say(f"parameters are bit-identical on all {hvd.size()} ranks")
-    return 0
+        loss, accuracy = evaluate(model, test_images, test_labels)
+        report.epoch(
+            epoch,
+            epoch * steps,
+            seconds=seconds,
+            train_loss=train_loss,
+            test_loss=loss,
+            test_accuracy=accuracy,
+        )
+    return report.finish(variable.numpy() for variable in model.trainable_variables)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ Three lines make it an hvd_quant example: the import, the compressor, and the op
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from fashion_mnist import Report, arguments, load, make_compression, progress, say, steps_per_epoch
+from fashion_mnist import Report, arguments, load, make_compression, steps_per_epoch
 
 import hvd_quant.torch as hq
 
@@ -64,24 +61,6 @@ def evaluate(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
     return mean_over_ranks(loss * scale, "test.loss"), mean_over_ranks(correct * scale, "test.accuracy")
 
 
-def replicas_identical(model: torch.nn.Module) -> bool:
-    """Whether every rank's parameters are the same, bit by bit."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    return len(set(hvd.allgather_object(digest.hexdigest(), name="replicas"))) == 1
-
-
-def sent_bytes(compression: Any, model: torch.nn.Module, steps: int) -> tuple[int, int]:
-    """What a rank has contributed to the reductions: as float32, and as it was sent."""
-    raw = 4 * sum(parameter.numel() for parameter in model.parameters()) * steps
-    if hvd.size() == 1:
-        return raw, 0  # Horovod reduces nothing then
-    if isinstance(compression, hq.QuantizedCompressor):
-        return raw, compression.stats()["wire_bytes"]
-    return raw, raw // 2 if compression is hvd.Compression.fp16 else raw
-
-
 def batches(count: int, args: argparse.Namespace, epoch: int) -> Iterable[torch.Tensor]:
     """A permutation that all ranks draw alike, of which each takes a share of equally many whole batches."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * args.seed + epoch))
@@ -108,14 +87,14 @@ def main() -> int:
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
 
-    report = Report(args, hvd.size()) if hvd.rank() == 0 else None
+    report = Report(args, hvd, compression, sum(parameter.numel() for parameter in model.parameters()))
     steps = 0
     for epoch in range(1, args.epochs + 1):
         model.train()
         begin = time.perf_counter()
         shares = list(batches(len(train_labels), args, epoch))
         loss_sum = torch.zeros(())
-        with progress(f"epoch {epoch}/{args.epochs}", len(shares), hvd.rank() == 0) as advance:
+        with report.progress(epoch, len(shares)) as advance:
             for share in shares:
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(train_images[share]), train_labels[share])
@@ -127,25 +106,11 @@ def main() -> int:
                 advance()
         seconds = time.perf_counter() - begin
         train_loss = mean_over_ranks(float(loss_sum) / len(shares), "train.loss")
-        test_loss, test_accuracy = evaluate(model, test_images, test_labels)
-        raw_bytes, wire_bytes = sent_bytes(compression, model, steps)
-        if report:
-            report.epoch(
-                epoch,
-                train_loss=train_loss,
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                raw_bytes=raw_bytes,
-                wire_bytes=wire_bytes,
-                seconds=seconds,
-            )
-
-    if not replicas_identical(model):
-        print("the ranks' parameters differ: this must not happen", file=sys.stderr)
-        return 1
-    if hvd.rank() == 0:
-        say(f"parameters are bit-identical on all {hvd.size()} ranks")
-    return 0
+        loss, accuracy = evaluate(model, test_images, test_labels)
+        report.epoch(
+            epoch, steps, seconds=seconds, train_loss=train_loss, test_loss=loss, test_accuracy=accuracy
+        )
+    return report.finish(parameter.detach().numpy() for parameter in model.parameters())
 
 
 if __name__ == "__main__":
