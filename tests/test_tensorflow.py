@@ -10,14 +10,15 @@ pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with Tenso
 
 
 @pytest.mark.parametrize(
-    ("controller", "checks"),
+    ("ranks", "controller", "checks"),
     [
-        *(("mpi", checks) for checks in ("promises", "gradients", "errors", "keras", "device")),
-        *(("gloo", checks) for checks in ("promises", "errors", "keras")),
+        (2, "mpi", ""),
+        (2, "gloo", ""),
+        (3, "mpi", "mean_and_sum or process_sets or different_shapes or same_bits"),
     ],
 )
-def test_checks_on_every_rank(controller, checks):
-    run_checks(2, controller, f"parallel_tf/check_tf_{checks}.py")
+def test_checks_on_every_rank(ranks, controller, checks):
+    run_checks(ranks, controller, "parallel_tf", checks)
 
 
 def test_legacy_keras():

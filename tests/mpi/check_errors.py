@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from common import EXCHANGES, SCHEME, WORLD, error_of, own_values, same_everywhere
+from common import EXCHANGES, SCHEME, WORLD, own_values, same_everywhere
 from mpi4py import MPI
+from shared import error_of
 
 import hvd_quant
 import hvd_quant.mpi as hm

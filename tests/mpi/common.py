@@ -40,12 +40,3 @@ def rounding_moments(x, scheme):
     part = np.abs(x) / steps % 1.0
     spread = part * (1.0 - part)
     return steps**2 * spread, steps**4 * spread * (1.0 - 3.0 * spread)
-
-
-def error_of(action):
-    """The exception that an action raises, or None."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None

@@ -3,7 +3,8 @@
 import horovod.torch as hvd
 import pytest
 import torch
-from common import error_of, gathered, recover, same_mismatch
+from common import gathered, recover, same_mismatch
+from shared import error_of
 
 import hvd_quant.torch as hq
 

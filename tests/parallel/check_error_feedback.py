@@ -3,7 +3,8 @@
 import horovod.torch as hvd
 import pytest
 import torch
-from common import error_of, mlp, own_randn, recover, same_everywhere
+from common import mlp, own_randn, recover, same_everywhere
+from shared import error_of
 
 import hvd_quant.torch as hq
 

@@ -9,7 +9,8 @@ import horovod.torch as hvd
 import pytest
 import torch
 from check_gradients import Branches, optimizer_of
-from common import backward, error_of, gathered, mlp, own_randn, recover, same_everywhere, same_mismatch
+from common import backward, gathered, mlp, own_randn, recover, same_everywhere, same_mismatch
+from shared import error_of
 
 import hvd_quant.torch as hq
 

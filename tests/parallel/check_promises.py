@@ -3,8 +3,8 @@
 import horovod.torch as hvd
 import pytest
 import torch
-from common import backward, error_of, mlp, same_everywhere, same_mismatch
-from kinds import EXCHANGES, KINDS, make, other_kind
+from common import backward, mlp, same_everywhere, same_mismatch
+from shared import EXCHANGES, KINDS, error_of, make, other_kind
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD

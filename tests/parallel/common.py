@@ -46,15 +46,6 @@ def local_gradients(model, seed=0):
     return [parameter.grad for parameter in clone.parameters()]
 
 
-def error_of(action):
-    """The exception that an action raises, or None."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
-
-
 def same_mismatch(error):
     """The text of a RankMismatchError, which all ranks must have."""
     assert isinstance(error, hq.RankMismatchError)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from check_tf_gradients import assert_close
-from common_tf import error_of, exact_mean, gathered, own_randn, same_everywhere, same_mismatch
-from kinds import EXCHANGES
+from common_tf import exact_mean, gathered, own_randn, same_everywhere, same_mismatch
+from shared import EXCHANGES, error_of
 
 import hvd_quant.tensorflow as hq
 from hvd_quant.codec import native

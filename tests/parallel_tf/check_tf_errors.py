@@ -7,8 +7,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
-from common_tf import Mlp, error_of, gathered, own_randn, same_everywhere, same_mismatch
-from kinds import EXCHANGES
+from common_tf import Mlp, gathered, own_randn, same_everywhere, same_mismatch
+from shared import EXCHANGES, error_of
 
 import hvd_quant.tensorflow as hq
 

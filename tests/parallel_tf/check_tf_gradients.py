@@ -8,8 +8,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
-from common_tf import Mlp, error_of, exact_mean, gathered, own_randn, same_everywhere
-from kinds import EXCHANGES, make
+from common_tf import Mlp, exact_mean, gathered, own_randn, same_everywhere
+from shared import EXCHANGES, error_of, make
 
 import hvd_quant
 import hvd_quant.tensorflow as hq

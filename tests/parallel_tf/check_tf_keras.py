@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from common_tf import error_of, exact_mean, gathered, own_randn, same_everywhere
-from kinds import make
+from common_tf import exact_mean, gathered, own_randn, same_everywhere
+from shared import error_of, make
 
 import hvd_quant.tensorflow as hq
 import hvd_quant.tensorflow.keras as hqk

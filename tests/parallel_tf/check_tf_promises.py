@@ -4,8 +4,8 @@ import horovod.tensorflow as hvd
 import numpy as np
 import pytest
 import tensorflow as tf
-from common_tf import Mlp, error_of, same_everywhere, same_mismatch
-from kinds import EXCHANGES, KINDS, make, other_kind
+from common_tf import Mlp, same_everywhere, same_mismatch
+from shared import EXCHANGES, KINDS, error_of, make, other_kind
 
 import hvd_quant.tensorflow as hq
 

@@ -26,15 +26,6 @@ def exact_mean(tensor):
     return np.mean([np.asarray(one, np.float64) for one in gathered(tensor.numpy())], axis=0)
 
 
-def error_of(action):
-    """The exception that an action raises, or None."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
-
-
 def same_mismatch(error):
     """The text of a RankMismatchError, which all ranks must have."""
     assert isinstance(error, hq.RankMismatchError), repr(error)

@@ -1,11 +1,8 @@
 """Set-up of the TensorFlow tests that every rank runs together. tests/test_tensorflow.py starts them."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # for kinds.py
 
 import horovod.tensorflow as hvd
 import pytest

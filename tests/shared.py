@@ -1,5 +1,6 @@
-"""The kinds of compressors that the promises are tested for, by either framework's plug."""
+"""What the multi-rank tests of all plugs share."""
 
+# The kinds of compressors that the promises are tested for, by either of Horovod's plugs.
 KINDS = {
     "QSGD": ("QSGDCompressor", {}),
     "QSGD l2": ("QSGDCompressor", {"norm": "l2"}),
@@ -23,3 +24,12 @@ def other_kind(kind):
     """The next one."""
     names = list(KINDS)
     return names[(names.index(kind) + 1) % len(names)]
+
+
+def error_of(action):
+    """The exception that an action raises, or None."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
