@@ -73,11 +73,23 @@ class Options:
         self.fusion_bytes = int(fusion_bytes)
         self.process_set = process_set
         self.seed = int(seed)
+        self.in_use = False  # by an optimizer of ours
         self._shares_noise = "correlated" in roundings
         self._link: cost.Link | None = None  # until Horovod is asked where the ranks are
         # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
         # need not make its compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+
+    def check_free(self, process_set: ProcessSet) -> None:
+        """Check that an optimizer of ours with this process set can have the compressor.
+
+        Raises:
+            ValueError: it has another process set, or another optimizer.
+        """
+        if self.process_set.process_set_id != process_set.process_set_id:
+            raise ValueError("give the compressor and the optimizer the same process_set")
+        if self.in_use:
+            raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
 
     def _config(self) -> Description:
         """What must be the same on all ranks."""

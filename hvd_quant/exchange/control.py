@@ -80,7 +80,7 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
     """The factor for the decoded mean.
 
     Args:
-        reduced: the SIZE values that came back.
+        reduced: the SIZE values that came back. Fewer are no reduction, but a reduce-scatter's.
         own: this rank's fingerprint.
         size: the number of ranks that took part in the exchange.
 
@@ -88,16 +88,17 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
         UnsupportedReductionError: no linear reduction over ``size`` ranks gives these values.
         FingerprintMismatch: the ranks' fingerprints differ.
     """
-    factor, mean, mean_square, weight = reduced[:SQUARE]
 
     def close(value: float, expected: float) -> bool:
         return math.isclose(value, expected, rel_tol=1e-12 * max(1, size))
 
+    factor, mean, mean_square, weight = reduced[:SQUARE] if len(reduced) >= SQUARE else [math.nan] * SQUARE
     if not math.isfinite(factor) or factor == 0.0 or not close(weight, factor * _mean_weight(size)):
         raise UnsupportedReductionError(
             "Horovod applied a reduction that quantized gradients do not support. Use op=Average or op=Sum "
-            f"(not Adasum, Min, Max or Product), over the same {size} ranks as the compressor: an optimizer "
-            "with a process_set needs a compressor with the same process_set, and hvd.join() cannot be used, "
+            "(not Adasum, Min, Max or Product, and no reducescatter), over the same "
+            f"{size} ranks as the compressor: an optimizer with a process_set needs a compressor with the "
+            "same process_set, and hvd.join() cannot be used, "
             "so give every rank equally many steps."
         )
     if not (close(mean, factor * own) and close(mean_square, factor * own**2)):

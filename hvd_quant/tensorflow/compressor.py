@@ -207,26 +207,21 @@ class QuantizedCompressor(Options, Compressor):
             if trace.groups.get(graph) is group:
                 del trace.groups[graph]
             self._exchange(group, trace, tensor)
-            first, group.first = True, tensor
-        else:
-            first = False
-        result = group.results[ctx.index]
-        if not first:
-            checks = [
-                tf.debugging.assert_equal(
-                    tensor[0],
-                    group.first[0],
-                    "gradients that travel together must be reduced by the same operation",
-                )
-            ]
-            if self._progress.schedule is not None:
-                steps, fingerprint = group.steps, group.fingerprints[ctx.index]
-                checks += call(
-                    lambda reduced: np.array(steps.check(reduced, fingerprint)), [tensor], [tf.float64]
-                )
-            with tf.control_dependencies([check for check in checks if check is not None]):
-                result = tf.identity(result)
-        return result
+            group.first = tensor
+            return group.results[ctx.index]
+        steps, fingerprint = group.steps, group.fingerprints[ctx.index]
+
+        def checked(reduced: np.ndarray) -> np.ndarray:
+            steps.check(reduced, fingerprint)
+            return np.array(reduced[0])
+
+        (factor,) = call(checked, [tensor], [tf.float64])
+        # An assertion of what the call returns: TensorFlow drops calls that nothing but control depends on.
+        same = tf.debugging.assert_equal(
+            factor, group.first[0], "gradients that travel together must be reduced by the same operation"
+        )
+        with tf.control_dependencies([same] if same is not None else []):
+            return tf.identity(group.results[ctx.index])
 
     # --- what users call --------------------------------------------------------------------------------
 

@@ -90,7 +90,6 @@ class QuantizedCompressor(Options, Compressor):
             process_set=process_set,
             seed=seed,
         )
-        self.in_use = False  # by an optimizer of ours
         self._lock = threading.RLock()  # autograd calls hooks from a thread for every device
         self._names: ParameterNames | None = None
         self._ranks = Ranks(process_set, self._number)

@@ -48,10 +48,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     if isinstance(compression, QuantizedCompressor):
         if op not in (hvd.Average, hvd.Sum):
             raise ValueError("quantized gradients support op=hvd.Average and op=hvd.Sum only")
-        if compression.process_set.process_set_id != process_set.process_set_id:
-            raise ValueError("give the compressor and the optimizer the same process_set")
-        if compression.in_use:
-            raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
+        compression.check_free(process_set)
         if named_parameters is not None or not compression.bound:
             compression.bind(named_parameters or _names_by_place(optimizer))
     distributed = hvd.DistributedOptimizer(

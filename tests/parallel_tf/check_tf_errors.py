@@ -92,6 +92,21 @@ def check_the_ranks_compare_notes_in_every_step(exchange):
 
 
 @exchanges
+@pytest.mark.parametrize("traced", [False, True])
+def check_the_same_number_of_values_in_another_shape(exchange, traced):
+    """In the second gradient of a group, of which the message itself does not tell that."""
+    compressor = hq.QSGDCompressor(exchange=exchange)
+    tensors = [tf.ones(2000), tf.ones(first_and_rest([40, 60], [60, 40]))]
+
+    def reduce(tensors):
+        return hvd.grouped_allreduce(tensors, compression=compressor)
+
+    error = error_of(lambda: (tf.function(reduce) if traced else reduce)(tensors))
+    assert isinstance(error, tf.errors.OpError if traced else hq.RankMismatchError)
+    assert all("different gradients at place 0" in text for text in gathered(str(error)))
+
+
+@exchanges
 def check_other_bits_in_one_step(exchange):
     """A rank that is elsewhere in its schedule."""
     compressor = hq.DQSGDCompressor(k=10.0, exchange=exchange)
@@ -117,6 +132,13 @@ def check_unsupported_reductions(op, traced):
 
     error = error_of(lambda: (tf.function(reduce) if traced else reduce)(own_randn(3000)))
     assert "Use op=Average or op=Sum" in str(error)
+
+
+def check_reducescatter_is_an_error():
+    compressor = hq.QSGDCompressor()
+    error = error_of(lambda: hvd.reducescatter(own_randn(2000), compression=compressor))
+    assert isinstance(error, hq.UnsupportedReductionError)
+    assert "no reducescatter" in str(error)
 
 
 def check_training_goes_on_after_an_error():
@@ -165,15 +187,16 @@ def check_the_bits_follow_the_norm_on_all_ranks_alike():
 
     @tf.function
     def reduce(x):
-        return hvd.grouped_allreduce([x, 2.0 * x], compression=compressor)
+        return hvd.grouped_allreduce([1e-3 * x, x], compression=compressor)
 
-    x = own_randn(2000)
+    x = own_randn(2000)  # of norm 45
     for scale in (1e-3, 1.0, 1e3):
         for _ in range(2):
             reduce(scale * x)
     bits = compressor.stats()["bits"]
     assert bits[0] == 8
     assert bits[2] == 2  # after the small ones
+    assert bits[4] == 7
     assert bits[-1] == 8
     assert len(set(gathered(tuple(bits)))) == 1
 

@@ -148,6 +148,112 @@ def check_a_loss_scaler_around_ours_is_an_error():
     assert "a loss scaler must be in the DistributedOptimizer" in str(error)
 
 
+@pytest.mark.parametrize("kind", ["error feedback", "DQ-SGD"])
+def check_a_loss_scale_does_not_matter(kind):
+    """When it changes, what error feedback has kept must not be taken for more or less than it is."""
+    results = []
+    for scale in (1.0, 8.0):
+        compressor = make(hq, kind, min_numel=0, exchange="allgather")
+        scaled = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(1.0), initial_scale=scale, dynamic_growth_steps=2
+        )
+        optimizer = hqk.DistributedOptimizer(scaled, compression=compressor)
+        variable = keras.Variable(np.zeros((40, 50), np.float32))
+        optimizer.build([variable])
+        for step in range(4):
+            optimizer.apply([optimizer.scale_loss(own_randn(40, 50, seed=step))], [variable])
+        results.append((variable.numpy(), compressor.stats().get("bits")))
+        assert float(optimizer.dynamic_scale) == 4 * scale
+    if kind == "error feedback":  # others have the noise of another compressor
+        np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    assert results[0][1] == results[1][1]
+
+
+class Sum(keras.optimizers.SGD):
+    """Has an apply of its own, as users' optimizers may."""
+
+    def apply(self, grads, trainable_variables=None):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            variable.assign_add(gradient)
+
+
+class Multi(keras.optimizers.MultiOptimizer):
+    def __init__(self):
+        one, two = keras.optimizers.SGD(1.0), keras.optimizers.Adam(0.1)
+        super().__init__(keras.optimizers.OptimizerMap(one, {"second": two}))
+
+
+@pytest.mark.parametrize("kind", [Sum, Multi])
+def check_an_optimizer_with_an_apply_of_its_own(kind):
+    compressor = hq.QSGDCompressor(bits=8, exchange="allgather")
+    optimizer = hqk.DistributedOptimizer(kind(), compression=compressor)
+    variables = [keras.Variable(np.zeros((40, 50), np.float32), name=name) for name in ("first", "second")]
+    gradients = [own_randn(40, 50, seed=seed) for seed in range(2)]
+    optimizer.build(variables)
+    optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    assert same_everywhere(*(variable.numpy() for variable in variables))
+    sign = 1.0 if kind is Sum else -1.0
+    assert np.abs(variables[0].numpy() - sign * exact_mean(gradients[0])).max() < 0.1
+    assert compressor.stats()["messages"] == 1
+    with pytest.raises(ValueError, match="backward_passes_per_step is not supported with"):
+        hqk.DistributedOptimizer(kind(), backward_passes_per_step=2)
+
+
+def check_an_optimizer_with_an_apply_gradients_of_its_own_is_refused():
+    class Own(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars):
+            pass
+
+    with pytest.raises(TypeError, match="Own has an apply_gradients of its own"):
+        hqk.DistributedOptimizer(Own())
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def check_ranks_may_have_made_other_things_before(quantized):
+    """Keras numbers what it makes: names differ between ranks."""
+    for _ in range(hvd.rank()):
+        keras.optimizers.Adam(), make_model()
+    compression = hq.QSGDCompressor() if quantized else hvd.Compression.none
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.Adam(0.01), compression=compression)
+    model, _ = fit(optimizer)
+    assert len(set(gathered(optimizer.name))) == len(set(gathered(model.name))) == hvd.size()
+    assert same_everywhere(*(variable.numpy() for variable in model.variables))
+
+
+def check_one_rank_has_a_checkpoint(tmp_path):
+    """Its optimizer has variables, and the others' have none yet."""
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.Adam(0.02), compression=hq.QSGDCompressor())
+    model = make_model()
+    model.compile(optimizer, "mse", jit_compile=False)
+    if hvd.rank() == 0:
+        optimizer.build(model.trainable_variables)
+        optimizer.iterations.assign(100)
+    fit(optimizer, model, epochs=1)
+    assert gathered(int(optimizer.iterations)) == [104] * hvd.size()
+    assert same_everywhere(*(variable.numpy() for variable in optimizer.variables))
+
+
+def check_different_models_are_an_error_when_they_are_broadcast():
+    width = 64 + hvd.rank()
+    model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(width), keras.layers.Dense(32)])
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor())
+    text = str(error_of(lambda: fit(optimizer, model)))
+    assert all("the ranks have different models" in one for one in gathered(text))
+
+
+def check_a_compressor_serves_one_optimizer():
+    compressor = hq.QSGDCompressor()
+    hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=compressor)
+    with pytest.raises(ValueError, match="a compressor serves one optimizer"):
+        hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=compressor)
+    only_zero = hvd.add_process_set([0])
+    with pytest.raises(ValueError, match="the same process_set"):
+        hqk.DistributedOptimizer(
+            keras.optimizers.SGD(), compression=hq.QSGDCompressor(), process_set=only_zero
+        )
+    hvd.remove_process_set(only_zero)
+
+
 def check_an_optimizer_keeps_what_it_has():
     """Its state, and what its configuration cannot hold."""
     variables = [keras.Variable(np.ones((40, 50), np.float32), name=name) for name in "ab"]
@@ -205,8 +311,12 @@ def check_local_variables_and_groups_of_variables():
     optimizer = hqk.DistributedOptimizer(
         keras.optimizers.SGD(1.0), compression=compressor, groups=((variables[2], variables[0]),)
     )
-    optimizer.register_local_var(variables[3])
+    optimizer.register_local_var(variables[3].value)  # Keras's and TensorFlow's variables are one
     optimizer.register_local_var(rows)
+    with pytest.raises(ValueError, match="cannot have local variables"):
+        hqk.DistributedOptimizer(
+            keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+        ).register_local_var(rows)
     gradients = [own_randn(40, 50, seed=seed) for seed in range(4)]
     sparse = tf.IndexedSlices(tf.ones([1, 2]), tf.constant([1]), tf.constant([3, 2]))
     optimizer.build([*variables, rows])
@@ -227,12 +337,18 @@ def check_metrics_are_averaged_before_others_see_them():
     assert [one["loss"] for one in seen] == history.history["loss"]
 
 
-def check_a_saved_model_has_the_plain_optimizer(tmp_path):
-    optimizer = hqk.DistributedOptimizer(keras.optimizers.Adam(0.02), compression=hq.QSGDCompressor())
+@keras.saving.register_keras_serializable("checks")
+class Registered(keras.optimizers.Adam):
+    """As users register theirs."""
+
+
+@pytest.mark.parametrize("kind", [keras.optimizers.Adam, Registered])
+def check_a_saved_model_has_the_plain_optimizer(tmp_path, kind):
+    optimizer = hqk.DistributedOptimizer(kind(0.02), compression=hq.QSGDCompressor())
     model, _ = fit(optimizer)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.optimizer) is keras.optimizers.Adam
+    assert type(loaded.optimizer) is kind
     assert float(loaded.optimizer.learning_rate) == pytest.approx(0.02)
     assert int(loaded.optimizer.iterations) == int(optimizer.iterations)
 

@@ -1,16 +1,4 @@
-"""Horovod for Keras 3, with or without quantized gradients: what ``model.fit`` needs.
-
-Horovod's own ``DistributedOptimizer`` reduces nothing under Keras 3, and says nothing. This one takes the
-same arguments:
-
-    >>> import hvd_quant.tensorflow as hq
-    >>> import hvd_quant.tensorflow.keras as hqk
-    >>> optimizer = hqk.DistributedOptimizer(keras.optimizers.Adam(), compression=hq.QSGDCompressor(bits=4))
-    >>> model.compile(optimizer, loss, jit_compile=False)  # XLA compiles none of Horovod's operations
-    >>> model.fit(x, y, callbacks=[hqk.BroadcastGlobalVariablesCallback(0), hqk.MetricAverageCallback()])
-
-Optimizers of legacy Keras (tf_keras) are handed on to Horovod's own.
-"""
+"""A Keras optimizer, made distributed."""
 
 from __future__ import annotations
 
@@ -18,7 +6,7 @@ import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -27,8 +15,6 @@ import tensorflow as tf
 from horovod.tensorflow.compression import Compression
 
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
-
-__all__ = ["BroadcastGlobalVariablesCallback", "DistributedOptimizer", "MetricAverageCallback"]
 
 Gradient = tf.Tensor | tf.IndexedSlices | None
 
@@ -76,7 +62,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
             of ranks.
 
     Raises:
-        TypeError: ``optimizer`` is no Keras optimizer.
+        TypeError: ``optimizer`` is no Keras optimizer, or one with an ``apply_gradients`` of its own.
         ValueError: arguments contradict each other, or are not supported.
         RuntimeError: Keras does not run on TensorFlow.
     """
@@ -132,7 +118,14 @@ def _distributed(
     process_set: hvd.ProcessSet,
     scale_local_gradients: bool,
 ) -> keras.optimizers.Optimizer:
+    kind, plain = type(optimizer), keras.optimizers.Optimizer
     is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    is_quantized = isinstance(compression, QuantizedCompressor)
+    if kind.apply_gradients is not plain.apply_gradients:
+        raise TypeError(
+            f"{kind.__name__} has an apply_gradients of its own, in which gradients would not be reduced. "
+            "Let it have an apply of its own instead, which Keras's apply_gradients calls"
+        )
     if op not in (hvd.Average, hvd.Sum):
         raise ValueError("op must be hvd.Average or hvd.Sum")
     if gradient_predivide_factor != 1.0 and op != hvd.Average:
@@ -146,11 +139,13 @@ def _distributed(
         raise ValueError("groups must be a positive number, or a list of lists of variables")
     if getattr(optimizer, "is_distributed", False):
         raise ValueError("this optimizer is a DistributedOptimizer already")
+    if is_quantized:
+        compression.check_free(process_set)
     if backward_passes_per_step > 1:
-        if is_scaled:
+        if kind.apply is not plain.apply:
             raise ValueError(
-                "backward_passes_per_step is not supported with a LossScaleOptimizer; give the optimizer in "
-                "it gradient_accumulation_steps"
+                f"backward_passes_per_step is not supported with {kind.__name__}; give what is in it "
+                "gradient_accumulation_steps"
             )
         if optimizer.gradient_accumulation_steps:
             raise ValueError(
@@ -161,8 +156,8 @@ def _distributed(
         optimizer.gradient_accumulation_steps = backward_passes_per_step
     passes = 1 if average_aggregated_gradients else backward_passes_per_step
     known: dict[int, Any] = {}  # variables by their identities
-    local: set[int] = set()  # identities of variables whose gradients stay on this rank
-    kept: list[Any] = []  # these variables, so that their identities are not used again
+    local: set[Any] = set()  # Keras's keys of variables whose gradients stay on this rank
+    kept: list[Any] = []  # these variables, so that their keys are not used again
     coming: list[Any] = []  # variables whose gradients are applied; Keras would take an attribute for its own
 
     def reduce(gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
@@ -175,26 +170,33 @@ def _distributed(
             return reduce_traced(list(gradients), tuple(map(id, variables)))
         return reduce_in_graph(gradients, variables)
 
-    @tf.function
+    @tf.function(reduce_retracing=True)
     def reduce_traced(gradients: list[Gradient], variables: tuple[int, ...]) -> list[Gradient]:
         return reduce_in_graph(gradients, [known[variable] for variable in variables])
 
     @tf.autograph.experimental.do_not_convert
     def reduce_in_graph(gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        # Horovod finds the other ranks' gradients by the names of operations. Those of Keras have numbers,
+        # of its optimizers and models, which may differ between ranks.
+        with tf.name_scope("hvd_quant_reduce/"):
+            return reduce_in_scope(gradients, variables)
+
+    def reduce_in_scope(gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         gradients = list(gradients)
         shared = []
         for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
             if gradient is None:
                 continue
-            if id(variable) in local:
+            if optimizer._var_key(variable) in local:
                 if scale_local_gradients:
                     gradients[i] = _scaled(gradient, 1 / process_set.size())
                 continue
             if isinstance(gradient, tf.IndexedSlices):
                 if sparse_as_dense:
                     gradients[i] = tf.convert_to_tensor(gradient)
-                elif isinstance(compression, QuantizedCompressor):
+                elif is_quantized:
                     _warn_of_sparse_gradients(compression, variable)
+            gradients[i] = _named(gradients[i], f"gradient_{i}")
             shared.append(i)
         options = {
             "device_dense": device_dense,
@@ -203,7 +205,7 @@ def _distributed(
             "op": op,
             "process_set": process_set,
         }
-        for group in _groups(shared, gradients, variables, groups, compression):
+        for group in _groups(shared, gradients, variables, groups, compression, optimizer._var_key):
             sparse = [i for i in group if isinstance(gradients[i], tf.IndexedSlices)]
             for i in sparse:
                 gradients[i] = hvd.allreduce(gradients[i], **options)
@@ -219,22 +221,28 @@ def _distributed(
                 gradients[i] = gradient
         return gradients
 
-    kind = type(optimizer)
-
     class Distributed(kind):
         is_distributed = True
 
-        # A loss-scaling optimizer looks for what is not finite before all else, so that it must be reduced by
-        # then. Others accumulate first, and clip after that.
-        if is_scaled:
-
+        if kind.apply is not plain.apply:
+            # It may look at gradients before all else, as a loss scaler does for what is not finite, or hand
+            # them to other optimizers. So they are reduced first.
             def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
+                _refuse_loss_scaler()
                 variables = self._trainable_variables if trainable_variables is None else trainable_variables
                 variables = list(variables)
-                super().apply(reduce(grads, variables), variables)
+                if is_scaled and is_quantized:
+                    # Without the scale, which may change: what error feedback has kept, and the norms that
+                    # DQ-SGD goes by, must not change with it.
+                    scale = self.dynamic_scale if self.built else self.initial_scale
+                    grads = reduce([_scaled(gradient, 1.0 / scale) for gradient in grads], variables)
+                    grads = [_scaled(gradient, scale) for gradient in grads]
+                else:
+                    grads = reduce(grads, variables)
+                super().apply(grads, variables)
 
         else:
-
+            # Others accumulate gradients first, and clip them when they have been reduced.
             def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
                 _refuse_loss_scaler()
                 super().apply(grads, trainable_variables)
@@ -250,23 +258,51 @@ def _distributed(
                 return super()._clip_gradients(reduce(grads, coming))
 
         def register_local_var(self, var: Any) -> None:
-            """Keep a variable's gradient on this rank, scaled by 1 / size if ``scale_local_gradients``."""
-            local.add(id(var))
+            """Keep a variable's gradient on this rank, scaled by 1 / size if ``scale_local_gradients``.
+
+            Raises:
+                ValueError: a loss scaler would have ranks skip different steps.
+            """
+            if is_scaled:
+                raise ValueError(
+                    "a LossScaleOptimizer cannot have local variables: what is not finite in their gradients "
+                    "would be known on one rank only, and the others would not skip the step"
+                )
+            local.add(optimizer._var_key(var))
             kept.append(var)
 
     Distributed.__name__ = Distributed.__qualname__ = kind.__name__
     Distributed.__module__ = kind.__module__
+    registered = keras.saving.get_registered_name(kind)
+    if registered != kind.__name__:
+        package, _, registered_as = registered.partition(">")
+        keras.saving.register_keras_serializable(package, registered_as)(Distributed)
+        keras.saving.get_custom_objects()[registered] = kind  # a saved model is loaded with the plain one
     if name is not None:
         optimizer.name = name
     # Not one made anew from the configuration: that has no state, and none of what cannot be serialised.
     object.__setattr__(optimizer, "__class__", Distributed)
+    if is_quantized:
+        compression.in_use = True
     return optimizer
 
 
-def _scaled(gradient: tf.Tensor | tf.IndexedSlices, factor: float) -> tf.Tensor | tf.IndexedSlices:
+def _named(gradient: tf.Tensor | tf.IndexedSlices, name: str) -> tf.Tensor | tf.IndexedSlices:
     if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
-    return gradient * factor
+        values, indices = (
+            _named(gradient.values, f"{name}_values"),
+            _named(gradient.indices, f"{name}_indices"),
+        )
+        return tf.IndexedSlices(values, indices, gradient.dense_shape)
+    return tf.identity(gradient, name)
+
+
+def _scaled(gradient: Gradient, factor: Any) -> Gradient:
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(_scaled(gradient.values, factor), gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
 
 
 def _refuse_loss_scaler() -> None:
@@ -296,11 +332,12 @@ def _groups(
     variables: Sequence[Any],
     groups: int | Sequence[Sequence[Any]] | None,
     compression: Any,
+    key: Callable[[Any], Any],
 ) -> list[list[int]]:
     """Which gradients are reduced together."""
     if isinstance(groups, (list, tuple)):
-        place = {id(variables[i]): i for i in indices}
-        chosen = [[place.pop(id(v)) for v in group if id(v) in place] for group in groups]
+        place = {key(variables[i]): i for i in indices}
+        chosen = [[place.pop(key(v)) for v in group if key(v) in place] for group in groups]
         return [group for group in [*chosen, *([i] for i in place.values())] if group]
     if groups is not None:
         count = min(groups, len(indices)) or 1
@@ -322,68 +359,12 @@ def _groups(
 def _warn_of_sparse_gradients(compression: QuantizedCompressor, variable: Any) -> None:
     if compression not in _warned:
         _warned.add(compression)
+        name = getattr(variable, "path", variable.name)
         warnings.warn(
-            f"the gradient of {variable.path} is sparse (tf.IndexedSlices), and travels uncompressed, as all "
+            f"the gradient of {name} is sparse (tf.IndexedSlices), and travels uncompressed, as all "
             "such gradients do; sparse_as_dense=True has them quantized",
             stacklevel=2,
         )
 
 
 _warned: weakref.WeakSet[QuantizedCompressor] = weakref.WeakSet()
-
-
-class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks the root's variables, of the model and of the optimizer, when training begins.
-
-    Args:
-        root_rank: whose.
-        device: where they are broadcast; by default where Horovod has it.
-    """
-
-    def __init__(self, root_rank: int, device: str = "") -> None:
-        super().__init__()
-        self._root_rank, self._device = root_rank, device
-        self._done = False
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Broadcast, if there are variables already."""
-        self._done = False
-        if self.model.built and self.model.optimizer.built:
-            self._broadcast()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Broadcast after the first batch, which has made the variables, otherwise."""
-        if not self._done:
-            self._broadcast()
-
-    def _broadcast(self) -> None:
-        # Not the state of random generators, which ranks may want apart.
-        variables = [*self.model.weights, *self.model.optimizer.variables]
-        with tf.device(self._device):
-            hvd.broadcast_variables([variable.value for variable in variables], root_rank=self._root_rank)
-        self._done = True
-
-
-class MetricAverageCallback(keras.callbacks.Callback):
-    """Averages the metrics over the ranks at the end of an epoch.
-
-    It must come before callbacks that act by the metrics, such as ``ReduceLROnPlateau``.
-
-    Args:
-        device: where they are reduced; by default where Horovod has it.
-        process_set: the ranks.
-    """
-
-    def __init__(self, device: str = "", process_set: hvd.ProcessSet = hvd.global_process_set) -> None:
-        super().__init__()
-        self._device, self._process_set = device, process_set
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Replace the metrics by their means."""
-        if not logs or self._process_set.size() == 1:
-            return
-        numbers = sorted(key for key, value in logs.items() if isinstance(value, (int, float)))
-        with tf.device(self._device):
-            values = tf.constant([float(logs[key]) for key in numbers], tf.float64)
-            means = hvd.allreduce(values, name="hvd_quant.metrics", process_set=self._process_set)
-        logs.update(zip(numbers, means.numpy().tolist(), strict=True))
