@@ -9,7 +9,6 @@ import torch
 from check_gradients import Branches, assert_mean, optimizer_of
 from common import (
     backward,
-    error_of,
     gathered,
     local_gradients,
     mlp,
@@ -17,6 +16,7 @@ from common import (
     same_everywhere,
     same_mismatch,
 )
+from shared import error_of
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD

@@ -7,7 +7,6 @@ import pytest
 import torch
 from common import (
     backward,
-    error_of,
     local_gradients,
     mlp,
     own_randn,
@@ -15,6 +14,7 @@ from common import (
     same_everywhere,
     same_mismatch,
 )
+from shared import error_of
 
 import hvd_quant.torch as hq
 from hvd_quant import NUQSGD, QSGD
