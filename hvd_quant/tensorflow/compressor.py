@@ -61,6 +61,7 @@ class Trace:
     """A function that is traced; or what is called eagerly."""
 
     places: int = 0  # of gradients, taken so far
+    small: int = 0  # gradients that are left to Horovod
     groups: dict[int, Group] = field(default_factory=dict)  # open ones, by the identity of their graph
     # Of small gradients, as they are and as they are sent. Counted whenever the last group is sent.
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
@@ -161,7 +162,11 @@ class QuantizedCompressor(Options, Compressor):
         count = tensor.shape.num_elements()
         if count == 0 or (count is not None and count < self.min_numel):
             self._count_small(trace, count * tensor.dtype.size, count * _SMALL.size)
-            return tf.cast(tensor, _SMALL), Member(None, 0, tensor.dtype)
+            # By a name of our own, as for control tensors: those of operations have numbers, and a rank that
+            # traces something more than others would have other ones.
+            name = f"hvd_quant_{self._number}_small_{trace.small}"
+            trace.small += 1
+            return tf.identity(tf.cast(tensor, _SMALL), name), Member(None, 0, tensor.dtype)
 
         group = trace.groups.get(graph)
         if group is None:
@@ -342,13 +347,12 @@ class QuantizedCompressor(Options, Compressor):
         # Of a constant, TensorFlow would have the mean once, when it folds the graph's constants, and not in
         # every step. And it is to wait for the gradient, as Horovod's allreduce of that would.
         with tf.control_dependencies([tensor]):
-            name = f"hvd_quant_{self._number}_{group.name}_{len(group.tensors) - 1}"
-            fixed = tf.add(tf.constant(values, tf.float64), self._zero, name)
-        if self._progress.schedule is None:
-            return fixed
-        wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor  # squares of halves overflow
-        square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
-        return tf.concat([fixed[: control.SQUARE], [square]], 0)
+            control_tensor = tf.constant(values, tf.float64) + self._zero
+        if self._progress.schedule is not None:
+            wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
+            square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
+            control_tensor = tf.concat([control_tensor[: control.SQUARE], [square]], 0)
+        return tf.identity(control_tensor, f"hvd_quant_{self._number}_{group.name}_{len(group.tensors) - 1}")
 
     def _exchange(self, group: Group, trace: Trace, reduced: tf.Tensor) -> None:
         """Lay out a group's exchange: Horovod's collectives, and the steps between them."""

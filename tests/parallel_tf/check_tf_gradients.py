@@ -192,6 +192,20 @@ def check_noise_differs_from_step_to_step_in_one_traced_function():
     assert len(set(eager)) == 3
 
 
+@pytest.mark.parametrize("kind", ["QSGD", "DQ-SGD"])
+def check_ranks_may_trace_other_things_beside(kind):
+    """Horovod knows tensors by the names of operations, which have numbers."""
+    compressor = make(hq, kind)
+
+    @tf.function
+    def reduce(large, small):
+        for _ in range(hvd.rank()):
+            tf.cast(large, tf.float64), tf.concat([small, small], 0), tf.identity(large), large + 0.0
+        return [hvd.allreduce(tensor, compression=compressor) for tensor in (large, small)]
+
+    assert same_everywhere(*reduce(own_randn(2000), own_randn(20)))
+
+
 def check_a_function_that_is_traced_anew_goes_on_with_its_noise():
     compressor, x = hq.QSGDCompressor(bits=2), own_randn(2000)
     results = []

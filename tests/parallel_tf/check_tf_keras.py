@@ -169,6 +169,18 @@ def check_a_loss_scale_does_not_matter(kind):
     assert results[0][1] == results[1][1]
 
 
+def check_float16_gradients_under_a_loss_scaler():
+    """Some are too small for float16 without the scale, which is itself too large for it."""
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=2.0**16),
+        compression=hq.QSGDCompressor(bits=8),
+    )
+    variable = keras.Variable(np.zeros(2000, np.float32))
+    optimizer.build([variable])
+    optimizer.apply([tf.cast(2.0**16 * tf.fill([2000], 3e-8), tf.float16)], [variable])
+    np.testing.assert_allclose(variable.numpy(), -3e-8, rtol=1e-2)
+
+
 class Sum(keras.optimizers.SGD):
     """Has an apply of its own, as users' optimizers may."""
 
@@ -208,13 +220,16 @@ def check_an_optimizer_with_an_apply_gradients_of_its_own_is_refused():
         hqk.DistributedOptimizer(Own())
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("quantized", [False, True])
-def check_ranks_may_have_made_other_things_before(quantized):
+def check_ranks_may_have_made_other_things_before(quantized, passes):
     """Keras numbers what it makes: names differ between ranks."""
     for _ in range(hvd.rank()):
         keras.optimizers.Adam(), make_model()
     compression = hq.QSGDCompressor() if quantized else hvd.Compression.none
-    optimizer = hqk.DistributedOptimizer(keras.optimizers.Adam(0.01), compression=compression)
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.Adam(0.01), compression=compression, backward_passes_per_step=passes
+    )
     model, _ = fit(optimizer)
     assert len(set(gathered(optimizer.name))) == len(set(gathered(model.name))) == hvd.size()
     assert same_everywhere(*(variable.numpy() for variable in model.variables))
@@ -231,6 +246,35 @@ def check_one_rank_has_a_checkpoint(tmp_path):
     fit(optimizer, model, epochs=1)
     assert gathered(int(optimizer.iterations)) == [104] * hvd.size()
     assert same_everywhere(*(variable.numpy() for variable in optimizer.variables))
+
+
+class Pair(keras.Model):
+    """Two models, trained by a step of its own: Keras never takes it for built, and it has no optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = make_model(), make_model()
+        self.optimizers = [
+            hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=hq.QSGDCompressor(min_numel=0))
+            for _ in range(2)
+        ]
+
+    def train_step(self, data):
+        for model, optimizer in zip([self.one, self.two], self.optimizers, strict=True):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(data[0]) - data[1]) ** 2)
+            gradients = tape.gradient(loss, model.trainable_variables)
+            optimizer.apply(gradients, model.trainable_variables)
+        return {"loss": loss}
+
+
+def check_a_model_with_a_training_step_of_its_own():
+    keras.utils.set_random_seed(hvd.rank())
+    model = Pair()
+    model.compile(jit_compile=False)
+    broadcast = hqk.BroadcastGlobalVariablesCallback(0)
+    model.fit(*own_data(), batch_size=16, epochs=2, verbose=0, callbacks=[broadcast])
+    assert same_everywhere(*(variable.numpy() for variable in model.variables))
 
 
 def check_different_models_are_an_error_when_they_are_broadcast():

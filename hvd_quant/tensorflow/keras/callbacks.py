@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -10,11 +11,16 @@ import tensorflow as tf
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks the root's variables, of the model and of the optimizer, when training begins.
+    """Gives all ranks the root's variables, of the model and of its optimizer.
+
+    That is when training begins, and once more after the first batch if some rank had not made them all.
 
     Args:
         root_rank: whose.
         device: where they are broadcast; by default where Horovod has it.
+
+    Raises:
+        ValueError: when training begins, or after the first batch: the ranks have different variables.
     """
 
     def __init__(self, root_rank: int, device: str = "") -> None:
@@ -23,31 +29,37 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._done = False
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Broadcast, if all ranks have variables already.
-
-        Raises:
-            ValueError: the ranks have different ones.
-        """
-        # A rank that has loaded a checkpoint has the optimizer's, which others would make in the first step.
-        if self.model.built and not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
-        self._done = self._broadcast()
+        """Broadcast what all ranks have."""
+        model, optimizer = self.model, self.model.optimizer
+        has_optimizer = bool(optimizer and optimizer.built)
+        models, optimizers = zip(
+            *hvd.allgather_object((model.built, has_optimizer), name="hvd_quant.built"), strict=True
+        )
+        if any(optimizers) and not all(models):
+            raise ValueError(
+                "some rank's optimizer has variables already, and some rank's model has none: build the "
+                "model on all ranks before fit, as by calling it on a batch"
+            )
+        if any(optimizers) and not has_optimizer:
+            # As where one rank has loaded a checkpoint. If others made theirs in the first step, they would
+            # trace that twice, and their gradients have other names.
+            optimizer.build(model.trainable_variables)
+        if all(models):
+            self._broadcast([*model.weights, *(optimizer.variables if any(optimizers) else ())])
+        self._done = all(models) and any(optimizers)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Broadcast after the first batch, which has made the variables, otherwise."""
+        """Broadcast everything, if some rank lacked something before the first batch."""
         if not self._done:
-            self._done = self._broadcast()
+            model, optimizer = self.model, self.model.optimizer
+            self._broadcast([*model.weights, *(optimizer.variables if optimizer else ())])
+            self._done = True
 
-    def _broadcast(self) -> bool:
-        variables = None
-        if self.model.built and self.model.optimizer.built:
-            # Not the state of random generators, which ranks may want apart.
-            variables = [one.value for one in (*self.model.weights, *self.model.optimizer.variables)]
-        mine = variables and [(tuple(one.shape), one.dtype.name) for one in variables]
+    def _broadcast(self, variables: Sequence[keras.Variable]) -> None:
+        """Broadcast these, among which is no state of random generators."""
+        mine = [(tuple(one.shape), one.dtype) for one in variables]
         everyones = hvd.allgather_object(mine, name="hvd_quant.broadcast")
-        if None in everyones:
-            return False
-        if any(one != mine for one in everyones):
+        if any(one != everyones[0] for one in everyones):
             raise ValueError(
                 "the ranks have different models or optimizers: the numbers of their variables are "
                 f"{[len(one) for one in everyones]}, on this rank of shapes and types {mine}"
@@ -58,11 +70,10 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             # Under names of our own: the variables' own have numbers, which may differ between ranks.
             for i, variable in enumerate(variables):
                 name = f"hvd_quant.broadcast.{i}"
-                variable.assign(hvd.broadcast(variable, self._root_rank, name=name))
+                variable.value.assign(hvd.broadcast(variable.value, self._root_rank, name=name))
 
         with tf.device(self._device):
             broadcast()
-        return True
 
 
 class MetricAverageCallback(keras.callbacks.Callback):

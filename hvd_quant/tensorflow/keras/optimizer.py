@@ -227,30 +227,37 @@ def _distributed(
         if kind.apply is not plain.apply:
             # It may look at gradients before all else, as a loss scaler does for what is not finite, or hand
             # them to other optimizers. So they are reduced first.
-            def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
-                _refuse_loss_scaler()
-                variables = self._trainable_variables if trainable_variables is None else trainable_variables
-                variables = list(variables)
-                if is_scaled and is_quantized:
-                    # Without the scale, which may change: what error feedback has kept, and the norms that
-                    # DQ-SGD goes by, must not change with it.
-                    scale = self.dynamic_scale if self.built else self.initial_scale
-                    grads = reduce([_scaled(gradient, 1.0 / scale) for gradient in grads], variables)
-                    grads = [_scaled(gradient, scale) for gradient in grads]
-                else:
-                    grads = reduce(grads, variables)
-                super().apply(grads, variables)
+            def apply(
+                self, grads: Sequence[Gradient], trainable_variables: Any = None, **options: Any
+            ) -> None:
+                if trainable_variables is None and self.built:
+                    trainable_variables = self._trainable_variables
+                if trainable_variables is not None:  # otherwise Keras says what is wrong
+                    trainable_variables = list(trainable_variables)
+                    _check_call(trainable_variables)
+                    if is_scaled and is_quantized:
+                        # Without the scale, which may change: what error feedback has kept, and the norms
+                        # that DQ-SGD goes by, must not change with it.
+                        scale = self.dynamic_scale if self.built else self.initial_scale
+                        grads = [_scaled(_at_least_float32(gradient), 1.0 / scale) for gradient in grads]
+                        grads = reduce(grads, trainable_variables)
+                        grads = [_scaled(gradient, scale) for gradient in grads]
+                    else:
+                        grads = reduce(grads, trainable_variables)
+                super().apply(grads, trainable_variables, **options)
 
         else:
             # Others accumulate gradients first, and clip them when they have been reduced.
             def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
-                _refuse_loss_scaler()
+                _check_call(trainable_variables or ())
                 super().apply(grads, trainable_variables)
 
             def _backend_apply_gradients(self, grads: Sequence[Gradient], trainable_variables: Any) -> None:
                 nonlocal coming
                 coming = list(trainable_variables)
-                super()._backend_apply_gradients(grads, trainable_variables)
+                # Not in the scope of Keras, as in `reduce_in_graph`: for branches that accumulate gradients.
+                with tf.name_scope("hvd_quant_apply/"):
+                    super()._backend_apply_gradients(grads, trainable_variables)
 
             def _clip_gradients(self, grads: Sequence[Gradient]) -> list[Gradient]:
                 if passes > 1:
@@ -287,30 +294,43 @@ def _distributed(
     return optimizer
 
 
-def _named(gradient: tf.Tensor | tf.IndexedSlices, name: str) -> tf.Tensor | tf.IndexedSlices:
+def _mapped(gradient: Gradient, function: Callable[[tf.Tensor], tf.Tensor]) -> Gradient:
+    """What a function makes of a gradient's values."""
     if isinstance(gradient, tf.IndexedSlices):
-        values, indices = (
-            _named(gradient.values, f"{name}_values"),
-            _named(gradient.indices, f"{name}_indices"),
-        )
-        return tf.IndexedSlices(values, indices, gradient.dense_shape)
-    return tf.identity(gradient, name)
+        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
+    return None if gradient is None else function(gradient)
 
 
 def _scaled(gradient: Gradient, factor: Any) -> Gradient:
-    if gradient is None:
-        return None
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_scaled(gradient.values, factor), gradient.indices, gradient.dense_shape)
-    return gradient * tf.cast(factor, gradient.dtype)
+    return _mapped(gradient, lambda values: values * tf.cast(factor, values.dtype))
 
 
-def _refuse_loss_scaler() -> None:
-    """A loss scaler around our optimizer would have some ranks skip a step in which others wait.
+def _at_least_float32(gradient: Gradient) -> Gradient:
+    return _mapped(gradient, lambda values: tf.cast(values, tf.float32) if values.dtype.size < 4 else values)
+
+
+def _named(gradient: Gradient, name: str) -> Gradient:
+    named = _mapped(gradient, lambda values: tf.identity(values, name))
+    if isinstance(named, tf.IndexedSlices):
+        indices = tf.identity(named.indices, f"{name}_indices")
+        return tf.IndexedSlices(named.values, indices, named.dense_shape)
+    return named
+
+
+def _check_call(variables: Sequence[Any]) -> None:
+    """Refuse what would have replicas drift apart.
 
     Raises:
-        RuntimeError: it is a loss scaler that applies gradients.
+        RuntimeError: a loss scaler applies gradients, of which some ranks would skip a step in which others
+            wait.
+        ValueError: a variable is overwritten by its gradient, which nobody reduces.
     """
+    for variable in variables:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise ValueError(
+                f"{variable.path} is overwritten by its gradient, as Keras's float8 quantization has it, and "
+                "such gradients are not reduced"
+            )
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == _LOSS_SCALER_FILE:
