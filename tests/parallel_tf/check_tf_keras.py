@@ -211,6 +211,16 @@ def check_an_optimizer_with_an_apply_of_its_own(kind):
         hqk.DistributedOptimizer(kind(), backward_passes_per_step=2)
 
 
+def check_variables_that_their_gradients_overwrite_are_refused():
+    variable = keras.Variable(np.ones(3, np.float32))
+    variable.overwrite_with_gradient = True
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor())
+    optimizer.build([variable])
+    for variables in (None, [variable], (one for one in [variable])):
+        with pytest.raises(ValueError, match="overwritten by its gradient"):
+            optimizer.apply([tf.ones(3)], variables)
+
+
 def check_an_optimizer_with_an_apply_gradients_of_its_own_is_refused():
     class Own(keras.optimizers.SGD):
         def apply_gradients(self, grads_and_vars):
@@ -249,18 +259,19 @@ def check_one_rank_has_a_checkpoint(tmp_path):
 
 
 class Pair(keras.Model):
-    """Two models, trained by a step of its own: Keras never takes it for built, and it has no optimizer."""
+    """Two models, trained by a step of its own: Keras never takes it for built."""
 
     def __init__(self):
         super().__init__()
         self.one, self.two = make_model(), make_model()
-        self.optimizers = [
-            hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=hq.QSGDCompressor(min_numel=0))
-            for _ in range(2)
-        ]
+        self.other_optimizer = self.make_optimizer()
+
+    def make_optimizer(self):
+        return hqk.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=hq.QSGDCompressor(min_numel=0))
 
     def train_step(self, data):
-        for model, optimizer in zip([self.one, self.two], self.optimizers, strict=True):
+        optimizers = [self.other_optimizer, self.optimizer]
+        for model, optimizer in zip([self.one, self.two], optimizers, strict=True):
             with tf.GradientTape() as tape:
                 loss = tf.reduce_mean((model(data[0]) - data[1]) ** 2)
             gradients = tape.gradient(loss, model.trainable_variables)
@@ -271,10 +282,26 @@ class Pair(keras.Model):
 def check_a_model_with_a_training_step_of_its_own():
     keras.utils.set_random_seed(hvd.rank())
     model = Pair()
-    model.compile(jit_compile=False)
+    model.compile(model.make_optimizer(), jit_compile=False)
     broadcast = hqk.BroadcastGlobalVariablesCallback(0)
-    model.fit(*own_data(), batch_size=16, epochs=2, verbose=0, callbacks=[broadcast])
-    assert same_everywhere(*(variable.numpy() for variable in model.variables))
+    for _ in range(2):
+        model.fit(*own_data(), batch_size=16, epochs=2, verbose=0, callbacks=[broadcast])
+        assert same_everywhere(*(variable.numpy() for variable in model.variables))
+
+
+def check_a_broadcast_leaves_accumulated_gradients_alone():
+    """They are each rank's own: the first update, too, is by the mean over passes and ranks."""
+    optimizer = hqk.DistributedOptimizer(
+        keras.optimizers.SGD(0.5),
+        compression=hq.QSGDCompressor(),
+        backward_passes_per_step=2,
+        average_aggregated_gradients=True,
+    )
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, "linear", False, "zeros")])
+    model.compile(optimizer, "mse", jit_compile=False)
+    x, y = np.ones((2, 1)), np.full((2, 1), 1.0 + 2.0 * hvd.rank())
+    model.fit(x, y, batch_size=1, verbose=0, callbacks=[hqk.BroadcastGlobalVariablesCallback(0)])
+    assert model.weights[0].numpy().item() == np.mean(gathered(y))
 
 
 def check_different_models_are_an_error_when_they_are_broadcast():

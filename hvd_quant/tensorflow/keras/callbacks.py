@@ -32,27 +32,29 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         """Broadcast what all ranks have."""
         model, optimizer = self.model, self.model.optimizer
         has_optimizer = bool(optimizer and optimizer.built)
-        models, optimizers = zip(
+        built, optimizers = zip(
             *hvd.allgather_object((model.built, has_optimizer), name="hvd_quant.built"), strict=True
         )
-        if any(optimizers) and not all(models):
+        # Keras never takes a model for built that has a training step of its own, and no call.
+        has_model = [one or other for one, other in zip(built, optimizers, strict=True)]
+        if any(optimizers) and not all(has_model):
             raise ValueError(
-                "some rank's optimizer has variables already, and some rank's model has none: build the "
-                "model on all ranks before fit, as by calling it on a batch"
+                "some rank's optimizer has variables already, and some rank has none, nor its model's: "
+                "build the model and its optimizer on all ranks before fit"
             )
         if any(optimizers) and not has_optimizer:
             # As where one rank has loaded a checkpoint. If others made theirs in the first step, they would
             # trace that twice, and their gradients have other names.
             optimizer.build(model.trainable_variables)
-        if all(models):
-            self._broadcast([*model.weights, *(optimizer.variables if any(optimizers) else ())])
-        self._done = all(models) and any(optimizers)
+        if all(has_model):
+            self._broadcast([*model.weights, *(_shared(optimizer) if any(optimizers) else ())])
+        self._done = all(built) and any(optimizers)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Broadcast everything, if some rank lacked something before the first batch."""
         if not self._done:
-            model, optimizer = self.model, self.model.optimizer
-            self._broadcast([*model.weights, *(optimizer.variables if optimizer else ())])
+            optimizer = self.model.optimizer
+            self._broadcast([*self.model.weights, *(_shared(optimizer) if optimizer else ())])
             self._done = True
 
     def _broadcast(self, variables: Sequence[keras.Variable]) -> None:
@@ -74,6 +76,12 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
         with tf.device(self._device):
             broadcast()
+
+
+def _shared(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """An optimizer's variables without the gradients that it accumulates, which are each rank's own."""
+    own = {id(variable) for variable in getattr(optimizer, "_accumulated_gradients", ())}
+    return [variable for variable in optimizer.variables if id(variable) not in own]
 
 
 class MetricAverageCallback(keras.callbacks.Callback):

@@ -249,7 +249,9 @@ def _distributed(
         else:
             # Others accumulate gradients first, and clip them when they have been reduced.
             def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
-                _check_call(trainable_variables or ())
+                if trainable_variables is not None:
+                    trainable_variables = list(trainable_variables)
+                _check_call(self._trainable_variables if trainable_variables is None else trainable_variables)
                 super().apply(grads, trainable_variables)
 
             def _backend_apply_gradients(self, grads: Sequence[Gradient], trainable_variables: Any) -> None:
