@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+from pathlib import Path
 
 import numpy as np
 
@@ -162,3 +163,18 @@ def expand(section: bytes, count: int, bits: int, coding: int) -> np.ndarray:
             codes[lane * step : lane * step + n] = part[:n]
     assert not any(stream.left for stream in streams)
     return codes
+
+
+# --- payloads of all released versions --------------------------------------------------------------------
+
+GOLDEN_PAYLOADS = sorted((Path(__file__).parents[1] / "golden").glob("v*/*.bin"))
+
+
+def golden(path, what):
+    """What a golden payload was made of, or decodes to."""
+    with np.load(path.parent / "cases.npz") as cases:
+        return cases[f"{path.stem}.{what}"]
+
+
+def golden_name(path):
+    return f"{path.parent.name}-{path.stem}"

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from reference import with_checksum
+from reference import GOLDEN_PAYLOADS, golden, golden_name, with_checksum
 
 from hvd_quant import NUQSGD, QSGD, wire
 from hvd_quant.codec import native
@@ -139,6 +139,19 @@ def arbitrary_messages(layout, count, seed):
             message[offset : offset + segment.payload_size] = payload
         messages.append(np.frombuffer(bytes(message), np.uint8))
     return messages
+
+
+# Others are decoded by the host.
+PACKED_GOLDEN = [path for path in GOLDEN_PAYLOADS if path.read_bytes()[8] == 0]
+
+
+@pytest.mark.parametrize("path", PACKED_GOLDEN, ids=golden_name)
+def test_golden_payload(path):
+    payload = path.read_bytes()
+    header = wire.parse_header(payload, len(payload))
+    layout = layout_of([(header.scheme, header.count)])
+    message = np.frombuffer(layout.preamble + payload, np.uint8)
+    assert_same_bits(decode([message], layout), [golden(path, "values")])
 
 
 # --- bytes and values -----------------------------------------------------------------------------------

@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import HEADER, checksum, with_checksum
+from reference import GOLDEN_PAYLOADS, HEADER, checksum, golden, golden_name, with_checksum
 from reference import decode as reference_decode
 
 from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import native
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_PAYLOADS = sorted(GOLDEN.glob("v*/*.bin"))
 
 schemes = st.builds(
     lambda kind, *fields: kind(*fields),
@@ -183,11 +180,6 @@ def test_common_header():
 # --- golden files ---------------------------------------------------------------------------------------
 
 
-def golden(path, what):
-    with np.load(path.parent / "cases.npz") as cases:
-        return cases[f"{path.stem}.{what}"]
-
-
 def test_golden_files_are_complete():
     for folder in {path.parent for path in GOLDEN_PAYLOADS}:
         with np.load(folder / "cases.npz") as cases:
@@ -197,7 +189,7 @@ def test_golden_files_are_complete():
     assert {f"{kind}-{bits}bit" for kind in kinds for bits in range(2, 9)} <= names
 
 
-@pytest.mark.parametrize("path", GOLDEN_PAYLOADS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", GOLDEN_PAYLOADS, ids=golden_name)
 def test_golden_payload(backend, path):
     payload = path.read_bytes()
     # Bits, not values: they tell -0.0 from 0.0, and one NaN from another.
