@@ -258,7 +258,9 @@ def _sums(messages: tf.Tensor, layout: MessageLayout, exact: bool) -> list[tf.Te
 
     kind = tf.float64 if exact else tf.float32
     # What a sum begins with to be its first term, whatever that one's sign.
-    zeros = [tf.fill([segment.count], tf.constant(-0.0, kind)) for segment in layout.segments]
+    # Not of the number -0.0: outside of graphs, TensorFlow keeps constants by their numbers' equality, and
+    # everybody's 0.0 would be this one from then on.
+    zeros = [-tf.zeros([segment.count], kind) for segment in layout.segments]
     count = tf.shape(messages)[0]
     return tf.while_loop(lambda number, *_: number < count, add, (0, *zeros), parallel_iterations=1)[1:]
 
