@@ -5,8 +5,22 @@ This package is the core and needs NumPy alone: what to send (`QSGD`, `NUQSGD`, 
 `hvd_quant.torch`, `hvd_quant.tensorflow` and `hvd_quant.mpi`.
 """
 
-from hvd_quant.codec import decode, encode, native_isa
-from hvd_quant.schemes import DQSGD, NUQSGD, QSGD
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from hvd_quant.version import __version__
 
+if TYPE_CHECKING:
+    from hvd_quant.codec import decode, encode, native_isa
+    from hvd_quant.schemes import DQSGD, NUQSGD, QSGD
+
 __all__ = ["DQSGD", "NUQSGD", "QSGD", "__version__", "decode", "encode", "native_isa"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first used: so `hvd-quant doctor` can say what keeps them from it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "schemes" if name.isupper() else "codec"
+    value = globals()[name] = getattr(import_module(f"hvd_quant.{module}"), name)
+    return value

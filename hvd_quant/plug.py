@@ -18,7 +18,6 @@ from hvd_quant.exchange.control import Description
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
 
 FUSION_BYTES = 8 << 20
-LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
 
 

@@ -3,17 +3,30 @@
 # system packages, torch and TensorFlow, Horovod built from source, hvd_quant.
 # Safe to run again: what is done is skipped.
 #
+# Usage: setup.sh [--until PART]    stops after system, frameworks or horovod (for the layers of an image)
+#
 # Environment:
 #   PYTHON                         interpreter for a new virtual environment         (default: python3)
 #   HVD_QUANT_FRAMEWORKS           torch, tensorflow, or both with a space between   (default: both)
 #   HVD_QUANT_TORCH_VERSION        torch release                                     (default: 2.13.0)
 #   HVD_QUANT_TORCH_INDEX          where CPU builds of torch come from if pip's own indexes have none
 #   HVD_QUANT_TENSORFLOW_VERSION   TensorFlow release, 2.16 or later                 (default: 2.21.0)
+#   HVD_QUANT_GPU                  yes or no: set up for a GPU            (default: whether nvidia-smi lists one)
 #   HOROVOD_*, MAKEFLAGS           passed on to Horovod's build
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+
+until=
+case "$#:${1:-}:${2:-}" in
+  0::) ;;
+  2:--until:system | 2:--until:frameworks | 2:--until:horovod) until=$2 ;;
+  *)
+    echo "usage: setup.sh [--until system|frameworks|horovod]" >&2
+    exit 2
+    ;;
+esac
 
 python=${PYTHON:-python3}
 read -ra frameworks <<<"${HVD_QUANT_FRAMEWORKS:-torch tensorflow}"
@@ -68,11 +81,14 @@ step() {
   printf '  %-18s %4ds\n' "$name" $((SECONDS - begin))
 }
 
-# once NAME KEY COMMAND...: a step that is skipped while NAME was last finished with the same KEY.
+# is_done NAME KEY: whether step NAME was last finished with this KEY.
+is_done() { [ "$(cat "$stamps/$1" 2>/dev/null || true)" = "$2" ]; }
+
+# once NAME KEY COMMAND...: a step that is skipped where it is done.
 once() {
   local name=$1 key=$2
   shift 2
-  if [ "$(cat "$stamps/$name" 2>/dev/null || true)" != "$key" ]; then
+  if ! is_done "$name" "$key"; then
     rm -f "$stamps/$name"
     step "$name" "$@"
     printf '%s' "$key" >"$stamps/$name"
@@ -92,12 +108,13 @@ done
 
 # What is needed is looked for itself, not by package name: it may have come from anywhere.
 missing_packages() {
+  command -v mpirun >/dev/null || echo openmpi-bin
+  command -v ssh >/dev/null || echo openssh-client # Open MPI complains without one, on one host too
+  all_done && return
   command -v g++ >/dev/null || echo g++
   command -v make >/dev/null || echo make
   command -v cmake >/dev/null || echo cmake
   command -v mpicxx >/dev/null || echo libopenmpi-dev
-  command -v mpirun >/dev/null || echo openmpi-bin
-  command -v ssh >/dev/null || echo openssh-client # Open MPI complains without one, on one host too
   if command -v "$python" >/dev/null; then
     "$python" -c 'import sys, sysconfig, os
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || echo python3-dev
@@ -145,7 +162,13 @@ install_data_set() {
 # --- Python packages ------------------------------------------------------------------------------------
 
 # Not with grep -q: it leaves early, and pipefail takes the other side's broken pipe for a failure.
-has_gpu() { command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
+has_gpu() {
+  case "${HVD_QUANT_GPU:-}" in
+    yes) true ;;
+    no) false ;;
+    *) command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]] ;;
+  esac
+}
 has_nccl() { [ -n "${HOROVOD_NCCL_HOME:-}" ] || [[ $(PATH=$PATH:/sbin:/usr/sbin ldconfig -p) == *libnccl* ]]; }
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
@@ -175,6 +198,13 @@ install_tensorflow() {
   pip install "$package==$tensorflow_version" "tf-keras==${tensorflow_version%.*}.*"
 }
 
+# Whether the system's CMake is new enough for Horovod and what it brings along.
+cmake_is_new() {
+  local version
+  version=$(cmake --version 2>/dev/null | sed -n '1s/.* //p')
+  [ "$(printf '3.18\n%s\n' "${version:-0}" | sort -V | head -n 1)" = 3.18 ]
+}
+
 build_horovod() {
   # Not below $root: its path may hold spaces, which Horovod's build does not take.
   local work source
@@ -190,6 +220,7 @@ build_horovod() {
     export HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-NCCL}
   fi
   pip install cloudpickle psutil pyyaml cffi
+  if ! cmake_is_new; then pip install 'cmake>=3.18,<4'; fi
   # CMake 4 refuses the third-party projects' old minimum versions unless told otherwise.
   (
     export PATH="$venv/bin:$PATH" CMAKE_POLICY_VERSION_MINIMUM=3.5
@@ -209,26 +240,54 @@ install_hvd_quant() {
 
 # --- the steps ------------------------------------------------------------------------------------------
 
-say "hvd_quant: setting up $venv (logs in $logs)"
-install_system_packages
+# reached PART: whether to stop here.
+reached() {
+  [ "$until" = "$1" ] || return 1
+  say "stopped after $1, as asked"
+}
+
+# What is built takes about 4 GB with both frameworks' CPU builds, and pip needs room to unpack beside that.
+check_space() {
+  local free
+  free=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
+  [ "$free" -ge "$gigabytes" ] ||
+    fail "$root has $free GB free, and setting up takes about $gigabytes GB. Make room, or clone to another disk"
+}
+
+kind=$(has_gpu && echo gpu || echo cpu)
+gigabytes=$([ "$kind" = gpu ] && echo 20 || echo 6)
+torch_key="$torch_version $kind"
+tensorflow_key="$tensorflow_version $kind"
+built_for=
+if has torch; then built_for+=" torch-$torch_version-$kind"; fi
+if has tensorflow; then built_for+=" tensorflow-$tensorflow_version-$kind"; fi
+horovod_key="$horovod_version$built_for $(cksum <scripts/patch_horovod.py)"
+
+# Whether nothing is left to build, so that no compiler is needed.
+all_done() {
+  is_done venv "$venv" && is_done horovod "$horovod_key" && is_done hvd_quant "$(hvd_quant_key)" &&
+    { ! has torch || is_done torch "$torch_key"; } &&
+    { ! has tensorflow || is_done tensorflow "$tensorflow_key"; }
+}
+
+hvd_quant_key() { cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum; }
 
 # A .venv whose interpreter has gone, or that was moved here from elsewhere, is made again.
 "$venv/bin/python" -c '' 2>/dev/null || rm -rf "$stamps"
+compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"
+
+say "hvd_quant: setting up $venv (logs in $logs)"
+all_done || check_space
+install_system_packages
+reached system && exit
 once venv "$venv" make_venv
 install_data_set
-kind=$(has_gpu && echo gpu || echo cpu)
-built_for=
-if has torch; then
-  once torch "$torch_version $kind" install_torch
-  built_for+=" torch-$torch_version-$kind"
-fi
-if has tensorflow; then
-  once tensorflow "$tensorflow_version $kind" install_tensorflow
-  built_for+=" tensorflow-$tensorflow_version-$kind"
-fi
-once horovod "$horovod_version$built_for $(cksum <scripts/patch_horovod.py)" build_horovod
-compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"
-once hvd_quant "$(cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum)" install_hvd_quant
+if has torch; then once torch "$torch_key" install_torch; fi
+if has tensorflow; then once tensorflow "$tensorflow_key" install_tensorflow; fi
+reached frameworks && exit
+once horovod "$horovod_key" build_horovod
+reached horovod && exit
+once hvd_quant "$(hvd_quant_key)" install_hvd_quant
 
 # TensorFlow says much when it is imported.
 "$venv/bin/python" - "${frameworks[@]}" 2>"$logs/ready.log" <<'PYTHON' || { cat "$logs/ready.log" >&2 && exit 1; }

@@ -296,14 +296,31 @@ class Lab:
         with self._sshd(options.get("env")) as port:
             return self.run_on(0, [*launch, port, *self._ranks(slots), *command], **options)
 
-    def mpirun(self, command: Command, *, slots: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
+    def mpirun(
+        self,
+        command: Command,
+        *,
+        slots: int = 1,
+        hostfile: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command through mpirun, started in host 0; arguments and errors as `horovodrun`.
+
+        Args:
+            command: program and arguments.
+            slots: ranks in each host.
+            hostfile: a file to which hosts and slots are written, for mpirun to read; None: it is told -H.
+            **options: as of `horovodrun`.
 
         Returns:
             As `run_on`. The status is the command's, of the first rank that failed.
         """
+        ranks = self._ranks(slots)
+        if hostfile is not None:
+            Path(hostfile).write_text("".join(f"{name} slots={slots}\n" for name in self.names))
+            ranks = ["--hostfile", os.fspath(hostfile)]
         with self._sshd(options.get("env")) as port:
-            launch = ["mpirun", "--mca", "plm_rsh_args", f"-p {port}", *self._ranks(slots)]
+            launch = ["mpirun", "--mca", "plm_rsh_args", f"-p {port}", *ranks]
             return self.run_on(0, [*launch, *command], **options)
 
     def _ranks(self, slots: int) -> list[str]:

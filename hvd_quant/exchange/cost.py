@@ -33,6 +33,7 @@ class Link:
 # Bandwidths that are assumed where nothing is stated.
 NETWORK = 125e6  # 1 Gbit/s
 SHARED_MEMORY = 2e9
+HOROVOD_LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
 
 
 def seconds(exchange: str, link: Link, size: int, payload_bytes: int, count: int) -> float:

@@ -25,7 +25,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
 from hvd_quant.exchange import control, cost
-from hvd_quant.plug import FUSION_BYTES, LATENCY, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
+from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.progress import Progress
@@ -438,7 +438,7 @@ class QuantizedCompressor(Options, Compressor):
                 "hvd_quant.tensorflow needs TensorFlow 2's eager execution and tf.function; graphs of "
                 "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
             )
-        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), LATENCY)
+        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
         self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope():

@@ -27,7 +27,7 @@ from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.overrides import Overrides
-from hvd_quant.plug import FUSION_BYTES, LATENCY, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
+from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
@@ -475,7 +475,7 @@ class QuantizedCompressor(Options, Compressor):
                 "named_parameters=model.named_parameters(), or use hvd_quant.torch.DistributedOptimizer, "
                 "which does so"
             )
-        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), LATENCY)
+        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
         named = self._names.named_parameters() if self._names is not None else []
         self._parameters = {
             name: [

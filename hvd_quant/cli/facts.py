@@ -1,0 +1,238 @@
+"""What a machine is and has, as plain JSON values. `gather` never raises: what cannot be told is an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+
+PACKAGES = (
+    "hvd_quant",
+    "numpy",
+    "torch",
+    "tensorflow",
+    "keras",
+    "tf_keras",
+    "horovod",
+    "mpi4py",
+)
+PROBE_SECONDS = 90.0  # a framework's first import from a slow disk takes long
+RESOLVE_SECONDS = 5.0
+VARIABLES = (
+    "HOROVOD_",
+    "HVD_QUANT_",
+    "OMP_",
+    "NCCL_",
+    "OMPI_MCA_",
+    "OMPI_ALLOW",
+)  # beginnings of names worth telling
+
+
+def gather() -> Facts:
+    """Facts about this machine; takes as long as its frameworks take to import."""
+    sections: dict[str, Callable[[], Facts]] = {
+        "host": host,
+        "network": network,
+        "python": python,
+        "packages": packages,
+        "gpus": gpus,
+        "mpi": mpi,
+        "torch": lambda: framework("torch"),
+        "tensorflow": lambda: framework("tensorflow"),
+        "environment": environment,
+    }
+    with ThreadPoolExecutor(len(sections)) as pool:
+        facts = dict(zip(sections, pool.map(guarded, sections.values()), strict=True))
+    return facts | {"codec": guarded(codec)}  # by itself, because it measures a speed
+
+
+def guarded(section: Callable[[], Facts]) -> Facts:
+    """What a section says, or the error that it ended with."""
+    try:
+        return section()
+    except Exception as error:
+        return {"error": describe(error)}
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def name() -> Facts:
+    """The machine's name alone."""
+    return {"name": socket.gethostname()}
+
+
+def host() -> Facts:
+    """The machine itself."""
+    shm = os.statvfs("/dev/shm")
+    return {
+        **name(),
+        "resolves_to": _resolve(socket.gethostname()),
+        "system": _system(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "shm_bytes": shm.f_frsize * shm.f_blocks,
+        "root": os.geteuid() == 0,
+    }
+
+
+def _resolve(name: str) -> list[str]:
+    """The IPv4 addresses of a name; none, where there are none within a while."""
+    found: list[str] = []
+
+    def resolve() -> None:
+        with contextlib.suppress(OSError):
+            found.extend(sorted({info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET)}))
+
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(RESOLVE_SECONDS)
+    return list(found)
+
+
+def _system() -> str:
+    name = platform.system()
+    if sys.platform == "linux":
+        name = platform.freedesktop_os_release().get("PRETTY_NAME", name)
+    return f"{name}, {platform.machine()}"
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def usable_cores() -> float:
+    """Cores that this process may use: by its affinity, and by its container's quota."""
+    cores = float(len(os.sched_getaffinity(0)))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores, int(allowed) / int(period))
+    return cores
+
+
+def network() -> Facts:
+    """Network interfaces by name, with their IPv4 addresses."""
+    import psutil
+
+    states = psutil.net_if_stats()
+    return {
+        name: {
+            "addresses": [one.address for one in addresses if one.family == socket.AF_INET],
+            "up": states[name].isup,
+            "mtu": states[name].mtu,
+            "mbit_s": states[name].speed or None,
+        }
+        for name, addresses in sorted(psutil.net_if_addrs().items())
+        if name in states
+    }
+
+
+def python() -> Facts:
+    """The interpreter."""
+    return {
+        "version": platform.python_version(),
+        "executable": sys.executable,
+        "virtual_environment": sys.prefix != sys.base_prefix,
+    }
+
+
+def packages() -> Facts:
+    """Versions of installed packages, None where one is not installed."""
+    versions = {one.name.lower().replace("-", "_"): one.version for one in metadata.distributions()}
+    versions.setdefault("tensorflow", versions.get("tensorflow_cpu"))
+    return {name: versions.get(name) for name in PACKAGES}
+
+
+def gpus() -> Facts:
+    """What NVIDIA's driver lists."""
+    if shutil.which("nvidia-smi") is None:
+        return {"names": []}
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        return {"names": [], "error": done.stdout.strip() or done.stderr.strip()}
+    return {"names": done.stdout.strip().splitlines()}
+
+
+def mpi() -> Facts:
+    """The MPI whose launcher comes first in PATH."""
+    launcher = shutil.which("mpirun")
+    if launcher is None:
+        return {"launcher": None, "version": None}
+    done = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=30)
+    first = (done.stdout.strip().splitlines() or [""])[0]
+    return {"launcher": launcher, "version": first}
+
+
+def codec() -> Facts:
+    """Whether the native codec works, and how fast; in a process of its own, which may die of it."""
+    return _probe("codec")
+
+
+def framework(name: str) -> Facts:
+    """What a framework says of itself, and Horovod of being built for it; see `hvd_quant.cli.probe`."""
+    try:
+        installed = _find(name)
+    except (ImportError, ValueError) as error:
+        return {"installed": True, "error": describe(error)}
+    return {"installed": installed, **(_probe(name) if installed else {})}
+
+
+def _find(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def _probe(name: str) -> Facts:
+    command = [sys.executable, "-m", "hvd_quant.cli.probe", name]
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_SECONDS,
+            env={**os.environ, **quiet},
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"takes more than {PROBE_SECONDS:g} s"}
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode == 0 and last.startswith("{"):
+        return json.loads(last)
+    if done.returncode < 0:
+        return {"error": f"died of {signal.Signals(-done.returncode).name}"}
+    return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+
+
+def environment() -> Facts:
+    """Variables that change how jobs run."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)} | {
+        name: os.environ[name]
+        for name in ("TF_USE_LEGACY_KERAS", "CUDA_VISIBLE_DEVICES")
+        if name in os.environ
+    }

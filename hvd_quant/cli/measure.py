@@ -1,0 +1,147 @@
+"""How fast the ranks' collectives are, and what that means for a step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from hvd_quant import wire
+from hvd_quant.cli.facts import Facts
+from hvd_quant.cli.meeting import Meeting
+from hvd_quant.cli.rules import Finding
+from hvd_quant.exchange import cost
+from hvd_quant.schemes import QSGD
+
+BYTES = 8 << 20  # about a fused bucket of gradients
+SECONDS = 1.0  # to spend on a collective
+REPEATS = 3, 30
+SLOW_LATENCY = 5e-3
+PARAMETERS = 25_600_000  # of a ResNet-50
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a collective.
+
+    Args:
+        latency: seconds that it takes with next to nothing to carry.
+        rate: bytes a second, of those that a rank ends up with, above the latency.
+    """
+
+    latency: float
+    rate: float
+
+    def seconds(self, size: float) -> float:
+        """How long it takes, of so many bytes."""
+        return self.latency + size / self.rate
+
+
+def measure(meeting: Meeting, payload: int = BYTES) -> dict[str, Speed]:
+    """The speeds of all collectives, the same on every rank: the slowest rank's.
+
+    Args:
+        meeting: of two ranks or more; all call this together.
+        payload: about how many bytes to carry.
+    """
+    unit = 4 * meeting.size
+    large = np.zeros(-(-payload // unit) * unit, np.uint8)
+    speeds = {}
+    for name, collective in meeting.collectives.items():
+        latency = _median(meeting, collective, np.zeros(unit, np.uint8))
+        seconds = _median(meeting, collective, large)
+        speeds[name] = Speed(latency, large.size / max(seconds - latency, 1e-9))
+    return speeds
+
+
+def _median(meeting: Meeting, collective: Callable[[np.ndarray], object], array: np.ndarray) -> float:
+    def once() -> float:
+        begin = time.perf_counter()
+        collective(array)
+        return time.perf_counter() - begin
+
+    once()
+    first = max(meeting.gather(once()))  # so that all ranks repeat it as often
+    repeats = int(min(max(SECONDS / 2 / first, REPEATS[0]), REPEATS[1]))
+    return max(meeting.gather(statistics.median(once() for _ in range(repeats))))
+
+
+def predict(
+    speeds: Mapping[str, Speed], size: int, codec: Facts, parameters: int = PARAMETERS
+) -> dict[str, float]:
+    """Seconds that a step's gradients take, by what they travel as: a model made of what was measured.
+
+    Args:
+        speeds: as `measure` returns them.
+        size: ranks.
+        codec: the slowest host's, with ``encode_values_s`` and ``decode_values_s``.
+        parameters: float32 values.
+    """
+    payload = wire.payload_size(QSGD(bits=4), parameters)
+    encode, decode = (parameters / codec[f"{way}_values_s"] for way in ("encode", "decode"))
+    return {
+        "float32": speeds["allreduce"].seconds(4 * parameters),
+        "fp16": speeds["allreduce"].seconds(2 * parameters),
+        "4 bits, allgather": encode + speeds["allgather"].seconds(size * payload) + size * decode,
+        "4 bits, scatter_allgather": encode
+        + speeds["alltoall"].seconds(payload)
+        + (decode + encode / size)
+        + speeds["allgather"].seconds(payload)
+        + decode,
+    }
+
+
+def judge(
+    speeds: Mapping[str, Speed], steps: Mapping[str, float], size: int, one_host: bool
+) -> Iterator[Finding]:
+    """What of it will hurt.
+
+    Args:
+        speeds: as `measure` returns them.
+        steps: as `predict` returns them.
+        size: ranks.
+        one_host: whether all ranks are on the same.
+    """
+    for name, speed in speeds.items():
+        if speed.latency > SLOW_LATENCY:
+            yield Finding(
+                "warning",
+                "latency",
+                f"An empty {name} takes {1e3 * speed.latency:.1f} ms.",
+                "Every fused bucket of gradients waits so long at least.",
+                "Look for more ranks than cores, HOROVOD_CYCLE_TIME, or a slow network; larger fusion_bytes "
+                "make fewer buckets.",
+            )
+    own = {name.partition(", ")[2]: seconds for name, seconds in steps.items() if name.startswith("4 bits")}
+    best = min(own, key=own.__getitem__)
+    link = cost.link_from_environment(one_host, cost.HOROVOD_LATENCY)
+    chosen = cost.choose(link, size, wire.payload_size(QSGD(bits=4), BYTES // 4), BYTES // 4)
+    if own[chosen] > 1.25 * own[best]:
+        yield Finding(
+            "note",
+            "exchange",
+            f'exchange="auto" takes {chosen} here, and {best} is {own[chosen] / own[best]:.1f} x as fast.',
+            "The choice goes by a model of the network, not by measurements.",
+            f'Hand the compressor exchange="{best}".',
+        )
+    if own[best] > steps["fp16"]:
+        yield Finding(
+            "note",
+            "no-gain",
+            f"For {PARAMETERS / 1e6:.1f} M parameters 4 bits take {1e3 * own[best]:.0f} ms, and Horovod's "
+            f"fp16 {1e3 * steps['fp16']:.0f} ms.",
+            "The network between these ranks is not what a step waits for.",
+            "Train without quantization here.",
+        )
+
+
+def as_json(speeds: Mapping[str, Speed], steps: Mapping[str, float]) -> Facts:
+    """Both, for a program to read."""
+    return {
+        "collectives": {name: asdict(speed) for name, speed in speeds.items()},
+        "step_seconds": dict(steps),
+        "parameters": PARAMETERS,
+    }
