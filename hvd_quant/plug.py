@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from horovod.common.process_sets import ProcessSet
@@ -15,6 +15,7 @@ from hvd_quant.codec import native
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import EXCHANGES
 from hvd_quant.exchange.control import Description
+from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
 
 FUSION_BYTES = 8 << 20
@@ -75,6 +76,7 @@ class Options:
         self.in_use = False  # by an optimizer of ours
         self._shares_noise = "correlated" in roundings
         self._link: cost.Link | None = None  # until Horovod is asked where the ranks are
+        self._topology: Topology | None = None  # until all ranks have told
         # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
         # need not make its compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
@@ -89,6 +91,23 @@ class Options:
             raise ValueError("give the compressor and the optimizer the same process_set")
         if self.in_use:
             raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
+
+    def _locate(self, topology: Topology) -> None:
+        """Note where the ranks are, once all have told.
+
+        Raises:
+            ValueError: the exchange that the user asked for is none for that; on every rank.
+        """
+        if self.exchange == "hierarchical" and topology.ranks_a_host == 1:
+            raise ValueError(NOT_BY_HOSTS)
+        self._topology = topology
+
+    def _algorithm_for(self, nbytes: int, count: int) -> str:
+        """The name of the exchange for so many values in so many bytes: the same on all ranks."""
+        if self.exchange != "auto":
+            return self.exchange
+        link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
+        return cost.choose(link, self.process_set.size(), nbytes, count)
 
     def _config(self) -> Description:
         """What must be the same on all ranks."""

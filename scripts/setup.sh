@@ -114,7 +114,8 @@ missing_packages() {
   command -v g++ >/dev/null || echo g++
   command -v make >/dev/null || echo make
   command -v cmake >/dev/null || echo cmake
-  command -v mpicxx >/dev/null || echo libopenmpi-dev
+  # Debian has the compiler's wrapper without the headers, too.
+  mpicxx -E -x c++ - <<<'#include <mpi.h>' >/dev/null 2>&1 || echo libopenmpi-dev
   if command -v "$python" >/dev/null; then
     "$python" -c 'import sys, sysconfig, os
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || echo python3-dev

@@ -81,6 +81,7 @@ class MessageLayout:
         """Values in all segments."""
         return sum(segment.count for segment in self.segments)
 
+    @cached_property
     def flattened(self) -> MessageLayout:
         """The same message over other memory: one float32 tensor that holds the segments end to end."""
         segments, start = [], 0

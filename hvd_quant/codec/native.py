@@ -16,6 +16,8 @@ from hvd_quant.schemes import Scheme
 __all__ = [
     "DTYPES",
     "add_lost",
+    "average",
+    "collect",
     "decode_mean",
     "decode_messages",
     "empty",
@@ -242,3 +244,51 @@ def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         kept = residual + np.float32(times) * lost
     np.copyto(residual, kept, where=np.isfinite(kept))
+
+
+def collect(
+    values: Sequence[np.ndarray],
+    layout: MessageLayout,
+    preamble: bytes,
+    out: np.ndarray,
+    residuals: Sequence[np.ndarray] = (),
+) -> None:
+    """Write a preamble, and then the values of a layout's segments as float32, end to end.
+
+    Args:
+        values: the layout's tensors; bfloat16 as 16-bit patterns.
+        layout: says which values.
+        preamble: `PREAMBLE_SIZE` bytes.
+        out: uint8 of PREAMBLE_SIZE + 4 * layout.count.
+        residuals: of error feedback, flat float32, or none. They are added, and become 0 where the sum is
+            finite.
+    """
+    out[:PREAMBLE_SIZE] = np.frombuffer(preamble, np.uint8)
+    floats, end = out[PREAMBLE_SIZE:].view(np.float32), 0
+    for segment in layout.segments:
+        place = slice(segment.start, segment.start + segment.count)
+        part, room = values[segment.tensor].reshape(-1)[place], floats[end : end + segment.count]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if segment.dtype == "bfloat16":
+                np.left_shift(part.view(np.uint16), 16, out=room.view(np.uint32), dtype=np.uint32)
+            else:
+                np.copyto(room, part, casting="same_kind")
+            if residuals:
+                residual = residuals[segment.tensor][place]
+                room += residual
+                np.copyto(residual, np.float32(0), where=np.isfinite(room))
+        end += segment.count
+
+
+def average(parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Write the mean of what `collect` has written, without the preambles.
+
+    Args:
+        parts: uint8, each of four times as many bytes as ``out`` has values.
+        out: float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, parts[0].view(np.float32))
+        for part in parts[1:]:
+            out += part.view(np.float32)
+        out *= np.float32(1 / len(parts))

@@ -172,6 +172,35 @@ def add_lost(residual: torch.Tensor, lost: torch.Tensor, times: int) -> None:
     residual.copy_(torch.where(kept.isfinite(), kept, residual))
 
 
+def collect(
+    values: Sequence[torch.Tensor],
+    layout: MessageLayout,
+    preamble: bytes,
+    out: torch.Tensor,
+    residuals: Sequence[torch.Tensor] = (),
+) -> None:
+    """Write a preamble and the values of a layout's segments; see `hvd_quant.codec.native.collect`."""
+    out[:PREAMBLE_SIZE].copy_(torch.frombuffer(bytearray(preamble), dtype=torch.uint8), non_blocking=True)
+    floats, end = out[PREAMBLE_SIZE:].view(torch.float32), 0
+    for segment in layout.segments:
+        place = slice(segment.start, segment.start + segment.count)
+        room = floats[end : end + segment.count]
+        room.copy_(values[segment.tensor].detach().reshape(-1)[place])
+        if residuals:
+            residual = residuals[segment.tensor].view(-1)[place]
+            room += residual
+            residual.masked_fill_(room.isfinite(), 0.0)
+        end += segment.count
+
+
+def average(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Write the mean of what has been collected; see `hvd_quant.codec.native.average`."""
+    out.copy_(_words(parts[0], torch.float32))
+    for part in parts[1:]:
+        out += _words(part, torch.float32)
+    out *= 1 / len(parts)
+
+
 def _differ(header: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two headers do, but for their checksums."""
     differs = header != expected

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_quant.codec.message import MessageLayout
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, cut
 from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.fused import FusedBucket
 from hvd_quant.exchange.transport import Buffer, Handle, Transport
@@ -45,6 +45,22 @@ class Codec(Protocol):
 
     def add_lost(self, residual: Buffer, lost: Buffer, times: int) -> None:
         """Add ``times`` what a mean has lost to a residual, where the sum is finite."""
+
+    def collect(
+        self,
+        values: Sequence[Buffer],
+        layout: MessageLayout,
+        preamble: bytes,
+        out: Buffer,
+        residuals: Sequence[Buffer] = (),
+    ) -> None:
+        """Write a preamble, and the values of a layout's segments as float32, to bytes.
+
+        Residuals are added, and become 0 where the sum is finite.
+        """
+
+    def average(self, parts: Sequence[Buffer], out: Buffer) -> None:
+        """Write the mean of equally many float32 values in each of the parts, which are bytes."""
 
 
 Encoded = list[tuple[MessageLayout, list[Buffer]]]
@@ -111,20 +127,25 @@ def encode_mean(work: Work, parts: Sequence[Buffer]) -> Buffer:
         ValueError: one of them is damaged, or about something else.
     """
     bucket = work.bucket
-    own, flat = bucket.chunks[bucket.rank], bucket.own_chunk
-    mean = work.room("mean", flat.count, "float32")
+    mean = work.room("mean", bucket.own_chunk.count, "float32")
+    work.codec.decode_messages(parts, bucket.own_chunk, [mean], 1.0)
+    return _encode_mean(work, mean, bucket.chunks[bucket.rank], "mean", bucket.size)
+
+
+def _encode_mean(work: Work, mean: Buffer, chunk: MessageLayout, stage: str, ranks: int) -> Buffer:
+    """The message with a chunk's mean over so many ranks."""
+    flat = chunk.flattened
     message = work.room("mean's message", flat.size, "uint8")
-    noise = bucket.noise(own, "mean", work.uses)
-    work.codec.decode_messages(parts, flat, [mean], 1.0)
+    noise = work.bucket.noise(chunk, stage, work.uses)
     if not work.residuals:
         return message[: work.codec.encode_message([mean], flat, noise, message)]
     lost = work.room("mean's residual", flat.count, "float32")
     lost[:] = 0.0
     size = work.codec.encode_message([mean], flat, noise, message, [lost])
-    # What the mean lost is n times as much of this rank's own gradients.
-    for segment, place in zip(own.segments, flat.segments, strict=True):
+    # What the mean lost is so many times as much of this rank's own gradients.
+    for segment, place in zip(chunk.segments, flat.segments, strict=True):
         residual = work.residuals[segment.tensor][segment.start : segment.start + segment.count]
-        work.codec.add_lost(residual, lost[place.start : place.start + place.count], bucket.size)
+        work.codec.add_lost(residual, lost[place.start : place.start + place.count], ranks)
     return message[:size]
 
 
@@ -161,7 +182,91 @@ def scatter_allgather(
     return [(chunk, [part]) for chunk, part in zip(chunks, messages, strict=True)]
 
 
-ALGORITHMS: dict[str, Algorithm] = {"allgather": allgather, "scatter_allgather": scatter_allgather}
+# --- by hosts ---------------------------------------------------------------------------------------------
+
+
+def collect_for_host(work: Work) -> tuple[Buffer, list[int]]:
+    """The values of each of the host's chunks as they are, for who averages it, and the parts' sizes."""
+    bucket = work.bucket
+    # By the host's ranks together; at most, where it varies.
+    work.encoded_bytes = bucket.whole.size
+    sizes = [0] * bucket.size
+    for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
+        sizes[neighbour] = PREAMBLE_SIZE + 4 * chunk.count
+    message = work.room("values", sum(sizes), "uint8")
+    end = 0
+    for number, (neighbour, chunk) in enumerate(zip(bucket.neighbours, bucket.host_chunks, strict=True)):
+        part = message[end : end + sizes[neighbour]]
+        work.codec.collect(work.values, chunk, bucket.raw_preamble(number), part, work.residuals)
+        end += sizes[neighbour]
+    return message, sizes
+
+
+def encode_host_mean(work: Work, parts: Sequence[Buffer]) -> Buffer:
+    """The message with the mean of what all neighbours have sent about the own chunk of the host's.
+
+    Raises:
+        ValueError: one of them has sent something else.
+    """
+    bucket = work.bucket
+    number = bucket.own_host_chunk
+    chunk, expected = bucket.host_chunks[number], bucket.raw_preamble(number)
+    from_neighbours = [parts[neighbour] for neighbour in bucket.neighbours]
+    for neighbour, part in zip(bucket.neighbours, from_neighbours, strict=True):
+        size, preamble = PREAMBLE_SIZE + 4 * chunk.count, bytes(part[:PREAMBLE_SIZE].tolist())
+        if len(part) != size or preamble != expected:
+            raise ValueError(f"message of rank {neighbour} is not the one that was expected")
+    mean = work.room("mean", chunk.count, "float32")
+    work.codec.average([part[PREAMBLE_SIZE:] for part in from_neighbours], mean)
+    return _encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
+
+
+def repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tuple[Buffer, list[int]]:
+    """Messages end to end, once for each of some ranks, and the parts' sizes."""
+    size = sum(map(len, messages))
+    sizes = [size if rank in ranks else 0 for rank in range(work.bucket.size)]
+    out = work.codec.empty(sum(sizes), "uint8", work.values[0])
+    end = 0
+    for message in list(messages) * len(ranks):
+        out[end : end + len(message)] = message
+        end += len(message)
+    return out, sizes
+
+
+def of_host(bucket: FusedBucket, parts: Sequence[Buffer]) -> Encoded:
+    """What the neighbours have passed on: for each of the host's chunks, the messages of all hosts."""
+    return [
+        (chunk, cut(parts[neighbour], [chunk.fixed_size] * len(bucket.counterparts)))
+        for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True)
+    ]
+
+
+def hierarchical(work: Work, transport: Transport, name: str) -> Generator[Handle, list[Buffer], Encoded]:
+    """The ranks of a host average their gradients as they are, and the hosts exchange these means encoded.
+
+    Every rank averages, encodes and sends one chunk of its host's, to the ranks in its place on the other
+    hosts, and passes on to its neighbours what it receives of these. One rounding, of a host's mean. With h
+    hosts, all ranks of a host together receive h - 1 payloads from others, however many they are.
+    """
+    bucket, damage = work.bucket, None
+    parts = yield transport.alltoall(*collect_for_host(work), f"{name}.host")
+    try:
+        message = encode_host_mean(work, parts)
+    except ValueError as error:
+        damage, message = error, parts[bucket.rank][:0]
+    across = yield transport.alltoall(*repeat(work, [message], bucket.counterparts), f"{name}.across")
+    messages = [across[rank] for rank in bucket.counterparts]
+    told = yield transport.alltoall(*repeat(work, messages, bucket.neighbours), f"{name}.pass")
+    if damage is not None:
+        raise damage
+    return of_host(bucket, told)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "allgather": allgather,
+    "scatter_allgather": scatter_allgather,
+    "hierarchical": hierarchical,
+}
 EXCHANGES = ("auto", *ALGORITHMS)  # as users name them
 
 
@@ -182,7 +287,7 @@ class Exchange:
         self._encoded: Encoded = []
         self._failure: ValueError | None = None
         self._handle: Handle | None = next(self._generator)
-        self.stages_left = {"allgather": 0, "scatter_allgather": 1}[algorithm]
+        self.stages_left = {"allgather": 0, "scatter_allgather": 1, "hierarchical": 2}[algorithm]
 
     def advance(self, *, wait: bool) -> bool:
         """Take the exchange to its last collective, as far as it gets without waiting, or with.

@@ -1,10 +1,17 @@
 """Which exchange is quickest: a model of what each of them costs.
 
-With n ranks, a payload of c bytes for V values, latency a of a collective, bandwidth b of a rank's link, and
-a codec that encodes and decodes r values a second:
+With n ranks, a payload of c bytes for V values, latency a of a collective, bandwidth b of a host's link, and
+a codec that encodes and decodes r values a second, where every rank has a host of its own:
 
     allgather:          a + (n - 1) c / b + n V / r                  (n payloads are decoded)
     scatter-allgather:  2 a + 2 (n - 1) / n c / b + (2 + 1 / n) V / r  (n chunks, and the whole; one encoded)
+
+With h hosts of l ranks, these share their host's link, and each receives for itself what comes from other
+hosts. m is the bandwidth between ranks of a host:
+
+    allgather:          a + l (n - l) c / b + n V / r
+    scatter-allgather:  2 a + 2 l (n - l) / n c / b + (2 + 1 / n) V / r
+    hierarchical:       3 a + (h - 1) c / b + (l - 1) / l (4 V + h c) / m + (h + 1 / l) V / r
 
 Encoding the gradients themselves is common to both. docs/exchange.md compares the model with measurements.
 """
@@ -21,13 +28,15 @@ class Link:
 
     Args:
         latency: seconds that a collective takes however small it is.
-        bandwidth: bytes a second that a rank can receive.
+        bandwidth: bytes a second that a host can receive, or a rank, where all are on one host.
         codec_rate: values a second that a rank can encode or decode.
+        ranks_a_host: that share the bandwidth. More than 1 only if hosts are several, and alike in this.
     """
 
     latency: float
     bandwidth: float
     codec_rate: float = 2e9
+    ranks_a_host: int = 1
 
 
 # Bandwidths that are assumed where nothing is stated.
@@ -46,17 +55,29 @@ def seconds(exchange: str, link: Link, size: int, payload_bytes: int, count: int
         payload_bytes: that a rank encodes its gradients into.
         count: values in them.
     """
+    here, local = link.ranks_a_host, 0.0
+    hosts = size / here
     if exchange == "allgather":
-        received, coded, collectives = (size - 1) * payload_bytes, size * count, 1
+        received, coded, collectives = here * (size - here) * payload_bytes, size * count, 1
+    elif exchange == "scatter_allgather":
+        share = here * (size - here) / size
+        received, coded, collectives = 2 * share * payload_bytes, (2 + 1 / size) * count, 2
     else:
-        received, coded, collectives = 2 * (size - 1) / size * payload_bytes, (2 + 1 / size) * count, 2
-    return collectives * link.latency + received / link.bandwidth + coded / link.codec_rate
+        received, coded, collectives = (hosts - 1) * payload_bytes, (hosts + 1 / here) * count, 3
+        local = (1 - 1 / here) * (4 * count + hosts * payload_bytes)
+    return (
+        collectives * link.latency
+        + received / link.bandwidth
+        + local / SHARED_MEMORY
+        + coded / link.codec_rate
+    )
 
 
 def choose(link: Link, size: int, payload_bytes: int, count: int) -> str:
     """The exchange that the model takes for the quickest: a function of its arguments alone."""
+    by_hosts = ("hierarchical",) if link.ranks_a_host > 1 else ()
     return min(
-        ("allgather", "scatter_allgather"),
+        ("allgather", "scatter_allgather", *by_hosts),
         key=lambda exchange: seconds(exchange, link, size, payload_bytes, count),
     )
 

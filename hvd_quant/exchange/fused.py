@@ -19,6 +19,7 @@ import numpy as np
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
 from hvd_quant.codec.noise import Noise, shift
+from hvd_quant.exchange.topology import Topology
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import MAX_BITS, MIN_BITS, Scheme
 
@@ -64,14 +65,28 @@ class FusedBucket:
         size: ranks that take part.
         rank: this one.
         seed: of the noise, the same on all ranks; anything that JSON can hold.
+        topology: where the ranks are; None if it is not known, as if each had a host of its own.
     """
 
-    def __init__(self, entries: Sequence[Entry], size: int, rank: int, seed: object) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], size: int, rank: int, seed: object, topology: Topology | None = None
+    ) -> None:
         self.entries = tuple(entries)
         self.size, self.rank = size, rank
+        self.topology = topology or Topology(range(size))
         self._seed = seed
         self.buffers: dict[str, Buffer] = {}  # what an exchange needs in every step
         self._noise: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    @cached_property
+    def neighbours(self) -> list[int]:
+        """Ranks on this rank's host."""
+        return self.topology.neighbours(self.rank)
+
+    @cached_property
+    def counterparts(self) -> list[int]:
+        """Ranks in this rank's place on every host, where all have equally many."""
+        return self.topology.counterparts(self.rank)
 
     @cached_property
     def digest(self) -> bytes:
@@ -86,16 +101,22 @@ class FusedBucket:
 
     @cached_property
     def chunks(self) -> tuple[MessageLayout, ...]:
-        """``size`` messages of nearly equal length that hold every value once, in order.
+        """``size`` messages of nearly equal length that hold every value once, in order."""
+        return self._cut_up(self.size, "chunk")
 
-        Gradients are cut between two buckets of quantization only, so that cutting changes no norm.
-        """
+    @cached_property
+    def host_chunks(self) -> tuple[MessageLayout, ...]:
+        """The same for the ranks of a host, one for each."""
+        return self._cut_up(len(self.neighbours), "host's chunk")
+
+    def _cut_up(self, parts: int, title: str) -> tuple[MessageLayout, ...]:
+        """Gradients are cut between two buckets of quantization only, so that cutting changes no norm."""
         bits = [e.count * e.scheme.bits for e in self.entries]
         ends = list(itertools.accumulate(bits))
         total = ends[-1] if ends else 0
-        inner = range(1, self.size)
+        inner = range(1, parts)
         cuts = [
-            [0, *(self._cut(i, total * k // self.size - (ends[i] - bits[i])) for k in inner), e.count]
+            [0, *(self._cut(i, total * k // parts - (ends[i] - bits[i])) for k in inner), e.count]
             for i, e in enumerate(self.entries)
         ]
         return tuple(
@@ -105,9 +126,9 @@ class FusedBucket:
                     for i, (e, cut) in enumerate(zip(self.entries, cuts, strict=True))
                     if cut[k + 1] > cut[k]
                 ],
-                digest(self.digest.hex(), "chunk", k),
+                digest(self.digest.hex(), title, k),
             )
-            for k in range(self.size)
+            for k in range(parts)
         )
 
     def _cut(self, i: int, bits: int) -> int:
@@ -119,10 +140,19 @@ class FusedBucket:
         values = bits // entry.scheme.bits
         return min(entry.count, (values + bucket_size // 2) // bucket_size * bucket_size)
 
-    @cached_property
+    @property
     def own_chunk(self) -> MessageLayout:
         """The chunk that this rank averages, over one float32 tensor of its values."""
-        return self.chunks[self.rank].flattened()
+        return self.chunks[self.rank].flattened
+
+    @property
+    def own_host_chunk(self) -> int:
+        """The number of the host's chunk that this rank averages."""
+        return self.neighbours.index(self.rank)
+
+    def raw_preamble(self, chunk: int) -> bytes:
+        """What goes before the values of a host's chunk, as they are."""
+        return digest(self.digest.hex(), "host's values", chunk)
 
     def noise(self, layout: MessageLayout, stage: str, uses: np.ndarray) -> Noise:
         """Of a message's segments: a function of seed, rank, tensor, place, stage and step.
@@ -140,20 +170,24 @@ class FusedBucket:
 
         Args:
             layout: of the message.
-            stage: sets the first rounding of an exchange, ``"whole"`` or ``"chunk"``, apart from the second,
-                ``"mean"``, which every rank does for itself, so that nothing correlates there.
+            stage: sets the first rounding of an exchange, ``"whole"`` or ``"chunk"`` (or ``"host"``, which
+                counterparts do), apart from the second, ``"mean"``, which every rank does for itself, so that
+                nothing correlates there.
 
         Returns:
             For each segment: whose noise it has, uint64; its gradient, int64; its shift, uint32.
         """
         cache = (stage, layout.preamble)
         if cache not in self._noise:
+            place = (self.rank, self.size)
+            if stage == "host":
+                place = (self.counterparts.index(self.rank), len(self.counterparts))
             keys, shifts = [], []
             for segment in layout.segments:
                 together = stage != "mean" and segment.scheme.rounding == "correlated"
                 whose = "all" if together else self.rank
                 keys.append(digest(self._seed, whose, stage, self.entries[segment.tensor].key, segment.start))
-                shifts.append(shift(segment.scheme, self.rank, self.size) if together else 0)
+                shifts.append(shift(segment.scheme, *place) if together else 0)
             self._noise[cache] = (
                 np.frombuffer(b"".join(keys), "<u8").astype(np.uint64),
                 np.array([segment.tensor for segment in layout.segments], np.int64),
@@ -207,14 +241,14 @@ class Group:
             others.put(entry)
         return others
 
-    def bucket(self, size: int, rank: int, seed: object) -> FusedBucket:
+    def bucket(self, size: int, rank: int, seed: object, topology: Topology | None = None) -> FusedBucket:
         """The fused bucket of the entries."""
         if self._bucket is None:
             entries = tuple(self.entries.values())
             if entries not in self._buckets:
                 if len(self._buckets) == _BUCKETS_KEPT:
                     self._buckets.clear()
-                self._buckets[entries] = FusedBucket(entries, size, rank, seed)
+                self._buckets[entries] = FusedBucket(entries, size, rank, seed, topology)
             self._bucket = self._buckets[entries]
         return self._bucket
 

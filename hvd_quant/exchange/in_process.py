@@ -19,6 +19,7 @@ class Network:
         self.size = size
         self.ranks = [InProcess(self, rank) for rank in range(size)]
         self.received_bytes = [0] * size  # by each rank from the others
+        self.between: Counter[tuple[int, int]] = Counter()  # bytes, by who has sent them, and to whom
         self._collectives: dict[tuple[str, int], dict[int, list[np.ndarray]]] = {}
         self._posted: Counter[tuple[str, int]] = Counter()
 
@@ -44,6 +45,8 @@ class _Handle:
         if not self.ready():
             raise RuntimeError("a rank waits for ranks that are driven by the same thread")
         received = [self._collective[rank][self._rank] for rank in range(self._network.size)]
+        for rank, part in enumerate(received):
+            self._network.between[rank, self._rank] += part.size
         self._network.received_bytes[self._rank] += sum(
             part.size for rank, part in enumerate(received) if rank != self._rank
         )

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ from hvd_quant.codec import flat_array, is_tensor, native
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
+from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
 from hvd_quant.mpi.transport import MpiTransport
 from hvd_quant.schemes import Scheme, check_choice, check_integer
 
@@ -157,7 +158,8 @@ class QuantizedComm:
         scheme: how values are quantized, e.g. ``hvd_quant.QSGD(bits=4)``.
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
+            rounding; ``"hierarchical"``, the ranks of a host average their values as they are, and the
+            hosts exchange these means; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quickest.
         seed: of the rounding noise, 0 to 2^64 - 1. Each rank and each call draws its own noise from it. Give
             another one to a communicator that reduces what this one has reduced.
 
@@ -195,6 +197,7 @@ class QuantizedComm:
         _meet(comm)
         neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
         one_host = neighbours.size == self.size
+        host = neighbours.bcast(self.rank)
         neighbours.Free()
         fault = None
         try:
@@ -211,10 +214,10 @@ class QuantizedComm:
         self._wire_bytes = 0
         self._received_bytes = 0
         self._messages = 0  # calls so far, too: every rank numbers them
-        self._agree(fault)
+        self._agree(fault, host)
 
-    def _agree(self, fault: ValueError | None) -> None:
-        """Compare the ranks' arguments, and whether their environments are in order."""
+    def _agree(self, fault: ValueError | None, host: int) -> None:
+        """Compare the ranks' arguments, and whether their environments are in order; tell the hosts."""
         own = {
             "environment": "in order" if fault is None else str(fault),
             "scheme": type(self.scheme).__name__,
@@ -224,7 +227,11 @@ class QuantizedComm:
             "link": asdict(self._link) if fault is None else None,
             "wire version": wire.VERSION,
         }
-        differences = control.differences(self._comm.allgather(own))
+        described, hosts = zip(*self._comm.allgather((own, host)), strict=True)
+        self._topology = Topology(hosts)
+        differences = control.differences(described)
+        if fault is None and self.exchange == "hierarchical" and self._topology.ranks_a_host == 1:
+            fault = ValueError(NOT_BY_HOSTS)
         if differences or fault is not None:
             self._comm.Free()
         if differences:
@@ -357,7 +364,8 @@ class QuantizedComm:
         whole = bucket.whole
         algorithm = self.exchange
         if algorithm == "auto":
-            algorithm = cost.choose(self._link, self.size, whole.size, whole.count)
+            link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
+            algorithm = cost.choose(link, self.size, whole.size, whole.count)
         transport = MpiTransport(self._comm, number, bucket.buffers)
         uses = np.array([number], np.uint64)
         work = Work(bucket, [values], uses, native, buffers=bucket.buffers)
@@ -381,8 +389,8 @@ class QuantizedComm:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         answers: list[np.ndarray] = []
         description = np.frombuffer(json.dumps(call).encode(), np.uint8)
-        # Others may have chosen the exchange of two collectives, of which the second is then empty.
-        for message in [description[:0]] * (2 - transport.collectives) + [description]:
+        # Others may have chosen an exchange of more collectives, of which the others are then empty.
+        for message in [description[:0]] * (3 - transport.collectives) + [description]:
             handle = transport.allgather(message, [len(message)] * self.size, "mismatch")
             while not handle.ready():
                 if time.monotonic() > deadline:
@@ -408,7 +416,7 @@ class QuantizedComm:
             bucket = idle.pop()
             self._idle_bytes -= _kept_bytes(bucket)
             return bucket
-        return FusedBucket([entry], self.size, self.rank, self.seed)
+        return FusedBucket([entry], self.size, self.rank, self.seed, self._topology)
 
     def _put_back(self, bucket: FusedBucket) -> None:
         """Keep it for later calls, at the cost of those that have not been used for longest."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
-COLLECTIVES = 3  # of one transport at most
+COLLECTIVES = 4  # of one transport at most
 # A message of more bytes goes in parts, because counts are 32-bit integers before MPI 4. A part of exactly so
 # many is followed by another, which may be empty.
 _PART = 2**30

@@ -25,6 +25,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
 from hvd_quant.exchange import control, cost
+from hvd_quant.exchange.topology import Topology
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.tensorflow import device
@@ -89,7 +90,8 @@ class QuantizedCompressor(Options, Compressor):
             is not known when the function is traced are quantized.
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
+            rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
+            hosts exchange these means; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quickest.
         error_feedback: whether each rank keeps what quantization has lost of a gradient, and adds it to the
             next one (Karimireddy et al., ICML 2019). It takes a float32 a value of memory.
         fusion_bytes: how many bytes of gradients `hvd_quant.tensorflow.keras.DistributedOptimizer` has travel
@@ -370,6 +372,7 @@ class QuantizedCompressor(Options, Compressor):
             (self.seed, self.process_set.ranks),
             group.fingerprints[0],
             self.error_feedback,
+            self._topology,
             trace.passed_bytes,
         )
         if trace.last is not None:
@@ -394,27 +397,30 @@ class QuantizedCompressor(Options, Compressor):
             shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
             message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, tf.int32, tf.int32])
             message = tf.ensure_shape(message, [None])
-            if steps.algorithm == "scatter_allgather":
+            came = tf.zeros([0], tf.int32)  # bytes from each rank
+            for stage, relay in steps.relays:
                 sizes = tf.ensure_shape(sizes, [steps.size])
-                message = steps.named(message, "scatter")
-                parts, sizes = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
-                (message,) = call(steps.relay, [parts, sizes, use, bits, *shapes], [tf.uint8])
-                message = tf.ensure_shape(message, [None])
-            received = hvd.allgather(steps.named(message, "gather"), process_set=self.process_set)
+                message = steps.named(message, stage)
+                received, came = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
+                if relay is not None:
+                    message, sizes = call(relay, [received, came, use, bits, *shapes], [tf.uint8, tf.int32])
+                    message = tf.ensure_shape(message, [None])
+            if steps.gathers:
+                received = hvd.allgather(steps.named(message, "gather"), process_set=self.process_set)
             return call(
-                steps.receive, [received, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
+                steps.receive, [received, came, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
             )
 
     def _algorithm(self, tensors: list[tf.Tensor]) -> str:
         """The exchange's name: a function of what all ranks know when they trace, whenever they do."""
+        counts = [tensor.shape.num_elements() for tensor in tensors]
         if self.exchange != "auto":
             return self.exchange
-        counts = [tensor.shape.num_elements() for tensor in tensors]
-        if None in counts:
+        if None in counts or self._topology is None:
             return "allgather"
         scheme = self.scheme.at(self.scheme.max_bits) if isinstance(self.scheme, DQSGD) else self.scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
-        return cost.choose(self._link, self.process_set.size(), nbytes, sum(counts))
+        return self._algorithm_for(nbytes, sum(counts))
 
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""
@@ -442,11 +448,15 @@ class QuantizedCompressor(Options, Compressor):
         self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope():
-                configs = hvd.allgather_object(
-                    self._config(), name="hvd_quant.agreement", process_set=self.process_set
+                told = hvd.allgather_object(
+                    (self._config(), hvd.cross_rank()),
+                    name="hvd_quant.agreement",
+                    process_set=self.process_set,
                 )
+            configs, hosts = zip(*told, strict=True)
             if any(config != configs[0] for config in configs):
                 raise control.RankMismatchError(control.explain_mismatch(configs, [{}], [[]]))
+            self._locate(Topology(hosts))
         self._has_begun = True
 
     def _config(self) -> control.Description:

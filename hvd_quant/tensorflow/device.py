@@ -30,6 +30,7 @@ def can_exchange(steps: Steps) -> bool:
         and progress.schedule is None
         and progress.scheme_at(0).coding == "packed"
         and not steps.error_feedback
+        and steps.algorithm != "hierarchical"
     )
 
 
@@ -64,7 +65,7 @@ def exchange(
     factor = _factor(steps, reduced, received, bucket)
     pieces = defaultdict(list)  # of each gradient, in order
     for chunk, message in zip(bucket.chunks, _cut(steps, received, sizes), strict=True):
-        flat = chunk.flattened()
+        flat = chunk.flattened
         values = _decode_flat(message[tf.newaxis], flat, factor)
         for segment, place in zip(chunk.segments, flat.segments, strict=True):
             pieces[segment.tensor].append(values[place.start : place.start + place.count])

@@ -7,7 +7,7 @@ to the next, so that TensorFlow may run them in any order that the graph allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,18 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_quant.codec import native
-from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, cut
-from hvd_quant.exchange import control
-from hvd_quant.exchange.algorithms import Work, encode_chunks, encode_mean, encode_whole
+from hvd_quant.codec.message import PREAMBLE_SIZE, cut
+from hvd_quant.exchange import algorithms, control
+from hvd_quant.exchange.algorithms import Encoded, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
+from hvd_quant.exchange.topology import Topology
 from hvd_quant.tensorflow.progress import Progress
 
 _BUCKETS_KEPT = 16  # of a group whose shapes or bits change
+_NO_SIZES = np.zeros(0, np.int32)
 
 Shape = tuple[int, ...]
+Relay = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Steps:
         seed: of the noise; anything that JSON can hold.
         fingerprint: of the first gradient's control tensor.
         error_feedback: whether what is lost is kept.
+        topology: where the ranks are.
         passed_bytes: of gradients that Horovod reduces uncompressed in the same step, as they are and as
             they are sent.
     """
@@ -58,11 +62,20 @@ class Steps:
     seed: object
     fingerprint: int
     error_feedback: bool
+    topology: Topology | None = None
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
 
     def __post_init__(self) -> None:
         self.keys = [f"{self.name}.{i}" for i in range(len(self.dtypes))]
         self._buckets: dict[tuple, FusedBucket] = {}
+        # The alltoalls, each with what makes the next message of what it brings; and whether an allgather
+        # comes after them.
+        self.relays: list[tuple[str, Relay | None]] = {
+            "allgather": [],
+            "scatter_allgather": [("scatter", self.relay)],
+            "hierarchical": [("host", self.relay_host), ("across", self.relay_across), ("pass", None)],
+        }[self.algorithm]
+        self.gathers = self.algorithm != "hierarchical"
 
     def named(self, message: tf.Tensor, stage: str) -> tf.Tensor:
         """A message with a name, by which Horovod finds the other ranks'.
@@ -87,10 +100,12 @@ class Steps:
         counts = [gradient.size for gradient in gradients]
         residuals = self.progress.residuals_of(self.keys, counts) if self.error_feedback else ()
         work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
-        if self.algorithm == "allgather":
-            message, sizes = encode_whole(work), []
+        if self.algorithm == "hierarchical":
+            message, sizes = algorithms.collect_for_host(work)
+        elif self.algorithm == "scatter_allgather":
+            message, sizes = algorithms.encode_chunks(work)
         else:
-            message, sizes = encode_chunks(work)
+            message, sizes = algorithms.encode_whole(work), []
         with self.progress.lock:
             self.progress.raw_bytes += sum(gradient.nbytes for gradient in gradients) + self.passed_bytes[0]
             self.progress.wire_bytes += work.encoded_bytes + control.NBYTES * len(gradients)
@@ -105,7 +120,7 @@ class Steps:
         use: np.ndarray,
         bits: np.ndarray,
         *shapes: np.ndarray,
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Encode the mean of this rank's chunk.
 
         Args:
@@ -116,28 +131,65 @@ class Steps:
             *shapes: of the gradients of unknown shape.
 
         Returns:
-            The message about the mean; an empty one, which nobody takes for one, if there is none.
+            The message about the mean, and no sizes; an empty one, which nobody takes for one, if there is
+            none.
         """
+        work, parts = self._came(received, sizes, use, bits, shapes)
+        try:
+            return algorithms.encode_mean(work, parts), _NO_SIZES
+        except ValueError:
+            return received[:0], _NO_SIZES
+
+    def relay_host(
+        self, received: np.ndarray, sizes: np.ndarray, use: np.ndarray, bits: np.ndarray, *shapes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode the mean of this rank's chunk of its host's gradients, for its counterparts; as `relay`."""
+        work, parts = self._came(received, sizes, use, bits, shapes)
+        try:
+            message = algorithms.encode_host_mean(work, parts)
+        except ValueError:
+            message = received[:0]
+        return _sized(algorithms.repeat(work, [message], work.bucket.counterparts))
+
+    def relay_across(
+        self, received: np.ndarray, sizes: np.ndarray, use: np.ndarray, bits: np.ndarray, *shapes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pass on to the neighbours what has come from the counterparts; as `relay`."""
+        work, parts = self._came(received, sizes, use, bits, shapes)
+        messages = [parts[rank] for rank in work.bucket.counterparts]
+        return _sized(algorithms.repeat(work, messages, work.bucket.neighbours))
+
+    def _came(
+        self,
+        received: np.ndarray,
+        sizes: np.ndarray,
+        use: np.ndarray,
+        bits: np.ndarray,
+        shapes: Sequence[np.ndarray],
+    ) -> tuple[Work, list[np.ndarray]]:
+        """What an alltoall has brought from each rank, and what to go on with."""
         bucket = self.bucket(self._all_shapes(shapes), int(bits))
         residuals: Sequence[np.ndarray] = ()
         if self.error_feedback:
             residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
-        ends = np.cumsum(sizes)
-        parts = [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        parts = _split(received, sizes)
         self._count_received(parts)
-        try:
-            # Of the values themselves only the memory's kind is looked at.
-            return encode_mean(self._work(bucket, [received], use, residuals), parts)
-        except ValueError:
-            return received[:0]
+        # Of the values themselves only the memory's kind is looked at.
+        return self._work(bucket, [received], use, residuals), parts
 
     def receive(
-        self, received: np.ndarray, reduced: np.ndarray, bits: np.ndarray, *shapes: np.ndarray
+        self,
+        received: np.ndarray,
+        sizes: np.ndarray,
+        reduced: np.ndarray,
+        bits: np.ndarray,
+        *shapes: np.ndarray,
     ) -> list[np.ndarray]:
         """Decode the mean over the ranks.
 
         Args:
             received: all ranks' messages, end to end.
+            sizes: of these, if an alltoall has brought them.
             reduced: the first gradient's control tensor, as it came back.
             bits: as `send` returned them.
             *shapes: of the gradients of unknown shape.
@@ -156,20 +208,29 @@ class Steps:
             native.empty(int(np.prod(shape)), _memory(kind), received).reshape(shape)
             for shape, kind in zip(all_shapes, self.types, strict=True)
         ]
+        encoded = self._encoded(bucket, received, sizes)
+        try:
+            for layout, messages in encoded:
+                native.decode_messages(messages, layout, results, factor)
+        except ValueError as error:
+            raise control.RankMismatchError(self._explain(bucket, encoded)) from error
+        with self.progress.lock:
+            self.progress.underway -= 1
+        return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
+
+    def _encoded(self, bucket: FusedBucket, received: np.ndarray, sizes: np.ndarray) -> Encoded:
+        """What is to be decoded of what the last collective has brought."""
+        if self.algorithm == "hierarchical":
+            parts = _split(received, sizes)
+            self._count_received(parts)
+            return algorithms.of_host(bucket, parts)
         whole = self.algorithm == "allgather"
         layouts = [bucket.whole] * self.size if whole else list(bucket.chunks)
         messages = cut(received, [layout.fixed_size for layout in layouts])
         self._count_received(messages)
-        parts = [(layout, [message]) for layout, message in zip(layouts, messages, strict=True)]
-        decoded = [(bucket.whole, messages)] if whole else parts
-        try:
-            for layout, of_layout in decoded:
-                native.decode_messages(of_layout, layout, results, factor)
-        except ValueError as error:
-            raise control.RankMismatchError(self._explain(bucket, layouts, messages)) from error
-        with self.progress.lock:
-            self.progress.underway -= 1
-        return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
+        if whole:
+            return [(bucket.whole, messages)]
+        return [(layout, [message]) for layout, message in zip(layouts, messages, strict=True)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Note a step whose bytes are known beforehand, and were not counted by the others."""
@@ -214,7 +275,8 @@ class Steps:
             ]
             if len(self._buckets) >= _BUCKETS_KEPT:
                 self._buckets.clear()
-            bucket = self._buckets[key] = FusedBucket(entries, self.size, self.rank, self.seed)
+            bucket = FusedBucket(entries, self.size, self.rank, self.seed, self.topology)
+            self._buckets[key] = bucket
         return bucket
 
     def _all_shapes(self, unknown: Sequence[np.ndarray]) -> list[Shape]:
@@ -233,13 +295,12 @@ class Steps:
             for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
         )
 
-    def _explain(
-        self, bucket: FusedBucket, layouts: Sequence[MessageLayout], messages: Sequence[np.ndarray]
-    ) -> str:
+    def _explain(self, bucket: FusedBucket, encoded: Encoded) -> str:
+        messages = [(layout, message) for layout, messages in encoded for message in messages]
         others = [
             str(rank)
-            for rank, (layout, message) in enumerate(zip(layouts, messages, strict=True))
-            if message[:PREAMBLE_SIZE].tobytes() != layout.preamble
+            for rank, (layout, message) in enumerate(messages)
+            if self.gathers and message[:PREAMBLE_SIZE].tobytes() != layout.preamble
         ]
         who = f"rank {', '.join(others)} has" if 0 < len(others) < self.size else "some rank has"
         return f"{self.mismatch(who)} Here {bucket.entries[0].scheme} holds."
@@ -250,6 +311,18 @@ class Steps:
             f"{who} sent other gradients at place {self.name} than this one, which has {self._what()}. Every "
             "rank must build the same model, in the same order, and be at the same step."
         )
+
+
+def _split(received: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """What an alltoall has brought, by ranks."""
+    ends = np.cumsum(sizes)
+    return [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _sized(parts: tuple[np.ndarray, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """A message and its parts' sizes, for an alltoall."""
+    message, sizes = parts
+    return message, np.array(sizes, np.int32)
 
 
 def _values(gradient: np.ndarray) -> np.ndarray:

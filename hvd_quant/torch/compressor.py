@@ -47,7 +47,8 @@ class QuantizedCompressor(Options, Compressor):
         min_numel: gradients of fewer values are left to Horovod, uncompressed.
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quicker one.
+            rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
+            hosts exchange these means; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quickest.
         error_feedback: whether each rank keeps, for every parameter, what quantization has lost of its
             gradients, and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 a value
             of memory, and needs the parameters' names. Schemes in ``overrides`` keep the rounding that they
@@ -532,6 +533,11 @@ class QuantizedCompressor(Options, Compressor):
             if message is not None:
                 self._clear()
                 raise control.RankMismatchError(message)
+        try:
+            self._locate(self._ranks.topology)
+        except ValueError:
+            self._clear()
+            raise
         unsent, self._unsent = self._unsent, []
         # What they told decides, alike on every rank. What this one has may have changed since.
         if same and any(told != self._ranks.progress[0] for told in self._ranks.progress):
@@ -689,7 +695,8 @@ class QuantizedCompressor(Options, Compressor):
 
     def _bucket(self, group: Group) -> FusedBucket:
         # With the ranks of the process set in the seed: sets side by side must not share their noise.
-        return group.bucket(self._transport.size, self._transport.rank, (self.seed, self.process_set.ranks))
+        seed = (self.seed, self.process_set.ranks)
+        return group.bucket(self._transport.size, self._transport.rank, seed, self._topology)
 
     def _send(self, group: Group) -> None:
         """Encode a fused bucket and start its exchange."""
@@ -716,10 +723,7 @@ class QuantizedCompressor(Options, Compressor):
             else (),
             bucket.buffers,
         )
-        algorithm = self.exchange
-        if algorithm == "auto":
-            whole = bucket.whole
-            algorithm = cost.choose(self._link, bucket.size, whole.size, whole.count)
+        algorithm = self._algorithm_for(bucket.whole.size, bucket.whole.count)
         exchange = Exchange(work, algorithm, self._transport, name)
         self._wire_bytes += work.encoded_bytes
         self._messages += 1

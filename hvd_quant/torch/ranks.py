@@ -11,6 +11,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from hvd_quant.exchange.topology import Topology
 from hvd_quant.torch.transport import POLL_SECONDS, Collective, abandon, forget_abandoned
 
 NOTHING = bytes(8)  # announced in place of a round that is left; no digest
@@ -59,6 +60,7 @@ class Ranks:
         self._beginnings = 0
         self._proposal: Collective | None = None  # until all ranks have made theirs
         self.progress: list[list[int]] = []  # of every rank, when they began
+        self.topology: Topology | None = None  # until they have
         self._rounds = 0  # since the beginning
         self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
 
@@ -93,7 +95,7 @@ class Ranks:
         """
         self._rounds = 0
         if not self.proposed:
-            told = torch.tensor([[fingerprint, self._beginnings, *progress]])
+            told = torch.tensor([[fingerprint, self._beginnings, hvd.cross_rank(), *progress]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
 
     def agree(self) -> bool | None:
@@ -110,7 +112,9 @@ class Ranks:
         proposal, self._proposal = self._proposal, None
         told = proposal.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
-        self.progress = told[:, 2:].tolist()
+        # Where hosts have unequally many ranks, this is no host's number, but does not look regular either.
+        self.topology = Topology(told[:, 2].tolist())
+        self.progress = told[:, 3:].tolist()
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
         for key, asked in list(_unanswered.items()):

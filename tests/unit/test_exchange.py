@@ -12,6 +12,7 @@ from hvd_quant.codec import native
 from hvd_quant.exchange.algorithms import ALGORITHMS, Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.in_process import Network
+from hvd_quant.exchange.topology import Topology
 
 EXCHANGES = sorted(ALGORITHMS)
 SCHEMES = [
@@ -29,21 +30,34 @@ def entries_of(counts, scheme):
     return [Entry(f"p{i}", count, "float32", scheme) for i, count in enumerate(counts)]
 
 
-def start(network, gradients, scheme, exchange, seed=0, use=0, codec=native):
+def topology_of(ranks):
+    """Two ranks on every host, where their number is even: not neighbours by their numbers."""
+    return Topology([rank % (ranks // 2) if ranks % 2 == 0 else rank for rank in range(ranks)])
+
+
+def start(network, gradients, scheme, exchange, seed=0, use=0, codec=native, topology=None):
     """All ranks' exchanges; ``gradients[rank][i]`` is rank's gradient i."""
+    topology = topology or topology_of(network.size)
     counts = [gradient.size for gradient in gradients[0]]
     uses = np.full(len(counts), use, np.uint64)
     exchanges = []
     for rank, transport in enumerate(network.ranks):
-        bucket = FusedBucket(entries_of(counts, scheme), network.size, rank, seed)
+        bucket = FusedBucket(entries_of(counts, scheme), network.size, rank, seed, topology)
         work = Work(bucket, gradients[rank], uses, codec)
         exchanges.append(Exchange(work, exchange, transport, "x"))
     return exchanges
 
 
+def go_on(exchanges):
+    """Take all to their last collectives, though one thread drives them."""
+    for _ in range(2):
+        for one in exchanges:
+            one.advance(wait=False)
+    assert all(one.advance(wait=False) for one in exchanges)
+
+
 def finish(exchanges):
-    for one in exchanges:
-        assert one.advance(wait=False)
+    go_on(exchanges)
     results = []
     for one in exchanges:
         out = [np.full_like(value, np.nan) for value in one.work.values]
@@ -124,7 +138,7 @@ def test_unbiased_over_many_steps(exchange, norm, kind):
 
     6400 values; six standard deviations, Student's t with 399 degrees of freedom: a false alarm in 3e-5 runs.
     """
-    ranks, steps = 3, 400
+    ranks, steps = (6 if exchange == "hierarchical" else 3), 400  # three roundings at least
     gradients = randn(ranks, [6000, 400])
     scheme = kind(bits=3, norm=norm, bucket_size=128)
     found = np.array(
@@ -152,7 +166,10 @@ def test_variance_is_the_one_of_the_roundings(exchange):
         down = np.floor(r)
         return (((down + 1 - r) * (r - down)) * (norms / scheme.steps) ** 2).sum()
 
-    expected = sum(exact_variance(one[0].astype(np.float64)) for one in gradients) / ranks**2
+    rounded = [one[0].astype(np.float64) for one in gradients]
+    if exchange == "hierarchical":  # the hosts' means are
+        rounded = [(rounded[0] + rounded[2]) / 2, (rounded[1] + rounded[3]) / 2]
+    expected = sum(map(exact_variance, rounded)) / len(rounded) ** 2
     error = mean_of(gradients, scheme, exchange)[0] - np.mean([one[0] for one in gradients], 0, np.float64)
     if exchange == "scatter_allgather":
         mean = mean_of(gradients, scheme, "allgather")[0]  # distributed as what the second rounding rounds
@@ -199,6 +216,7 @@ def test_no_two_segments_share_their_noise():
             (bucket.whole, "whole"),
             (bucket.chunks[1], "chunk"),
             (bucket.chunks[1], "mean"),
+            (bucket.host_chunks[0], "host"),
         ):
             for seed in bucket.noise(layout, stage, np.full(3, use, np.uint64)).seeds:
                 payload = native.encode(half, QSGD(bits=4), int(seed))
@@ -207,6 +225,52 @@ def test_no_two_segments_share_their_noise():
     for one, two in itertools.combinations(patterns, 2):
         # 4088 fair coins: 6.5 standard deviations; a false alarm in 8e-11 of some 500 pairs' runs each.
         assert abs(np.mean(one == two) - 0.5) < 6.5 * 0.5 / 4088**0.5
+
+
+@pytest.mark.parametrize(("hosts", "each"), [(2, 2), (2, 8), (3, 4), (8, 1), (1, 4)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_hosts_exchange_means(hosts, each, scheme):
+    """All ranks of a host together receive h - 1 payloads of others, however many they are."""
+    ranks = hosts * each
+    counts = [100_000, 5, 70_000]
+    gradients = randn(ranks, counts)
+    topology = Topology([rank // each for rank in range(ranks)])
+    network = Network(ranks)
+    exchanges = start(network, gradients, scheme, "hierarchical", topology=topology)
+    results = finish(exchanges)
+    for result in results:
+        assert [one.tobytes() for one in result] == [one.tobytes() for one in results[0]]
+    assert_near_mean(results[0], gradients, scheme, "hierarchical")
+    if scheme.coding == "packed":
+        payload = FusedBucket(entries_of(counts, scheme), ranks, 0, 0).whole.size
+        for host in range(hosts):
+            own = range(host * each, (host + 1) * each)
+            came = sum(
+                network.between[other, rank] for rank in own for other in range(ranks) if other not in own
+            )
+            assert abs(came - (hosts - 1) * payload) <= 0.02 * payload * hosts
+
+
+def test_hosts_with_correlated_rounding():
+    """Of two hosts with the same means, the errors cancel; each of them alone rounds as usual."""
+    one = randn(1, [8192])[0]
+    scheme = QSGD(bits=4, rounding="correlated")
+    errors = {}
+    for rounding in ("independent", "correlated"):
+        scheme = QSGD(bits=4, rounding=rounding)
+        found = mean_of([one] * 4, scheme, "hierarchical")
+        errors[rounding] = float(((found[0] - one[0]) ** 2).mean())
+    assert errors["correlated"] < 0.7 * errors["independent"]
+
+
+def test_topology():
+    assert Topology([0, 0, 1, 1]).ranks_a_host == 2
+    assert Topology("abab").ranks_a_host == 2
+    for irregular in ([0, 0, 1], [0, 0], [0, 1], [0], [0, 0, 1, 1, 2]):
+        assert Topology(irregular).ranks_a_host == 1
+    assert Topology("abab").neighbours(2) == [0, 2]
+    assert [Topology("abab").counterparts(rank) for rank in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert Topology("baab").counterparts(3) == [3, 2]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8, 64])
@@ -223,19 +287,30 @@ def test_received_bytes(ranks):
             assert abs(network.received_bytes[rank] / (share * payload) - 1) < 0.1
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "swap"])
+@pytest.mark.parametrize(
+    ("exchange", "stage"),
+    [
+        ("allgather", "x"),
+        ("scatter_allgather", "x.scatter"),
+        ("scatter_allgather", "x.gather"),
+        ("hierarchical", "x.host"),
+        ("hierarchical", "x.across"),
+        ("hierarchical", "x.pass"),
+    ],
+)
 def test_damage_is_found_and_nobody_hangs(exchange, stage, damage):
     """One rank's bytes are damaged in one collective: every rank that got them raises, and none waits."""
-    ranks = 3
-    if exchange == "allgather" and stage == 1:
-        pytest.skip("has one collective")
+    ranks = 4
+    if stage == "x.host" and damage == "flip":
+        pytest.skip("float32 has no check sum, as in Horovod's own reductions")
     network = Network(ranks)
     gradients = randn(ranks, [5000, 300])
 
-    def spoil(parts):
-        part = parts[0].copy()
+    def spoil(part):
+        part = part.copy()
+        if not part.size:
+            return part
         if damage == "flip":
             part[part.size // 2] ^= 4
         elif damage == "cut":
@@ -244,19 +319,22 @@ def test_damage_is_found_and_nobody_hangs(exchange, stage, damage):
             part = part[:0]
         else:
             part[:8] = 0
-        return [part] * len(parts)
+        return part
 
     post = network.post
 
     def spoiled_post(name, rank, parts):
-        if rank == 1 and stage == name.endswith(".gather"):
-            parts = spoil(parts)
+        if rank == 1 and name == stage:
+            parts = [spoil(part) for part in parts]
         return post(name, rank, parts)
 
     network.post = spoiled_post
     exchanges = start(network, gradients, QSGD(), exchange)
-    for one in exchanges:
-        assert one.advance(wait=False)
+    go_on(exchanges)
+    if stage == "x.pass":  # which stays on the host
+        for rank in (0, 2):
+            exchanges[rank].finish([np.empty_like(value) for value in exchanges[rank].work.values])
+        exchanges = [exchanges[rank] for rank in (1, 3)]
     for one in exchanges:
         with pytest.raises(ValueError, match=r"message|payload"):
             one.finish([np.empty_like(value) for value in one.work.values])
@@ -321,7 +399,7 @@ def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("difference", ["bits", "shape", "name", "number"])
 def test_ranks_that_differ_all_find_out(exchange, difference):
-    ranks = 3
+    ranks = 4
     network = Network(ranks)
     exchanges = []
     for rank, transport in enumerate(network.ranks):
@@ -335,10 +413,9 @@ def test_ranks_that_differ_all_find_out(exchange, difference):
             entries.pop()
         values = [np.ones(entry.count, np.float32) for entry in entries]
         uses = np.zeros(len(entries), np.uint64)
-        bucket = FusedBucket(entries, ranks, rank, 0)
+        bucket = FusedBucket(entries, ranks, rank, 0, topology_of(ranks))
         exchanges.append(Exchange(Work(bucket, values, uses, native), exchange, transport, "x"))
-    for one in exchanges:
-        one.advance(wait=False)
+    go_on(exchanges)
     for one in exchanges:
         with pytest.raises(ValueError, match="is not the one that was expected"):
             one.finish([np.empty_like(value) for value in one.work.values])

@@ -1,5 +1,7 @@
 """Which gradients travel together, and how they are cut into chunks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -188,6 +190,14 @@ def test_two_ranks_take_the_allgather_and_many_do_not():
     for ranks in (4, 8, 64):
         assert cost.choose(SLOW, ranks, 4 << 20, 8 << 20) == "scatter_allgather"
         assert cost.choose(SLOW, ranks, 1000, 2000) == "allgather"  # latency is all there is
+
+
+def test_hosts_of_several_ranks_exchange_by_hosts():
+    for hosts, each in ((2, 2), (2, 8), (4, 8)):
+        link = replace(SLOW, ranks_a_host=each)
+        assert cost.choose(link, hosts * each, 1 << 20, 2 << 20) == "hierarchical"
+    assert cost.choose(replace(SLOW, ranks_a_host=2), 64, 1 << 20, 2 << 20) == "scatter_allgather"
+    assert cost.choose(replace(SLOW, ranks_a_host=2), 4, 1000, 2000) == "allgather"
 
 
 @given(ranks=st.integers(1, 64), payload=st.integers(0, 2**40), count=st.integers(0, 2**40))

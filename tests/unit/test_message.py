@@ -107,7 +107,7 @@ def test_flattened_reads_the_same_message():
     apart = [np.zeros_like(array) for array in arrays]
     native.decode_messages([message], QUITE_GENERAL, apart)
     flat = np.empty(QUITE_GENERAL.count, np.float32)
-    native.decode_messages([message], QUITE_GENERAL.flattened(), [flat])
+    native.decode_messages([message], QUITE_GENERAL.flattened, [flat])
     expected = [apart[s.tensor][s.start : s.start + s.count] for s in QUITE_GENERAL.segments]
     assert np.array_equal(flat, np.concatenate(expected))
 
