@@ -1,5 +1,7 @@
 """What the multi-rank tests of all plugs share."""
 
+import os
+
 # The kinds of compressors that the promises are tested for, by either of Horovod's plugs.
 KINDS = {
     "QSGD": ("QSGDCompressor", {}),
@@ -11,7 +13,13 @@ KINDS = {
     "error feedback": ("QSGDCompressor", {"bits": 2, "error_feedback": True}),
     "error feedback, DQ-SGD": ("DQSGDCompressor", {"k": 30.0, "error_feedback": True}),
 }
-EXCHANGES = ["allgather", "scatter_allgather"]
+# Of which to test, the exchange by hosts needs several.
+EXCHANGES = os.environ.get("TEST_EXCHANGES", "allgather scatter_allgather").split()
+
+
+def pretend_hosts(rank, size):
+    """The host that a rank is to believe it is on: as many as TEST_HOSTS says, taking turns by ranks."""
+    return rank % int(os.environ.get("TEST_HOSTS", size))
 
 
 def make(plug, kind, **options):

@@ -51,17 +51,20 @@ def launch(lab, how, command, slots, tmp_path, **options):
 @needs_lab
 @pytest.mark.parametrize("how", LAUNCHES)
 def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
-    """The example, on 2 x 2 ranks; at 4 bits the hosts receive a sixth of float32's bytes at most."""
+    """The example, on 2 x 2 ranks; at 4 bits the hosts receive a sixth of float32's bytes at most.
+
+    With a bandwidth stated for which the hosts exchange means: the model is so small that latency counts.
+    """
     pytest.importorskip("horovod.torch")
     moved = {}
     for gradients in ("none", "qsgd"):
         example = [PYTHON, ROOT / "examples" / "torch_fashion_mnist.py", "--epochs", "1", "--limit", "12800"]
         before = received(lab)
-        done = launch(lab, how, [*example, "--compression", gradients], 2, tmp_path)
+        command = [*example, "--compression", gradients]
+        done = launch(lab, how, command, 2, tmp_path, env={"HVD_QUANT_BANDWIDTH": "0.1"})
         moved[gradients] = received(lab) - before
         assert done.returncode == 0, done.stdout[-8000:]
         assert "parameters are bit-identical on all 4 ranks" in done.stdout, done.stdout[-8000:]
-    print(how, moved, moved["none"] / moved["qsgd"])
     assert moved["none"] >= 6 * moved["qsgd"], moved
 
 
@@ -170,8 +173,8 @@ def test_the_doctor_does_not_wait_for_ever(controller, tmp_path):
     """For a rank that does something else; then it says what it knows."""
     pytest.importorskip("horovod.torch")
     found = tmp_path / "found.json"
-    script = 'case "${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}" in 1) sleep 40;; *) exec "$@";; esac'
-    command = ["sh", "-c", script, "sh", *DOCTOR, "--patience", "10", "--json", str(found)]
+    script = 'case "${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}" in 1) sleep 12;; *) exec "$@";; esac'
+    command = ["sh", "-c", script, "sh", *DOCTOR, "--patience", "5", "--json", str(found)]
     done = horovodrun(2, controller, *command)
     assert done.returncode != 0
     diagnosis = json.loads(found.read_text())
@@ -185,7 +188,7 @@ def test_the_doctor_notices_that_large_messages_vanish(tmp_path):
     script = (
         "import time, hvd_quant.cli as cli, hvd_quant.cli.measure as measure\n"
         "measure.measure = lambda meeting: time.sleep(100)\n"
-        f"cli.main(['doctor', '--patience', '10', '--json', {str(found)!r}])"
+        f"cli.main(['doctor', '--patience', '5', '--json', {str(found)!r}])"
     )
     done = horovodrun(2, "mpi", PYTHON, "-c", script)
     assert done.returncode != 0

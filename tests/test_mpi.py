@@ -9,10 +9,12 @@ import pytest
 from launch import launch
 
 HERE = Path(__file__).parent
+SOME = ["-k", "near or other_orders or side_by_side or calls or stats"]
+BY_HOSTS = ["-k", "near or other_orders or calls or stats"]
 SECONDS = 200  # for one launch; far above what it takes, so that only a hang gets there
 
 
-def mpirun(ranks, *arguments):
+def mpirun(ranks, *arguments, **environment):
     """Run Python on several ranks and return its completed process."""
     pytest.importorskip("mpi4py")
     if shutil.which("mpirun") is None:
@@ -20,24 +22,21 @@ def mpirun(ranks, *arguments):
     # "-m mpi4py" ends all ranks when one fails.
     command = ["mpirun", "--oversubscribe", "-np", str(ranks), sys.executable, "-m", "mpi4py", *arguments]
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return launch(command, SECONDS, **as_root)
+    return launch(command, SECONDS, **as_root, **environment)
 
 
 # torch and Horovod are slow to import: with 2 ranks only. With 8, only what depends on their number.
 @pytest.mark.parametrize(
-    ("ranks", "files", "options"),
+    ("ranks", "files", "options", "environment"),
     [
-        (2, ["check_allreduce", "check_errors", "check_torch", "check_horovod"], []),
-        (3, ["check_allreduce", "check_errors"], []),
-        (4, ["check_allreduce", "check_errors"], []),
-        (
-            8,
-            ["check_allreduce", "check_errors"],
-            ["-k", "near or other_orders or side_by_side or calls or stats"],
-        ),
+        (2, ["check_allreduce", "check_errors", "check_torch", "check_horovod"], [], {}),
+        (3, ["check_allreduce", "check_errors"], [], {}),
+        (4, ["check_allreduce", "check_errors"], [], {}),
+        (8, ["check_allreduce", "check_errors"], SOME, {}),
+        (4, ["check_allreduce"], BY_HOSTS, {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}),
     ],
 )
-def test_checks_on_every_rank(ranks, files, options):
+def test_checks_on_every_rank(ranks, files, options, environment):
     pytest_options = (
         "-x",
         "-q",
@@ -55,7 +54,7 @@ def test_checks_on_every_rank(ranks, files, options):
         "no:hypothesispytest",
     )
     paths = [str(HERE / "mpi" / f"{file}.py") for file in files]
-    done = mpirun(ranks, "-m", "pytest", *pytest_options, *options, *paths)
+    done = mpirun(ranks, "-m", "pytest", *pytest_options, *options, *paths, **environment)
     assert done.returncode == 0, done.stdout[-12000:]  # the worst of all ranks'
 
 

@@ -9,6 +9,7 @@ EXCHANGES = ["allgather", "scatter_allgather"]
 # With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on
 # who comes when, and with 8 the promises alone.
 MEETING = "check_errors or check_exchange"
+BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_by_one or left_and_finished"
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"
 
 
@@ -27,6 +28,20 @@ PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange 
 def test_checks_on_every_rank(ranks, controller, checks, selection):
     pytest.importorskip("horovod.torch")
     run_checks(ranks, controller, f"parallel/{checks}", selection)
+
+
+@pytest.mark.parametrize(
+    ("controller", "checks", "selection"),
+    [
+        ("mpi", "", f"{BY_HOSTS} or check_promises or error_feedback"),
+        ("gloo", "check_exchange.py", BY_HOSTS),
+    ],
+)
+def test_exchange_by_hosts(controller, checks, selection):
+    """On ranks that believe to be on two hosts, taking turns; tests/test_cluster.py has real hosts."""
+    pytest.importorskip("horovod.torch")
+    hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
+    run_checks(4, controller, f"parallel/{checks}", selection, **hosts)
 
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])

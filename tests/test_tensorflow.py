@@ -21,6 +21,11 @@ def test_checks_on_every_rank(ranks, controller, checks):
     run_checks(ranks, controller, "parallel_tf", checks)
 
 
+def test_exchange_by_hosts():
+    hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
+    run_checks(4, "mpi", "parallel_tf/check_tf_promises.py", **hosts)
+
+
 def test_legacy_keras():
     run_checks(2, "mpi", "parallel_tf/check_legacy_keras.py", TF_USE_LEGACY_KERAS="1")
 

@@ -60,9 +60,11 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
             _tell(diagnosis, output)
         os._exit(_status(diagnosis))
 
-    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(1, int(patience)))
+    # A rank that has gathered no facts has come first.
+    wait = patience if here is not None else patience + facts.PROBE_SECONDS
+    os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(1, int(wait)))
     try:
-        with _alarm(patience, lambda: give_up(no_meeting(f"it has waited for {patience:g} s"))):
+        with _alarm(wait, lambda: give_up(no_meeting(f"it has waited for {wait:g} s"))):
             met = meeting.meet()
             everyone = met.gather(here)  # None of ranks that leave it to another one on their host
             clocks = met.gather((_own_name(), time.time()))

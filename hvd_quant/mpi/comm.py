@@ -67,6 +67,14 @@ def _meet(comm: MPI.Intracomm) -> None:
         _progress()
 
 
+def _host_of(comm: MPI.Intracomm) -> tuple[int, bool]:
+    """The first of the ranks on this rank's host, and whether all are there."""
+    neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    host, one_host = neighbours.bcast(comm.rank), neighbours.size == comm.size
+    neighbours.Free()
+    return host, one_host
+
+
 def _check_mpi() -> None:
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise RuntimeError("MPI is not initialised, or no longer: call MPI.Init() first")
@@ -195,10 +203,7 @@ class QuantizedComm:
         self.exchange = exchange
         self.seed = int(seed)
         _meet(comm)
-        neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        one_host = neighbours.size == self.size
-        host = neighbours.bcast(self.rank)
-        neighbours.Free()
+        host, one_host = _host_of(comm)
         fault = None
         try:
             native.threads()

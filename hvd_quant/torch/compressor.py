@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -33,7 +34,7 @@ from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
-from hvd_quant.torch.transport import HorovodTransport
+from hvd_quant.torch.transport import POLL_SECONDS, HorovodTransport
 
 
 class QuantizedCompressor(Options, Compressor):
@@ -743,10 +744,17 @@ class QuantizedCompressor(Options, Compressor):
         return self._residuals[key]
 
     def _advance(self, *, wait: bool) -> bool:
-        """Take exchanges to their last collective, in the order in which they began; are all there?"""
-        while self._underway and self._underway[0].advance(wait=wait):
-            self._underway.pop(0)
-        return not self._underway
+        """Take exchanges to their last collective; are all there?
+
+        All of them side by side: they may have begun in another order on every rank, and one's second
+        collective may wait for a rank that waits for another's.
+        """
+        while True:
+            self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
+            if not self._underway or not wait:
+                return not self._underway
+            self._transport.while_waiting()
+            time.sleep(POLL_SECONDS)
 
     def _go_on_for_others(self) -> None:
         """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""

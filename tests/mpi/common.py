@@ -2,11 +2,11 @@
 
 import numpy as np
 from mpi4py import MPI
+from shared import EXCHANGES  # noqa: F401
 
 import hvd_quant
 
 WORLD = MPI.COMM_WORLD
-EXCHANGES = ("allgather", "scatter_allgather")
 SCHEME = hvd_quant.QSGD(bits=4, bucket_size=64)
 
 

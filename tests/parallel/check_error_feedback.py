@@ -4,11 +4,11 @@ import horovod.torch as hvd
 import pytest
 import torch
 from common import mlp, own_randn, recover, same_everywhere
-from shared import error_of
+from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
 
-exchanges = pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 
 
 def optimizer_of(model, compressor, **options):

@@ -1,6 +1,7 @@
 """The promises for every exchange, with few and many ranks; what the exchanges do is in tests/unit."""
 
 import gc
+import os
 import weakref
 
 import horovod.torch as hvd
@@ -16,13 +17,12 @@ from common import (
     same_everywhere,
     same_mismatch,
 )
-from shared import error_of
+from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD
 from hvd_quant.exchange.algorithms import Exchange
 
-EXCHANGES = ["allgather", "scatter_allgather"]
 SCHEME = QSGD(bits=8)
 
 
@@ -233,6 +233,16 @@ def check_different_exchange_is_an_error_everywhere():
     error = error_of(lambda: hvd.allreduce(x, compression=compressor, name="exchange"))
     assert isinstance(error, hq.RankMismatchError)
     assert 'exchange is "scatter_allgather" on rank 0' in str(error)
+
+
+@pytest.mark.skipif("TEST_HOSTS" in os.environ, reason="there are several hosts")
+def check_an_exchange_by_hosts_needs_several():
+    compressor = hq.QSGDCompressor(exchange="hierarchical")
+    error = error_of(lambda: hvd.allreduce(own_randn(5000), compression=compressor, name="by hosts"))
+    assert isinstance(error, ValueError)
+    assert all('use exchange="auto"' in text for text in gathered(str(error)))
+    result = hvd.allreduce(own_randn(5000), compression=hq.QSGDCompressor(), name="auto")
+    assert same_everywhere(result)
 
 
 def check_different_models_are_an_error_everywhere():

@@ -14,7 +14,7 @@ from common import (
     same_everywhere,
     same_mismatch,
 )
-from shared import error_of
+from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
 from hvd_quant import NUQSGD, QSGD
@@ -32,7 +32,7 @@ def exact_means(model):
     return [hvd.allreduce(gradient, op=hvd.Average, name="exact") for gradient in local_gradients(model)]
 
 
-@pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("kind", ["qsgd", "dqsgd"])
 def check_each_has_its_own(kind, exchange):
     model = mlp(width=128)
