@@ -36,7 +36,7 @@ for controller in mpi gloo; do
   step "two nodes, $controller"
   down
   log=$(mktemp)
-  CONTROLLER=$controller "${compose[@]}" up --no-color --exit-code-from node0 | tee "$log"
+  CONTROLLER=$controller "${compose[@]}" run --rm --use-aliases -T node0 | tee "$log"
   grep -q 'parameters are bit-identical on all 4 ranks' "$log" || { echo "ci: the replicas did not agree" >&2 && exit 1; }
   rm -f "$log"
 done

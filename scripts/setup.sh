@@ -187,8 +187,10 @@ install_torch() {
     pip install "torch==$torch_version" numpy
   else
     # The plain x86-64 package brings several GB of CUDA; the CPU build is a local version of the same.
+    # Where neither pip's indexes nor torch's own have that, the package with CUDA works as well.
     pip install "torch==$torch_version+cpu" numpy ||
-      pip install "torch==$torch_version+cpu" numpy --extra-index-url "$torch_index"
+      pip install "torch==$torch_version+cpu" numpy --extra-index-url "$torch_index" ||
+      pip install "torch==$torch_version" numpy
   fi
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import platform
@@ -90,6 +92,7 @@ def host() -> Facts:
         "usable_cores": usable_cores(),
         "shm_bytes": shm.f_frsize * shm.f_blocks,
         "root": os.geteuid() == 0,
+        "reads_other_processes": _reads_other_processes(),
     }
 
 
@@ -119,6 +122,17 @@ def _cpu() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def _reads_other_processes() -> bool:
+    """Whether the kernel lets processes read each other's memory, as MPI does; containers may forbid it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, there = ctypes.create_string_buffer(b"x", 1), ctypes.create_string_buffer(1)
+    # Two of the structure iovec: an address, and a size.
+    local, remote = ((ctypes.c_size_t * 2)(ctypes.addressof(one), 1) for one in (there, here))
+    unsigned = ctypes.c_ulong
+    read = libc.process_vm_readv(os.getpid(), local, unsigned(1), remote, unsigned(1), unsigned(0))
+    return read == 1 or ctypes.get_errno() != errno.EPERM
 
 
 def usable_cores() -> float:

@@ -316,6 +316,23 @@ def mpirun_as_root(facts: Facts, _: int) -> Iterator[Finding]:
         )
 
 
+def single_copy(facts: Facts, _: int) -> Iterator[Finding]:
+    open_mpi = "Open MPI" in str(facts["mpi"].get("version"))
+    if (
+        open_mpi
+        and facts["host"].get("reads_other_processes") is False
+        and facts["environment"].get("OMPI_MCA_btl_vader_single_copy_mechanism") != "none"
+    ):
+        yield Finding(
+            "warning",
+            "no-single-copy",
+            "Processes may not read each other's memory here.",
+            "Open MPI tries that between ranks of a host, and prints an error (Read -1, errno = 1) for each "
+            "message, which is slow.",
+            "export OMPI_MCA_btl_vader_single_copy_mechanism=none, or docker run --cap-add SYS_PTRACE.",
+        )
+
+
 RULES: tuple[Callable[[Facts, int], Iterable[Finding]], ...] = (
     codec_works,
     frameworks_import,
@@ -328,6 +345,7 @@ RULES: tuple[Callable[[Facts, int], Iterable[Finding]], ...] = (
     shared_memory,
     cores,
     mpirun_as_root,
+    single_copy,
 )
 
 

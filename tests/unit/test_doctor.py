@@ -25,7 +25,7 @@ def test_a_healthy_machine(machine):
     assert diagnosis["healthy"]
     assert not odd.names(diagnosis, "error"), diagnosis["findings"]
     # What else there is depends on where the tests run.
-    here = "hostname-loopback hostname-unresolved mpirun-as-root no-network no-mpirun small-shm bound"
+    here = "hostname-loopback hostname-unresolved mpirun-as-root no-network no-mpirun small-shm bound no-single-copy"
     assert odd.names(diagnosis) <= set(here.split())
     (facts,) = diagnosis["hosts"].values()
     assert facts["codec"]["isa"]
@@ -127,6 +127,21 @@ def no_network(machine):
     machine.patch("import psutil; psutil.net_if_addrs = dict")
 
 
+def no_single_copy(machine):
+    machine.patch("""
+        import ctypes
+        class libc:
+            def __init__(self, *_, **__): pass
+            def process_vm_readv(self, *_):
+                ctypes.set_errno(1)
+                return -1
+        ctypes.CDLL = libc
+    """)
+    machine.write("bin/mpirun", "#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
+    (machine.folder / "bin/mpirun").chmod(0o755)
+    machine.environment["PATH"] = f"{machine.folder / 'bin'}:{os.environ['PATH']}"
+
+
 def root(machine):
     machine.patch("import os; os.geteuid = lambda: 0")
     machine.environment["OMPI_ALLOW_RUN_AS_ROOT"] = ""
@@ -158,6 +173,7 @@ def root(machine):
         (portable, "codec-portable", "note"),
         (no_network, "no-network", "note"),
         (root, "mpirun-as-root", "note"),
+        (no_single_copy, "no-single-copy", "warning"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
