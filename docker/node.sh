@@ -3,16 +3,12 @@
 # Without a command it waits. `keys` as the command makes the cluster's key, which all nodes must share, and ends.
 set -euo pipefail
 
-key=$HOME/.ssh/id_ed25519
-make_key() {
-  [ -e "$key" ] && return
-  ssh-keygen -q -t ed25519 -N '' -C hvd_quant -f "$key"
+key=$HOME/.ssh/id_rsa # as Kubeflow's MPI operator calls it
+if [ ! -e "$key" ]; then
+  ssh-keygen -q -t rsa -N '' -C hvd_quant -f "$key"
   cp "$key.pub" "$HOME/.ssh/authorized_keys"
-}
-
-make_key
+fi
 if [ "${1:-}" = keys ]; then exit; fi
-/usr/sbin/sshd -p 2222 -h "$key" -o PidFile=none -o UsePAM=no -o PasswordAuthentication=no -o StrictModes=no \
-  -o MaxStartups=1000
+/usr/sbin/sshd -f /opt/hvd_quant/docker/sshd_config
 if [ $# -eq 0 ]; then exec sleep infinity; fi
 exec "$@"

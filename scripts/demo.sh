@@ -19,10 +19,12 @@ train() {
   shift
   printf '\n== %s: horovodrun -np %s python examples/torch_fashion_mnist.py --epochs %s %s\n' \
     "$name" "$ranks" "$epochs" "$*"
-  # Only rank 0 speaks: its lines read better without the launcher's marks.
+  # Only rank 0 speaks: its lines read better without the launcher's marks, and without what TensorFlow says when
+  # horovodrun imports it to see how Horovod was built.
   "$root/.venv/bin/horovodrun" -np "$ranks" "$root/.venv/bin/python" "$root/examples/torch_fashion_mnist.py" \
     --epochs "$epochs" --json-log "$output/$name.jsonl" "$@" 2>&1 |
-    sed -u -E 's/^\[[0-9,]+\]<std(out|err)>://'
+    sed -u -E 's/^\[[0-9,]+\]<std(out|err)>://
+      /^(WARNING: All log messages before absl|[IWE]0000 00:00:|To enable the following instructions)/d'
 }
 
 train fp32 --compression none

@@ -25,7 +25,8 @@ def test_a_healthy_machine(machine):
     assert diagnosis["healthy"]
     assert not odd.names(diagnosis, "error"), diagnosis["findings"]
     # What else there is depends on where the tests run.
-    here = "hostname-loopback hostname-unresolved mpirun-as-root no-network no-mpirun small-shm bound no-single-copy"
+    here = "hostname-loopback hostname-unresolved mpirun-as-root no-network no-mpirun small-shm bound "
+    here += "no-single-copy"
     assert odd.names(diagnosis) <= set(here.split())
     (facts,) = diagnosis["hosts"].values()
     assert facts["codec"]["isa"]
