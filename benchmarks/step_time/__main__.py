@@ -5,13 +5,13 @@
     python -m benchmarks.step_time --cases tensorflow/1gbit/2
     python -m benchmarks.step_time --markdown --json step_time.json --plot step_time.png
 
-A case is MODEL/RATE/HOSTS, with one rank a host, or two ranks on the only one:
+A case is MODEL/RATE/HOSTS, with one rank a host, or two ranks on the only one, or MODEL/RATE/HOSTSxRANKS:
 
 - models: linear, 8 x Linear(1024), 8.4 M parameters; device, the same where another device computes: the
   processor sleeps for 2 ms a layer; transformer, an encoder of 25 M parameters in 96 tensors; small, 320
   matrices of 64 x 64; tensorflow, TensorFlow's 8 x Dense(1024) in a tf.function;
 - rates of every host's link: 100mbit, 1gbit, 10gbit, unshaped;
-- hosts: 1, 2, 4, 8.
+- hosts: 1, 2, 4, 8, and 2x2, 2x4.
 
 A case is two launches, one for the rows that use Horovod and one for DDP's, each with a row that computes and
 exchanges nothing; the model tensorflow has only the first. The rows of a launch take turns, step by step, so
@@ -56,7 +56,7 @@ DEFAULT = [
     ),
 ]
 ALL = [
-    *(f"{model}/{rate}/{n}" for model in MODELS for n in (2, 4, 8) for rate in RATES),
+    *(f"{model}/{rate}/{n}" for model in MODELS for n in (2, 4, 8, "2x2", "2x4") for rate in RATES),
     *(f"{model}/unshaped/1" for model in MODELS),
 ]
 ENVIRONMENT = {

@@ -143,6 +143,8 @@ class Horovod:
             "4 bits, allgather": {"bits": 4, "exchange": "allgather"},
             "4 bits, scatter-allgather": {"bits": 4, "exchange": "scatter_allgather"},
         }
+        if 1 < self.hvd.local_size() < self.size:
+            ours["4 bits, hierarchical"] = {"bits": 4, "exchange": "hierarchical"}
         compressions = {
             "Horovod fp32": self.hvd.Compression.none,
             "Horovod fp16": self.hvd.Compression.fp16,

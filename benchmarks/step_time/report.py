@@ -17,6 +17,7 @@ from hvd_quant.exchange import cost
 
 COMPUTE, FP32, FP16, OURS = "compute alone", "Horovod fp32", "Horovod fp16", "hvd_quant 4 bits"
 EXCHANGES = ALLGATHER, SCATTER = "4 bits, allgather", "4 bits, scatter-allgather"
+BY_HOSTS = "4 bits, hierarchical"
 NO_FUSION = "4 bits, no fusion"
 OWN = "4 bits, "  # how our ablations' names begin
 GRACE = "GRACE QSGD int8"
@@ -31,15 +32,17 @@ class Case:
     failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model, self.rate, hosts = self.name.split("/")
+        self.model, self.rate, where = self.name.split("/")
+        hosts, _, slots = where.partition("x")
         self.hosts = int(hosts)
-        self.slots = 2 if self.hosts == 1 else 1
+        self.slots = int(slots or (2 if self.hosts == 1 else 1))
         self.ranks = self.hosts * self.slots
 
     @property
     def title(self) -> str:
         link = {"100mbit": "100 Mbit/s", "1gbit": "1 Gbit/s", "10gbit": "10 Gbit/s"}.get(self.rate, self.rate)
-        return f"{link}, {self.hosts} hosts" if self.hosts > 1 else f"{link}, 1 host, 2 ranks"
+        each = f" of {self.slots} ranks" if self.slots > 1 else ""
+        return f"{link}, {self.hosts} hosts{each}" if self.hosts > 1 else f"{link}, 1 host, 2 ranks"
 
     def median(self, row: str) -> float:
         """Seconds; raises KeyError if the row was not measured."""
@@ -202,7 +205,7 @@ def print_all(
         if rows:
             print_table([model, *(case.title for case in own)], rows, markdown)
     # The link's rate changes none of this.
-    distinct = {(case.model, case.ranks): case for case in reversed(cases) if OURS in case.rows}
+    distinct = {(case.model, case.ranks, case.slots): case for case in reversed(cases) if OURS in case.rows}
     rows = [
         [
             f"{case.model}, {case.ranks} ranks, {name.removeprefix('hvd_quant ')}",
@@ -216,7 +219,7 @@ def print_all(
         ]
         for case in reversed(distinct.values())
         for name, row in case.rows.items()
-        if name in (OURS, NO_FUSION, *EXCHANGES)
+        if name in (OURS, NO_FUSION, BY_HOSTS, *EXCHANGES)
     ]
     header = (
         "",
@@ -248,7 +251,8 @@ def print_model(cases: Sequence[Case], markdown: bool) -> None:
     for case in cases:
         if case.rate == "unshaped" or not all(row in case.rows for row in EXCHANGES):
             continue
-        link = cost.Link(2e-3, parse_rate(case.rate) / 8)
+        slots = case.slots if case.hosts > 1 else 1
+        link = cost.Link(cost.HOROVOD_LATENCY, parse_rate(case.rate) / 8, ranks_a_host=slots)
         cells = []
         for row, exchange in ((ALLGATHER, "allgather"), (SCATTER, "scatter_allgather")):
             payload, buckets = (case.rows[row][key] for key in ("payload_bytes", "buckets"))
