@@ -53,6 +53,18 @@ fail() {
   exit 1
 }
 
+# hint LOG: what a failed step's log may mean.
+hint() {
+  case $(tail -n 100 "$1") in
+    *"No space left"*) printf ' (the disk is full: make room at %s, or in TMPDIR)' "$root" ;;
+    *"Network is unreachable"* | *"name resolution"* | *"Could not resolve"* | *"Connection timed out"*)
+      printf ' (there seems to be no network: pip and apt-get must reach their indexes)' ;;
+    *CERTIFICATE_VERIFY_FAILED*)
+      printf ' (a proxy with a certificate of its own? Set PIP_CERT to a file with it)' ;;
+    *"Killed signal"*) printf ' (the compiler ran out of memory: try MAKEFLAGS=-j1)' ;;
+  esac
+}
+
 # step NAME COMMAND...: run the command with its output in NAME.log, showing that time passes.
 step() {
   local name=$1 log=$logs/$1.log begin=$SECONDS pid status=0
@@ -76,7 +88,7 @@ step() {
   if [ "$status" -ne 0 ]; then
     printf -- '--- last lines of %s\n' "$log" >&2
     tail -n 25 "$log" >&2
-    fail "step '$name' failed (exit status $status); full log: $log"
+    fail "step '$name' failed (exit status $status); full log: $log$(hint "$log")"
   fi
   printf '  %-18s %4ds\n' "$name" $((SECONDS - begin))
 }
