@@ -196,7 +196,8 @@ make_venv() {
 
 install_torch() {
   if has_gpu || [ "$(uname -m)" != x86_64 ]; then
-    pip install "torch==$torch_version" numpy
+    # Not the CPU build, which a folder of wheels may hold, and which pip takes for the newer one.
+    pip install "torch==$torch_version,!=${torch_version%%+*}+cpu" numpy
   else
     # The plain x86-64 package brings several GB of CUDA; the CPU build is a local version of the same.
     # Where neither pip's indexes nor torch's own have that, the package with CUDA works as well.
