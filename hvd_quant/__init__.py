@@ -19,8 +19,14 @@ __all__ = ["DQSGD", "NUQSGD", "QSGD", "__version__", "decode", "encode", "native
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when first used: so `hvd-quant doctor` can say what keeps them from it."""
+    if name in ("codec", "schemes", "wire"):
+        return import_module(f"hvd_quant.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "schemes" if name.isupper() else "codec"
     value = globals()[name] = getattr(import_module(f"hvd_quant.{module}"), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

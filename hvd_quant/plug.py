@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from types import ModuleType
 from typing import Any
 
 from horovod.common.process_sets import ProcessSet
@@ -92,22 +93,41 @@ class Options:
         if self.in_use:
             raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
 
+    def _host(self, hvd: ModuleType, alike: bool) -> int:
+        """What to tell the other ranks of this one's host.
+
+        Args:
+            hvd: ``horovod.torch``, or another of Horovod's modules.
+            alike: whether all hosts have equally many ranks, by Horovod's word.
+
+        Raises:
+            ValueError: the exchange that the user asked for is none for these hosts; on every rank.
+        """
+        by_hosts = alike and hvd.local_size() > 1 and hvd.cross_size() > 1
+        # Of all ranks this is known without asking them: one that came late would leave the others waiting.
+        everyone = self.process_set.process_set_id == 0
+        if self.exchange == "hierarchical" and everyone and hvd.size() > 1 and not by_hosts:
+            raise ValueError(NOT_BY_HOSTS)
+        # Where hosts have unequally many ranks, Horovod's number is none of the host.
+        return hvd.cross_rank() if alike else -1 - hvd.rank()
+
     def _locate(self, topology: Topology) -> None:
         """Note where the ranks are, once all have told.
 
         Raises:
             ValueError: the exchange that the user asked for is none for that; on every rank.
         """
-        if self.exchange == "hierarchical" and topology.ranks_a_host == 1:
+        if self.exchange == "hierarchical" and topology.ranks_a_host == 1 and len(topology.hosts) > 1:
             raise ValueError(NOT_BY_HOSTS)
         self._topology = topology
 
-    def _algorithm_for(self, nbytes: int, count: int) -> str:
+    def _algorithm_for(self, nbytes: int, count: int, *, by_hosts: bool = True) -> str:
         """The name of the exchange for so many values in so many bytes: the same on all ranks."""
         if self.exchange != "auto":
-            return self.exchange
+            too_large = self.exchange == "hierarchical" and not cost.fits(count)
+            return "scatter_allgather" if too_large else self.exchange
         link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
-        return cost.choose(link, self.process_set.size(), nbytes, count)
+        return cost.choose(link, self.process_set.size(), nbytes, count, by_hosts=by_hosts)
 
     def _config(self) -> Description:
         """What must be the same on all ranks."""

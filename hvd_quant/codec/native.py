@@ -260,8 +260,8 @@ def collect(
         layout: says which values.
         preamble: `PREAMBLE_SIZE` bytes.
         out: uint8 of PREAMBLE_SIZE + 4 * layout.count.
-        residuals: of error feedback, flat float32, or none. They are added, and become 0 where the sum is
-            finite.
+        residuals: of error feedback, flat float32, or none. They are added, and become 0 in the buckets of
+            quantization in which all sums are finite. A segment begins with a bucket.
     """
     out[:PREAMBLE_SIZE] = np.frombuffer(preamble, np.uint8)
     floats, end = out[PREAMBLE_SIZE:].view(np.float32), 0
@@ -276,19 +276,31 @@ def collect(
             if residuals:
                 residual = residuals[segment.tensor][place]
                 room += residual
-                np.copyto(residual, np.float32(0), where=np.isfinite(room))
+                sent = np.isfinite(room)
+                if not sent.all():
+                    size = segment.scheme.bucket_size
+                    buckets = np.logical_and.reduceat(sent, range(0, segment.count, size))
+                    sent = np.repeat(buckets, size)[: segment.count]
+                np.copyto(residual, np.float32(0), where=sent)
         end += segment.count
 
 
-def average(parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-    """Write the mean of what `collect` has written, without the preambles.
+def average(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> None:
+    """Write the mean of what `collect` has written on several ranks.
 
     Args:
-        parts: uint8, each of four times as many bytes as ``out`` has values.
-        out: float32.
+        parts: uint8.
+        preamble: what they begin with.
+        out: float32, of as many values.
+
+    Raises:
+        ValueError: a part is of another size, or begins otherwise.
     """
+    for number, part in enumerate(parts):
+        if part.size != PREAMBLE_SIZE + 4 * out.size or part[:PREAMBLE_SIZE].tobytes() != preamble:
+            raise ValueError(f"message {number} is not the one that was expected")
     with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(out, parts[0].view(np.float32))
+        np.copyto(out, parts[0][PREAMBLE_SIZE:].view(np.float32))
         for part in parts[1:]:
-            out += part.view(np.float32)
+            out += part[PREAMBLE_SIZE:].view(np.float32)
         out *= np.float32(1 / len(parts))

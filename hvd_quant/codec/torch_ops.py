@@ -189,15 +189,28 @@ def collect(
         if residuals:
             residual = residuals[segment.tensor].view(-1)[place]
             room += residual
-            residual.masked_fill_(room.isfinite(), 0.0)
+            size = min(segment.scheme.bucket_size, segment.count)
+            sent = torch.nn.functional.pad(room.isfinite(), (0, -segment.count % size), value=True)
+            sent = sent.view(-1, size).all(1).repeat_interleave(size)[: segment.count]
+            residual.masked_fill_(sent, 0.0)
         end += segment.count
 
 
-def average(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """Write the mean of what has been collected; see `hvd_quant.codec.native.average`."""
-    out.copy_(_words(parts[0], torch.float32))
+def average(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -> None:
+    """Write the mean of what has been collected; see `hvd_quant.codec.native.average`.
+
+    Waits for the device once.
+    """
+    if all(part.numel() == PREAMBLE_SIZE + 4 * out.numel() for part in parts):
+        beginnings = torch.stack([part[:PREAMBLE_SIZE] for part in parts]).cpu().numpy()
+    else:
+        beginnings = np.zeros((len(parts), 0), np.uint8)
+    for number, beginning in enumerate(beginnings):
+        if beginning.tobytes() != preamble:
+            raise ValueError(f"message {number} is not the one that was expected")
+    out.copy_(_words(parts[0][PREAMBLE_SIZE:], torch.float32))
     for part in parts[1:]:
-        out += _words(part, torch.float32)
+        out += _words(part[PREAMBLE_SIZE:], torch.float32)
     out *= 1 / len(parts)
 
 

@@ -56,11 +56,11 @@ class Codec(Protocol):
     ) -> None:
         """Write a preamble, and the values of a layout's segments as float32, to bytes.
 
-        Residuals are added, and become 0 where the sum is finite.
+        Residuals are added, and become 0 in the buckets of quantization in which all sums are finite.
         """
 
-    def average(self, parts: Sequence[Buffer], out: Buffer) -> None:
-        """Write the mean of equally many float32 values in each of the parts, which are bytes."""
+    def average(self, parts: Sequence[Buffer], preamble: bytes, out: Buffer) -> None:
+        """Write the mean of what has been collected on several ranks, if it has this preamble."""
 
 
 Encoded = list[tuple[MessageLayout, list[Buffer]]]
@@ -79,6 +79,7 @@ class Work:
         residuals: of error feedback: what this rank has not sent yet, flat float32, one a gradient; or none.
         buffers: memory that is the same in every step, because fresh pages cost more than what is written to
             them; None for fresh memory.
+        encoded_bytes: that the gradients have been encoded into; by the host's ranks together, if by hosts.
     """
 
     bucket: FusedBucket
@@ -87,15 +88,16 @@ class Work:
     codec: Codec
     residuals: Sequence[Buffer] = ()
     buffers: dict[str, Buffer] | None = None
-    encoded_bytes: int = 0  # that the gradients have been encoded into
+    encoded_bytes: int = 0
 
     def room(self, purpose: str, count: int, dtype: str) -> Buffer:
         """Memory on the gradients' device."""
         if self.buffers is None:
             return self.codec.empty(count, dtype, self.values[0])
-        if purpose not in self.buffers:
-            self.buffers[purpose] = self.codec.empty(count, dtype, self.values[0])
-        return self.buffers[purpose]
+        room = self.buffers.get(purpose)
+        if room is None or len(room) != count:
+            room = self.buffers[purpose] = self.codec.empty(count, dtype, self.values[0])
+        return room
 
 
 def encode_whole(work: Work) -> Buffer:
@@ -188,8 +190,6 @@ def scatter_allgather(
 def collect_for_host(work: Work) -> tuple[Buffer, list[int]]:
     """The values of each of the host's chunks as they are, for who averages it, and the parts' sizes."""
     bucket = work.bucket
-    # By the host's ranks together; at most, where it varies.
-    work.encoded_bytes = bucket.whole.size
     sizes = [0] * bucket.size
     for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
         sizes[neighbour] = PREAMBLE_SIZE + 4 * chunk.count
@@ -210,15 +210,12 @@ def encode_host_mean(work: Work, parts: Sequence[Buffer]) -> Buffer:
     """
     bucket = work.bucket
     number = bucket.own_host_chunk
-    chunk, expected = bucket.host_chunks[number], bucket.raw_preamble(number)
-    from_neighbours = [parts[neighbour] for neighbour in bucket.neighbours]
-    for neighbour, part in zip(bucket.neighbours, from_neighbours, strict=True):
-        size, preamble = PREAMBLE_SIZE + 4 * chunk.count, bytes(part[:PREAMBLE_SIZE].tolist())
-        if len(part) != size or preamble != expected:
-            raise ValueError(f"message of rank {neighbour} is not the one that was expected")
+    chunk = bucket.host_chunks[number]
     mean = work.room("mean", chunk.count, "float32")
-    work.codec.average([part[PREAMBLE_SIZE:] for part in from_neighbours], mean)
-    return _encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
+    work.codec.average([parts[rank] for rank in bucket.neighbours], bucket.raw_preamble(number), mean)
+    message = _encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
+    work.encoded_bytes = len(message) * len(bucket.neighbours)
+    return message
 
 
 def repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tuple[Buffer, list[int]]:
@@ -254,6 +251,7 @@ def hierarchical(work: Work, transport: Transport, name: str) -> Generator[Handl
         message = encode_host_mean(work, parts)
     except ValueError as error:
         damage, message = error, parts[bucket.rank][:0]
+    del parts  # as large as the gradients
     across = yield transport.alltoall(*repeat(work, [message], bucket.counterparts), f"{name}.across")
     messages = [across[rank] for rank in bucket.counterparts]
     told = yield transport.alltoall(*repeat(work, messages, bucket.neighbours), f"{name}.pass")

@@ -73,11 +73,24 @@ def seconds(exchange: str, link: Link, size: int, payload_bytes: int, count: int
     )
 
 
-def choose(link: Link, size: int, payload_bytes: int, count: int) -> str:
-    """The exchange that the model takes for the quickest: a function of its arguments alone."""
-    by_hosts = ("hierarchical",) if link.ranks_a_host > 1 else ()
+def fits(count: int) -> bool:
+    """Whether so many values can be exchanged by hosts: as float32, with bytes counted in 32 bits."""
+    return 4 * count < 2**31
+
+
+def choose(link: Link, size: int, payload_bytes: int, count: int, *, by_hosts: bool = True) -> str:
+    """The exchange that the model takes for the quickest: a function of its arguments alone.
+
+    Args:
+        link: between the ranks.
+        size: ranks.
+        payload_bytes: that a rank encodes its gradients into.
+        count: values in them.
+        by_hosts: whether the exchange by hosts is to be had, if the link is of several ranks a host.
+    """
+    by_hosts = by_hosts and link.ranks_a_host > 1 and fits(count)
     return min(
-        ("allgather", "scatter_allgather", *by_hosts),
+        ("allgather", "scatter_allgather", *(["hierarchical"] if by_hosts else [])),
         key=lambda exchange: seconds(exchange, link, size, payload_bytes, count),
     )
 

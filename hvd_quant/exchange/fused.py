@@ -66,16 +66,23 @@ class FusedBucket:
         rank: this one.
         seed: of the noise, the same on all ranks; anything that JSON can hold.
         topology: where the ranks are; None if it is not known, as if each had a host of its own.
+        buffers: what an exchange needs in every step; of several fused buckets, of which one is under way.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], size: int, rank: int, seed: object, topology: Topology | None = None
+        self,
+        entries: Sequence[Entry],
+        size: int,
+        rank: int,
+        seed: object,
+        topology: Topology | None = None,
+        buffers: dict[str, Buffer] | None = None,
     ) -> None:
         self.entries = tuple(entries)
         self.size, self.rank = size, rank
         self.topology = topology or Topology(range(size))
         self._seed = seed
-        self.buffers: dict[str, Buffer] = {}  # what an exchange needs in every step
+        self.buffers: dict[str, Buffer] = {} if buffers is None else buffers
         self._noise: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     @cached_property
@@ -213,6 +220,7 @@ class Group:
         self._splits = 0
         self._bucket: FusedBucket | None = None
         self._buckets: dict[tuple[Entry, ...], FusedBucket] = {}  # of schemes that come and go
+        self._buffers: dict[str, Buffer] = {}
 
     @property
     def complete(self) -> bool:
@@ -248,7 +256,7 @@ class Group:
             if entries not in self._buckets:
                 if len(self._buckets) == _BUCKETS_KEPT:
                     self._buckets.clear()
-                self._buckets[entries] = FusedBucket(entries, size, rank, seed, topology)
+                self._buckets[entries] = FusedBucket(entries, size, rank, seed, topology, self._buffers)
             self._bucket = self._buckets[entries]
         return self._bucket
 

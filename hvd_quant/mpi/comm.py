@@ -235,7 +235,12 @@ class QuantizedComm:
         described, hosts = zip(*self._comm.allgather((own, host)), strict=True)
         self._topology = Topology(hosts)
         differences = control.differences(described)
-        if fault is None and self.exchange == "hierarchical" and self._topology.ranks_a_host == 1:
+        if (
+            fault is None
+            and self.exchange == "hierarchical"
+            and self.size > 1
+            and self._topology.ranks_a_host == 1
+        ):
             fault = ValueError(NOT_BY_HOSTS)
         if differences or fault is not None:
             self._comm.Free()
@@ -375,7 +380,6 @@ class QuantizedComm:
         uses = np.array([number], np.uint64)
         work = Work(bucket, [values], uses, native, buffers=bucket.buffers)
         exchange = Exchange(work, algorithm, transport, f"call {number}")
-        self._wire_bytes += work.encoded_bytes
         while not exchange.ready():
             yield
         try:
@@ -385,6 +389,7 @@ class QuantizedComm:
             raise control.RankMismatchError(f"in call {number}, {explanation}") from error
         finally:
             self._received_bytes += exchange.received_bytes
+            self._wire_bytes += work.encoded_bytes
         self._put_back(bucket)
 
     def _explain(

@@ -414,13 +414,12 @@ class QuantizedCompressor(Options, Compressor):
     def _algorithm(self, tensors: list[tf.Tensor]) -> str:
         """The exchange's name: a function of what all ranks know when they trace, whenever they do."""
         counts = [tensor.shape.num_elements() for tensor in tensors]
-        if self.exchange != "auto":
-            return self.exchange
         if None in counts or self._topology is None:
-            return "allgather"
+            return self.exchange if self.exchange != "auto" else "allgather"
         scheme = self.scheme.at(self.scheme.max_bits) if isinstance(self.scheme, DQSGD) else self.scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
-        return self._algorithm_for(nbytes, sum(counts))
+        # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
+        return self._algorithm_for(nbytes, sum(counts), by_hosts=not device.has_gpu())
 
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""
@@ -444,12 +443,13 @@ class QuantizedCompressor(Options, Compressor):
                 "hvd_quant.tensorflow needs TensorFlow 2's eager execution and tf.function; graphs of "
                 "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
             )
+        host = self._host(hvd, hvd.is_homogeneous())
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
         self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope():
                 told = hvd.allgather_object(
-                    (self._config(), hvd.cross_rank()),
+                    (self._config(), host),
                     name="hvd_quant.agreement",
                     process_set=self.process_set,
                 )

@@ -147,6 +147,8 @@ class Steps:
         work, parts = self._came(received, sizes, use, bits, shapes)
         try:
             message = algorithms.encode_host_mean(work, parts)
+            with self.progress.lock:
+                self.progress.wire_bytes += work.encoded_bytes
         except ValueError:
             message = received[:0]
         return _sized(algorithms.repeat(work, [message], work.bucket.counterparts))

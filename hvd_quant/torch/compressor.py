@@ -21,6 +21,7 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.torch import mpi_ops
 from horovod.torch.compression import Compressor
 
 from hvd_quant.codec import native, torch_ops
@@ -107,6 +108,7 @@ class QuantizedCompressor(Options, Compressor):
         self._unsent: list[Pending] = []  # while there is no agreement
         self._pending: dict[str, Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
+        self._looked = 0.0  # when, by the monotonic clock, that was looked at last
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
         self._sent: list[Shipment] = []  # in this round
         self._announced: list[Shipment] = []  # in the round of which the results are waited for
@@ -477,6 +479,7 @@ class QuantizedCompressor(Options, Compressor):
                 "named_parameters=model.named_parameters(), or use hvd_quant.torch.DistributedOptimizer, "
                 "which does so"
             )
+        host = self._host(hvd, mpi_ops.is_homogeneous())
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
         named = self._names.named_parameters() if self._names is not None else []
         self._parameters = {
@@ -490,6 +493,7 @@ class QuantizedCompressor(Options, Compressor):
         # Their order is in it, too: it is that of the fused buckets.
         self._ranks.propose(
             control.fingerprint({**self._config(), "parameters": list(self._parameters.items())}),
+            host,
             self._progress(),
         )
         quantized = [
@@ -676,6 +680,7 @@ class QuantizedCompressor(Options, Compressor):
                     out.append(values_of(member.result, plain=True))
             shipment.exchange.finish(out, factor)
             self._received_bytes += shipment.exchange.received_bytes
+            self._wire_bytes += shipment.exchange.work.encoded_bytes
             shipment.factor = factor
         # All results are there, but some rank may wait for more. Or it has not come so far, and waits for us
         # elsewhere: then what it says is looked at in the next round.
@@ -691,8 +696,9 @@ class QuantizedCompressor(Options, Compressor):
         self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)
-        if self._underway:
-            self._advance(wait=False)
+        # Hooks come in quick succession, and each look asks Horovod about everything that is under way.
+        if self._underway and time.monotonic() - self._looked > POLL_SECONDS:
+            self._look()
 
     def _bucket(self, group: Group) -> FusedBucket:
         # With the ranks of the process set in the seed: sets side by side must not share their noise.
@@ -726,7 +732,6 @@ class QuantizedCompressor(Options, Compressor):
         )
         algorithm = self._algorithm_for(bucket.whole.size, bucket.whole.count)
         exchange = Exchange(work, algorithm, self._transport, name)
-        self._wire_bytes += work.encoded_bytes
         self._messages += 1
         shipment = Shipment(exchange, members)
         for member in members:
@@ -749,12 +754,16 @@ class QuantizedCompressor(Options, Compressor):
         All of them side by side: they may have begun in another order on every rank, and one's second
         collective may wait for a rank that waits for another's.
         """
-        while True:
-            self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
-            if not self._underway or not wait:
-                return not self._underway
+        while not self._look() and wait:
             self._transport.while_waiting()
             time.sleep(POLL_SECONDS)
+        return not self._underway
+
+    def _look(self) -> bool:
+        """Take exchanges on as far as they are; are all at their last collective?"""
+        self._looked = time.monotonic()
+        self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
+        return not self._underway
 
     def _go_on_for_others(self) -> None:
         """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""

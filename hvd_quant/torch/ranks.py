@@ -86,16 +86,17 @@ class Ranks:
         """Beginnings before the present one."""
         return self._beginnings - (not self.proposed)
 
-    def propose(self, fingerprint: int, progress: Sequence[int]) -> None:
+    def propose(self, fingerprint: int, host: int, progress: Sequence[int]) -> None:
         """Tell the others what this rank has, or wait on, if they have not yet come to a new beginning.
 
         Args:
             fingerprint: of what must be the same.
+            host: a number that ranks of the same host have in common.
             progress: how far it has come, as many int64 on every rank.
         """
         self._rounds = 0
         if not self.proposed:
-            told = torch.tensor([[fingerprint, self._beginnings, hvd.cross_rank(), *progress]])
+            told = torch.tensor([[fingerprint, self._beginnings, host, *progress]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
 
     def agree(self) -> bool | None:
@@ -112,7 +113,6 @@ class Ranks:
         proposal, self._proposal = self._proposal, None
         told = proposal.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
-        # Where hosts have unequally many ranks, this is no host's number, but does not look regular either.
         self.topology = Topology(told[:, 2].tolist())
         self.progress = told[:, 3:].tolist()
         # Questions that have been answered since they were asked in vain were not for the new beginning. No

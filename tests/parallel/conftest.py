@@ -12,7 +12,9 @@ from shared import pretend_hosts
 def _horovod():
     hvd.init(process_sets="dynamic")
     if "TEST_HOSTS" in os.environ:
+        hosts = int(os.environ["TEST_HOSTS"])
         hvd.cross_rank = lambda: pretend_hosts(hvd.rank(), hvd.size())
+        hvd.cross_size, hvd.local_size = lambda: hosts, lambda: hvd.size() // hosts
     torch.set_num_threads(1)
 
 
