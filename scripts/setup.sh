@@ -42,7 +42,9 @@ unset PYTHONHOME PYTHONPATH # another environment's packages must not leak into 
 
 # One at a time: a second call waits for the first, and then finds everything done.
 exec 9>"$root/build/setup.lock"
-flock -n 9 || { echo "setup: waiting for another setup.sh to finish" && flock 9; }
+if command -v flock >/dev/null; then
+  flock -n 9 || { echo "setup: waiting for another setup.sh to finish" && flock 9; }
+fi
 
 # --- reporting ------------------------------------------------------------------------------------------
 
@@ -57,7 +59,9 @@ fail() {
 hint() {
   case $(tail -n 100 "$1") in
     *"No space left"*) printf ' (the disk is full: make room at %s, or in TMPDIR)' "$root" ;;
-    *"Network is unreachable"* | *"name resolution"* | *"Could not resolve"* | *"Connection timed out"*)
+    *"Disk quota"*) printf ' (a disk quota is used up, of %s or of TMPDIR)' "$root" ;;
+    *"Network is unreachable"* | *"name resolution"* | *"Name or service not known"* | *"Could not resolve"* | \
+      *"Temporary failure resolving"* | *"Connection refused"* | *"No route to host"* | *"timed out"*)
       printf ' (there seems to be no network: pip and apt-get must reach their indexes)' ;;
     *CERTIFICATE_VERIFY_FAILED*)
       printf ' (a proxy with a certificate of its own? Set PIP_CERT to a file with it)' ;;
@@ -158,6 +162,8 @@ install_system_packages() {
     fail "not root, and no sudo. As root: apt-get install ${missing[*]}"
   fi
   step system-packages apt_install "${missing[@]}"
+  mapfile -t missing < <(missing_packages)
+  [ ${#missing[@]} -eq 0 ] || fail "still missing, though apt-get has installed it: ${missing[*]}"
 }
 
 # The data set is the examples' alone: nothing else needs it, and not every distribution has the package.
@@ -179,7 +185,7 @@ has_gpu() {
   case "${HVD_QUANT_GPU:-}" in
     yes) true ;;
     no) false ;;
-    *) command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]] ;;
+    *) command -v nvidia-smi >/dev/null && [[ $(timeout 20 nvidia-smi -L 2>/dev/null) == *GPU* ]] ;;
   esac
 }
 has_nccl() { [ -n "${HOROVOD_NCCL_HOME:-}" ] || [[ $(PATH=$PATH:/sbin:/usr/sbin ldconfig -p) == *libnccl* ]]; }
@@ -189,8 +195,8 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 make_venv() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'
   rm -rf "$venv"
+  mkdir -p "$stamps" # by which it is known for ours
   "$python" -m venv "$venv"
-  mkdir -p "$stamps"
   pip install 'setuptools<81' wheel packaging pybind11
 }
 
@@ -222,9 +228,12 @@ cmake_is_new() {
 }
 
 build_horovod() {
-  # Not below $root: its path may hold spaces, which Horovod's build does not take.
-  local work source
+  # Not below $root: its path may hold spaces, which Horovod's build does not take. Nor does it take them in the
+  # environment's, since it hands on TensorFlow's folders unquoted.
+  local work source environment=$venv
   work=$(mktemp -d)
+  if [[ $work =~ [[:space:]] ]]; then work=$(TMPDIR=/tmp mktemp -d); fi
+  if [[ $venv =~ [[:space:]] ]]; then environment=$work/venv && ln -s "$venv" "$environment"; fi
   source=$work/horovod-$horovod_version
   # Expanded now, because the local variable is gone by then.
   # shellcheck disable=SC2064
@@ -239,13 +248,13 @@ build_horovod() {
   if ! cmake_is_new; then pip install 'cmake>=3.18,<4'; fi
   # CMake 4 refuses the third-party projects' old minimum versions unless told otherwise.
   (
-    export PATH="$venv/bin:$PATH" CMAKE_POLICY_VERSION_MINIMUM=3.5
+    export PATH="$environment/bin:$PATH" CMAKE_POLICY_VERSION_MINIMUM=3.5
     export HOROVOD_WITHOUT_MXNET=1
     if has torch; then export HOROVOD_WITH_PYTORCH=1; else export HOROVOD_WITHOUT_PYTORCH=1; fi
     if has tensorflow; then export HOROVOD_WITH_TENSORFLOW=1; else export HOROVOD_WITHOUT_TENSORFLOW=1; fi
     export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
     cd "$source"
-    pip wheel --no-deps --no-build-isolation -w "$work/wheels" .
+    "$environment/bin/python" -m pip wheel --no-deps --no-build-isolation -w "$work/wheels" .
   )
   pip install --force-reinstall --no-deps "$work/wheels/horovod-$horovod_version"*.whl
 }
@@ -265,8 +274,8 @@ reached() {
 # What is built takes about 4 GB with both frameworks' CPU builds, and pip needs room to unpack beside that.
 check_space() {
   local free
-  free=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
-  [ "$free" -ge "$gigabytes" ] ||
+  free=$(df -Pk "$root" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024 / 1024) }') || return 0
+  [ "${free:-$gigabytes}" -ge "$gigabytes" ] ||
     fail "$root has $free GB free, and setting up takes about $gigabytes GB. Make room, or clone to another disk"
 }
 
@@ -279,21 +288,32 @@ if has torch; then built_for+=" torch-$torch_version-$kind"; fi
 if has tensorflow; then built_for+=" tensorflow-$tensorflow_version-$kind"; fi
 horovod_key="$horovod_version$built_for $(cksum <scripts/patch_horovod.py)"
 
+frameworks_done() {
+  is_done venv "$venv" && { ! has torch || is_done torch "$torch_key"; } &&
+    { ! has tensorflow || is_done tensorflow "$tensorflow_key"; }
+}
+
 # Whether nothing is left to build, so that no compiler is needed.
 all_done() {
-  is_done venv "$venv" && is_done horovod "$horovod_key" && is_done hvd_quant "$(hvd_quant_key)" &&
-    { ! has torch || is_done torch "$torch_key"; } &&
-    { ! has tensorflow || is_done tensorflow "$tensorflow_key"; }
+  frameworks_done && is_done horovod "$horovod_key" && is_done hvd_quant "$(hvd_quant_key)"
 }
 
 hvd_quant_key() { cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum; }
 
 # A .venv whose interpreter has gone, or that was moved here from elsewhere, is made again.
-"$venv/bin/python" -c '' 2>/dev/null || rm -rf "$stamps"
+if [ -d "$stamps" ] && ! "$venv/bin/python" -c '' 2>/dev/null; then rm -f "${stamps:?}"/*; fi
 compgen -G 'hvd_quant/codec/_native*.so' >/dev/null || rm -f "$stamps/hvd_quant"
 
+if [ -n "${PYTHON:-}" ] && ! command -v "$python" >/dev/null; then
+  fail "PYTHON names $python, and there is no such program"
+fi
+if [ -e "$venv" ] && [ ! -d "$stamps" ]; then
+  fail "$venv is there already, and not of this script's making: move it away"
+fi
+
 say "hvd_quant: setting up $venv (logs in $logs)"
-all_done || check_space
+# What comes later than the frameworks takes little.
+frameworks_done || check_space
 install_system_packages
 reached system && exit
 once venv "$venv" make_venv

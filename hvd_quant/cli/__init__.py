@@ -17,6 +17,19 @@ Exit status: 0, or 1 if something is found that will not work."""
 BENCH = """Run one of the benchmarks of hvd_quant's repository, with its own arguments (--help among them)."""
 
 
+def _patience(text: str) -> float:
+    """Seconds, more than none and less than a day."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds <= 86400.0:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds, above 0 and within a day, not {text!r}"
+        )
+    return seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (without its name); returns its exit status."""
     parser = argparse.ArgumentParser(prog="hvd-quant", description=__doc__)
@@ -35,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument(
         "--patience",
-        type=float,
+        type=_patience,
         default=60.0,
         metavar="SECONDS",
         help="how long ranks are waited for (default: %(default)g)",

@@ -23,11 +23,12 @@ def compare(hosts: Hosts) -> list[Finding]:
     return ordered(run_all((rule, (hosts,)) for rule in RULES)) if len(hosts) > 1 else []
 
 
-def _same(hosts: Hosts, of: Callable[[Facts], object]) -> dict[str, list[str]]:
-    """The hosts' names by what they have."""
+def _same(hosts: Hosts, section: str, of: Callable[[Facts], object]) -> dict[str, list[str]]:
+    """The hosts' names by what they have, as far as that is known."""
     having: defaultdict[str, list[str]] = defaultdict(list)
     for name, facts in hosts.items():
-        having[str(of(facts))].append(name)
+        if "error" not in facts[section]:
+            having[str(of(facts))].append(name)
     return dict(having)
 
 
@@ -37,15 +38,18 @@ def _tell(having: dict[str, list[str]]) -> str:
 
 def versions(hosts: Hosts) -> Iterator[Finding]:
     packages = sorted({name for facts in hosts.values() for name in facts["packages"]} - {"error"})
-    questions: dict[str, Callable[[Facts], object]] = {
-        "Python": lambda facts: ".".join(str(facts["python"].get("version")).split(".")[:2]),
-        "MPI": lambda facts: facts["mpi"].get("version"),
-        **{name: lambda facts, name=name: facts["packages"].get(name) for name in packages},
+    questions: dict[str, tuple[str, Callable[[Facts], object]]] = {
+        "Python": ("python", lambda facts: ".".join(str(facts["python"].get("version")).split(".")[:2])),
+        "MPI": ("mpi", lambda facts: facts["mpi"].get("version")),
+        **{
+            name: ("packages", lambda facts, name=name: facts["packages"].get(name) or "not installed")
+            for name in packages
+        },
     }
-    for name, question in questions.items():
-        having = _same(hosts, question)
+    for name, (section, question) in questions.items():
+        having = _same(hosts, section, question)
         if len(having) > 1:
-            grave = name in ("hvd_quant", "horovod", "MPI")
+            grave = name in ("hvd_quant", "horovod")
             yield Finding(
                 "error" if grave else "warning",
                 "versions-differ",
@@ -61,6 +65,7 @@ def builds(hosts: Hosts) -> Iterator[Finding]:
     for name in ("torch", "tensorflow"):
         having = _same(
             hosts,
+            name,
             lambda facts, name=name: (
                 ", ".join(one for one in ("mpi", "gloo", "nccl") if facts[name].get("horovod", {}).get(one))
                 or "nothing"
@@ -68,7 +73,7 @@ def builds(hosts: Hosts) -> Iterator[Finding]:
         )
         if len(having) > 1:
             yield Finding(
-                "error",
+                "warning",
                 "builds-differ",
                 f"Horovod for {name} was built with {_tell(having)}.",
                 "Ranks must talk by the same means.",
@@ -76,8 +81,22 @@ def builds(hosts: Hosts) -> Iterator[Finding]:
             )
 
 
+def variables(hosts: Hosts) -> Iterator[Finding]:
+    names = sorted({name for facts in hosts.values() for name in facts["environment"]} - {"error"})
+    for name in names:
+        having = _same(hosts, "environment", lambda facts, name=name: facts["environment"].get(name))
+        if len(having) > 1 and name == "HVD_QUANT_BANDWIDTH":
+            yield Finding(
+                "error",
+                "variables-differ",
+                f"{name}: {_tell(having)}.",
+                "Ranks that choose their exchange by different figures are a RankMismatchError.",
+                "Hand it to all ranks: mpirun -x HVD_QUANT_BANDWIDTH (horovodrun does so by itself).",
+            )
+
+
 def gpus(hosts: Hosts) -> Iterator[Finding]:
-    having = _same(hosts, lambda facts: bool(facts["gpus"].get("names")))
+    having = _same(hosts, "gpus", lambda facts: bool(facts["gpus"].get("names")))
     if len(having) > 1:
         with_gpu, without = having["True"], having["False"]
         yield Finding(
@@ -128,9 +147,10 @@ def shared_networks(hosts: Hosts) -> Iterator[Finding]:
 
 
 def packet_sizes(hosts: Hosts) -> Iterator[Finding]:
-    common = set.intersection(*(set(external(facts["network"])) for facts in hosts.values()))
+    known = [facts["network"] for facts in hosts.values() if "error" not in facts["network"]]
+    common = set.intersection(*map(set, map(external, known))) if known else set()
     for nic in sorted(common):
-        having = _same(hosts, lambda facts, nic=nic: facts["network"][nic].get("mtu"))
+        having = _same(hosts, "network", lambda facts, nic=nic: facts["network"][nic].get("mtu"))
         if len(having) > 1:
             yield Finding(
                 "warning",
@@ -160,6 +180,7 @@ def clocks(hosts: Hosts) -> Iterator[Finding]:
 RULES: tuple[Callable[[Hosts], Iterable[Finding]], ...] = (
     versions,
     builds,
+    variables,
     gpus,
     interface_names,
     shared_networks,

@@ -24,15 +24,14 @@ def doctor(output: str | None, patience: float) -> int:
         patience: seconds to wait for other ranks.
 
     Returns:
-        1 if something is found that will not work, else 0; the same on every rank.
+        1 if something is found that will not work, or the output cannot be written, else 0.
     """
     place = meeting.launch()
     here = facts.gather() if place is None or place.local_rank == 0 else None
     alone = place is None or place.size == 1
     diagnosis = _alone(here) if alone else _together(here, place, output, patience)
-    if place is None or place.rank == 0:
-        _tell(diagnosis, output)
-    return _status(diagnosis)
+    written = _tell(diagnosis, output) if place is None or place.rank == 0 else True
+    return _status(diagnosis) if written else 1
 
 
 def _alone(here: Facts) -> Facts:
@@ -44,35 +43,38 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
 
     def no_meeting(error: str) -> Facts:
         own = here or facts.gather()
-        finding = Finding(
-            "error",
-            "no-meeting",
-            f"Rank {place.rank} of {place.size} did not come together with the others: {error}.",
-            "A training job would wait, or fail, as this one did.",
-            "Run hvd-quant doctor on each host by itself and compare. Then look for a firewall between them, "
-            "for interfaces that lead nowhere (horovodrun --network-interface; mpirun --mca "
-            "btl_tcp_if_include), and for a rank that ended before.",
-        )
-        return _diagnosis({_name(own): own}, [finding, *rules.examine(own, place.local_size)])
+        found = rules.examine(own, place.local_size)
+        return _diagnosis({_name(own): own}, [_not_met(place, error), *found])
 
-    def give_up(diagnosis: Facts) -> None:
-        if place.rank == 0 or output is None:
-            _tell(diagnosis, output)
-        os._exit(_status(diagnosis))
+    def give_up(diagnose: Callable[[], Facts]) -> None:
+        try:
+            diagnosis = diagnose()
+            if place.rank == 0 or output is None:
+                _tell(diagnosis, output)
+        finally:
+            os._exit(1)
 
     # A rank that has gathered no facts has come first.
     wait = patience if here is not None else patience + facts.PROBE_SECONDS
     os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(1, int(wait)))
     try:
-        with _alarm(wait, lambda: give_up(no_meeting(f"it has waited for {wait:g} s"))):
+        with _alarm(wait, lambda: give_up(lambda: no_meeting(f"it has waited for {wait:g} s"))):
             met = meeting.meet()
+            if met.size != place.size:
+                return no_meeting(
+                    f"by {met.by} it is one of {met.size}, so the launcher and Horovod, or mpi4py, go by "
+                    "different means (another MPI, or Gloo under mpirun)"
+                )
             everyone = met.gather(here)  # None of ranks that leave it to another one on their host
-            clocks = met.gather((_own_name(), time.time()))
-        diagnosis = _of_all(met, everyone, clocks)
-        with _alarm(patience, lambda: give_up(_stuck(diagnosis, patience))):
-            return _measured(diagnosis, met)
+            said = met.gather((facts.own_name(), time.time(), sorted(os.sched_getaffinity(0))))
     except Exception as error:
         return no_meeting(facts.describe(error))
+    diagnosis = _of_all(met, everyone, said)
+    try:
+        with _alarm(patience, lambda: give_up(lambda: _with(diagnosis, _stuck(patience)))):
+            return _measured(diagnosis, met)
+    except Exception as error:
+        return _with(diagnosis, _not_measured(facts.describe(error)))
 
 
 @contextlib.contextmanager
@@ -87,48 +89,91 @@ def _alarm(seconds: float, action: Callable[[], object]) -> Iterator[None]:
         timer.cancel()
 
 
-def _of_all(met: meeting.Meeting, everyone: list[Facts | None], clocks: list[tuple[str, float]]) -> Facts:
-    """What the facts of all hosts, and the name and time that each rank has told, amount to."""
+def _of_all(
+    met: meeting.Meeting, everyone: list[Facts | None], said: list[tuple[str, float, list[int]]]
+) -> Facts:
+    """What the facts of all hosts amount to, and what each rank has said: its host, time, and cores."""
     told = [(_name(one), one) for one in everyone if one is not None]
-    times = dict(clocks)
-    hosts = {name: {**one, "clock": times[name]} for name, one in told}
-    ranks = {name: sum(own == name for own, _ in clocks) for name in hosts}
-    own = [
+    hosts: Facts = {}
+    for name, one in told:
+        own = [(clock, set(cores)) for host, clock, cores in said if host == name]
+        hosts[name] = {**one, "host": _with_cores(one["host"], [cores for _, cores in own])}
+        hosts[name] |= {"clock": own[0][0]} if own else {}
+    ranks = {name: sum(own == name for own, _, _ in said) for name in hosts}
+    found = [
         replace(finding, where=name)
         for name, one in hosts.items()
         for finding in rules.examine(one, ranks[name])
     ]
-    findings = [*_merge(own, len(hosts)), *compare.same_names(told), *compare.compare(hosts)]
+    findings = [*_merge(found, len(hosts)), *compare.same_names(told), *compare.compare(hosts)]
     return _diagnosis(hosts, findings) | {"by": met.by, "size": met.size, "ranks": ranks}
+
+
+def _with_cores(host: Facts, cores: list[set[int]]) -> Facts:
+    """A host's facts, with the cores that its ranks may use together, and each of them."""
+    usable = host.get("usable_cores")
+    if usable is None or not cores:
+        return host
+    each = min(map(len, cores))
+    together = len(set.union(*cores))
+    # A quota holds for all of them, and is less than what the first rank may use by its affinity.
+    quota = usable if usable < len(cores[0]) else together
+    return {**host, "usable_cores": min(together, quota), "cores_a_rank": min(each, quota)}
 
 
 def _measured(diagnosis: Facts, met: meeting.Meeting) -> Facts:
     """A diagnosis, and how fast the ranks exchange something."""
     from hvd_quant.cli import measure
 
-    if met.size == 1:
-        return diagnosis
     speeds = measure.measure(met)
-    hosts = diagnosis["hosts"]
+    hosts, ranks = diagnosis["hosts"], set(diagnosis["ranks"].values())
     codecs = [one["codec"] for one in hosts.values() if "encode_values_s" in one["codec"]]
     if not codecs:
         return diagnosis
     slowest = min(codecs, key=lambda codec: codec["encode_values_s"])
     steps = measure.predict(speeds, met.size, slowest)
-    hurts = measure.judge(speeds, steps, met.size, one_host=len(hosts) == 1)
-    return _with(diagnosis, *hurts) | {"measured": measure.as_json(speeds, steps)}
+    diagnosis |= {"measured": measure.as_json(speeds, steps)}
+    by_hosts = len(hosts) > 1 and len(ranks) == 1 and ranks != {1}
+    return _with(diagnosis, *measure.judge(speeds, steps, met.size, len(hosts) == 1, by_hosts))
 
 
-def _stuck(diagnosis: Facts, patience: float) -> Facts:
-    finding = Finding(
+# --- what goes wrong between ranks ------------------------------------------------------------------------
+
+
+def _not_met(place: meeting.Launch, error: str) -> Finding:
+    return Finding(
+        "error",
+        "no-meeting",
+        f"Rank {place.rank} of {place.size} did not come together with the others: {error}.",
+        "A training job would wait, or fail, as this one did.",
+        "Run hvd-quant doctor on each host by itself and compare. Then look for a firewall between them, for "
+        "interfaces that lead nowhere (horovodrun --network-interface; mpirun --mca btl_tcp_if_include), and "
+        "for a rank that ended before.",
+    )
+
+
+def _stuck(patience: float) -> Finding:
+    return Finding(
         "error",
         "stuck",
         f"Small messages arrive, and large ones took more than {patience:g} s.",
         "A training job would stop at its first gradients.",
-        "Look for different MTUs (ip link), and for a network that is slower than expected; --patience makes "
-        "this command wait for longer.",
+        "Look for different MTUs (ip link), a rank that ended, and a network that is slower than expected; "
+        "--patience makes this command wait for longer.",
     )
-    return _with(diagnosis, finding)
+
+
+def _not_measured(error: str) -> Finding:
+    return Finding(
+        "error",
+        "not-measured",
+        f"The ranks have met, and then could not exchange anything: {error}.",
+        "A training job would fail, too.",
+        "Read the message; then look at the ranks' own output.",
+    )
+
+
+# --- diagnoses --------------------------------------------------------------------------------------------
 
 
 def _merge(findings: list[Finding], hosts: int) -> list[Finding]:
@@ -161,24 +206,28 @@ def _status(diagnosis: Facts) -> int:
     return 0 if diagnosis["healthy"] else 1
 
 
-def _own_name() -> str:
-    return facts.guarded(facts.name).get("name", "this machine")
-
-
 def _name(one: Facts) -> str:
-    return str(one["host"].get("name", "this machine"))
+    return str(one["host"].get("name") or facts.own_name())
 
 
-def _tell(diagnosis: Facts, output: str | None) -> None:
-    if output is None:
-        from hvd_quant.cli import report
+def _tell(diagnosis: Facts, output: str | None) -> bool:
+    """Report; whether that could be done."""
+    try:
+        if output is None:
+            from hvd_quant.cli import report
 
-        report.show(diagnosis)
-    elif output == "-":
-        print(json.dumps(diagnosis, indent=2), flush=True)
-    else:
-        try:
+            report.show(diagnosis)
+        elif output == "-":
+            if sys.stdout is None:
+                raise OSError("standard output is closed")
+            print(json.dumps(diagnosis, indent=2), flush=True)
+        else:
             with open(output, "w") as file:
                 json.dump(diagnosis, file, indent=2)
-        except OSError as error:
-            print(f"hvd-quant doctor: cannot write {output}: {error}", file=sys.stderr)
+    except OSError as error:
+        with contextlib.suppress(Exception):
+            print(f"hvd-quant doctor: cannot write {output or 'the report'}: {error}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # lest the interpreter tries to write the rest when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import json
@@ -33,7 +32,7 @@ PACKAGES = (
     "mpi4py",
 )
 PROBE_SECONDS = 90.0  # a framework's first import from a slow disk takes long
-RESOLVE_SECONDS = 5.0
+RESOLVE_SECONDS, RUN_SECONDS = 5.0, 5.0
 VARIABLES = (
     "HOROVOD_",
     "HVD_QUANT_",
@@ -57,8 +56,11 @@ def gather() -> Facts:
         "tensorflow": lambda: framework("tensorflow"),
         "environment": environment,
     }
-    with ThreadPoolExecutor(len(sections)) as pool:
-        facts = dict(zip(sections, pool.map(guarded, sections.values()), strict=True))
+    try:
+        with ThreadPoolExecutor(len(sections)) as pool:
+            facts = dict(zip(sections, pool.map(guarded, sections.values()), strict=True))
+    except RuntimeError:  # no more threads are to be had
+        facts = {name: guarded(section) for name, section in sections.items()}
     return facts | {"codec": guarded(codec)}  # by itself, because it measures a speed
 
 
@@ -75,39 +77,59 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def name() -> Facts:
-    """The machine's name alone."""
-    return {"name": socket.gethostname()}
-
-
 def host() -> Facts:
-    """The machine itself."""
-    shm = os.statvfs("/dev/shm")
-    return {
-        **name(),
-        "resolves_to": _resolve(socket.gethostname()),
-        "system": _system(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
-        "shm_bytes": shm.f_frsize * shm.f_blocks,
-        "root": os.geteuid() == 0,
-        "reads_other_processes": _reads_other_processes(),
+    """The machine itself; what cannot be told of it is None."""
+    facts: dict[str, Callable[[], Any]] = {
+        "name": own_name,
+        "resolves_to": lambda: _resolve(own_name()),
+        "system": _system,
+        "cpu": _cpu,
+        "cores": os.cpu_count,
+        "usable_cores": usable_cores,
+        "shm_bytes": _shared_memory,
+        "root": lambda: os.geteuid() == 0,
+        "reads_other_processes": _reads_other_processes,
     }
+    return {name: _attempt(tell) for name, tell in facts.items()}
 
 
-def _resolve(name: str) -> list[str]:
-    """The IPv4 addresses of a name; none, where there are none within a while."""
-    found: list[str] = []
+def _attempt(tell: Callable[[], Any]) -> Any:
+    try:
+        return tell()
+    except Exception:
+        return None
+
+
+def own_name() -> str:
+    """The machine's name."""
+    try:
+        return socket.gethostname()
+    except Exception:
+        return "this machine"
+
+
+def _shared_memory() -> int:
+    """Free bytes in /dev/shm; 0, where it is not."""
+    if not os.path.isdir("/dev/shm"):
+        return 0
+    shm = os.statvfs("/dev/shm")
+    return shm.f_frsize * shm.f_bavail
+
+
+def _resolve(name: str) -> list[str] | None:
+    """The addresses of a name; None, where there is no answer within a while."""
+    found: list[list[str]] = []
 
     def resolve() -> None:
-        with contextlib.suppress(OSError):
-            found.extend(sorted({info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET)}))
+        try:
+            found.append(sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)}))
+        except Exception:  # OSError, or UnicodeError of an odd name
+            found.append([])
 
     thread = threading.Thread(target=resolve, daemon=True)
     thread.start()
     thread.join(RESOLVE_SECONDS)
-    return list(found)
+    return found[0] if found else None
 
 
 def _system() -> str:
@@ -174,7 +196,11 @@ def python() -> Facts:
 
 def packages() -> Facts:
     """Versions of installed packages, None where one is not installed."""
-    versions = {one.name.lower().replace("-", "_"): one.version for one in metadata.distributions()}
+    versions: Facts = {}
+    for one in metadata.distributions():  # those that Python would import come first
+        name = one.metadata["Name"]
+        if name:  # pip leaves nameless ones behind
+            versions.setdefault(name.lower().replace("-", "_"), one.version)
     versions.setdefault("tensorflow", versions.get("tensorflow_cpu"))
     return {name: versions.get(name) for name in PACKAGES}
 
@@ -183,11 +209,10 @@ def gpus() -> Facts:
     """What NVIDIA's driver lists."""
     if shutil.which("nvidia-smi") is None:
         return {"names": []}
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    if done.returncode:
-        return {"names": [], "error": done.stdout.strip() or done.stderr.strip()}
-    return {"names": done.stdout.strip().splitlines()}
+    status, output = _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    if status:
+        return {"names": [], "error": output or f"exit status {status}"}
+    return {"names": output.splitlines()}
 
 
 def mpi() -> Facts:
@@ -195,9 +220,32 @@ def mpi() -> Facts:
     launcher = shutil.which("mpirun")
     if launcher is None:
         return {"launcher": None, "version": None}
-    done = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=30)
-    first = (done.stdout.strip().splitlines() or [""])[0]
-    return {"launcher": launcher, "version": first}
+    _, output = _run([launcher, "--version"])
+    return {"launcher": launcher, "version": (output.splitlines() or [""])[0]}
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """The status and output of a program that should be quick.
+
+    One that hangs is left behind: what hangs in a driver cannot be killed.
+    """
+    found: list[tuple[int, str]] = []
+
+    def run() -> None:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        found.append((done.returncode, done.stdout.strip()))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(RUN_SECONDS)
+    return found[0] if found else (1, f"no answer within {RUN_SECONDS:g} s")
 
 
 def codec() -> Facts:

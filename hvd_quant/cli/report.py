@@ -16,6 +16,10 @@ Line = tuple[str, str]  # its style, a key of COLOURS or empty, and its text
 def show(diagnosis: Facts) -> None:
     """Print a diagnosis, as `hvd_quant.cli.doctor.doctor` makes it, on standard output."""
     console = None
+    if sys.stdout is None:  # closed
+        raise OSError("standard output is closed")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever variables hold
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         try:
             from rich.console import Console

@@ -72,7 +72,16 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def codec_works(facts: Facts, _: int) -> Iterator[Finding]:
-    if error := facts["codec"].get("error"):
+    error = facts["codec"].get("error")
+    if error and "HVD_QUANT_ISA" in error:
+        yield Finding(
+            "error",
+            "codec",
+            f"hvd_quant's native codec refuses to work: {error}",
+            "Nothing can be quantized.",
+            "Unset HVD_QUANT_ISA, or set it to one that this machine has.",
+        )
+    elif error:
         yield Finding(
             "error",
             "codec",
@@ -156,7 +165,7 @@ def controllers(facts: Facts, _: int) -> Iterator[Finding]:
                 "horovodrun takes Gloo, and mpirun cannot start its ranks.",
                 "If you want MPI, build with HOROVOD_WITH_MPI=1: " + SETUP,
             )
-        elif facts["mpi"].get("launcher") is None:
+        elif "error" not in facts["mpi"] and facts["mpi"].get("launcher") is None:
             yield Finding(
                 "warning" if horovod["gloo"] else "error",
                 "no-mpirun",
@@ -229,11 +238,12 @@ def gpus_are_used(facts: Facts, _: int) -> Iterator[Finding]:
 
 def host_name(facts: Facts, _: int) -> Iterator[Finding]:
     name, addresses = facts["host"].get("name"), facts["host"].get("resolves_to")
-    if addresses == []:
+    if not addresses and name:
         yield Finding(
             "warning",
             "hostname-unresolved",
-            f"This host's name, {name}, has no address.",
+            f"This host's name, {name}, has no address"
+            + ("." if addresses is not None else ", or the name server does not answer."),
             "What asks for the own address by name, as MPI and Gloo may, fails or waits for a long time.",
             f"Add a line with this machine's address and {name} to /etc/hosts.",
         )
@@ -265,7 +275,7 @@ def shared_memory(facts: Facts, _: int) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "small-shm",
-            f"/dev/shm holds {size >> 20} MiB.",
+            f"/dev/shm has {size >> 20} MiB free.",
             "MPI, NCCL and torch's data loaders exchange data between processes there, and die of "
             "a bus error when it is full.",
             "In a container: docker run --shm-size=1g, or --ipc=host.",
@@ -294,11 +304,14 @@ def cores(facts: Facts, ranks: int) -> Iterator[Finding]:
             f"Set OMP_NUM_THREADS={max(1, int(usable // ranks))}, or call torch.set_num_threads. (mpirun: -x "
             "OMP_NUM_THREADS. horovodrun hands it on by itself.)",
         )
-    if total and usable < total and ranks == 1 and usable <= 1:
+    each = facts["host"].get("cores_a_rank", usable)
+    if total and each <= 1 < total:
         yield Finding(
             "warning",
             "bound",
-            f"This process may use {usable:g} of {total} cores.",
+            f"A rank may use {each:g} of {total} cores."
+            if ranks > 1
+            else f"This process may use {each:g} of {total} cores.",
             "mpirun binds each rank to a core unless told otherwise, and containers have quotas.",
             "mpirun --bind-to none (horovodrun says that by itself), or another quota.",
         )
@@ -306,7 +319,7 @@ def cores(facts: Facts, ranks: int) -> Iterator[Finding]:
 
 def mpirun_as_root(facts: Facts, _: int) -> Iterator[Finding]:
     open_mpi = "Open MPI" in str(facts["mpi"].get("version"))
-    if open_mpi and facts["host"].get("root") and facts["environment"].get("OMPI_ALLOW_RUN_AS_ROOT") != "1":
+    if open_mpi and facts["host"].get("root") and not _may_be_root(facts):
         yield Finding(
             "note",
             "mpirun-as-root",
@@ -333,6 +346,22 @@ def single_copy(facts: Facts, _: int) -> Iterator[Finding]:
         )
 
 
+def stated_bandwidth(facts: Facts, _: int) -> Iterator[Finding]:
+    text = facts["environment"].get("HVD_QUANT_BANDWIDTH")
+    try:
+        fine = text is None or 0.0 < float(text) < float("inf")
+    except ValueError:
+        fine = False
+    if not fine:
+        yield Finding(
+            "error",
+            "bandwidth",
+            f"HVD_QUANT_BANDWIDTH is {text!r}.",
+            "hvd_quant's compressors refuse to be made.",
+            "Set it to a positive number of Gbit/s, or unset it.",
+        )
+
+
 RULES: tuple[Callable[[Facts, int], Iterable[Finding]], ...] = (
     codec_works,
     frameworks_import,
@@ -346,11 +375,17 @@ RULES: tuple[Callable[[Facts, int], Iterable[Finding]], ...] = (
     cores,
     mpirun_as_root,
     single_copy,
+    stated_bandwidth,
 )
 
 
 def _built(facts: Facts, name: str) -> bool:
     return bool(facts[name].get("horovod", {}).get("built"))
+
+
+def _may_be_root(facts: Facts) -> bool:
+    names = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    return all(facts["environment"].get(name) == "1" for name in names)
 
 
 def _has_gpu_operations(facts: Facts, name: str) -> bool:

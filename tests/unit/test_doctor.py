@@ -11,6 +11,7 @@ import odd
 import pytest
 
 from hvd_quant.cli import compare, main, meeting, rules
+from hvd_quant.cli import doctor as doctor_module
 from hvd_quant.cli.bench import BENCHMARKS, ROOT
 
 
@@ -111,8 +112,36 @@ def no_controller(machine):
 def small_shm(machine):
     machine.patch("""
         import os, types
-        os.statvfs = lambda path: types.SimpleNamespace(f_frsize=1 << 20, f_blocks=64)
+        os.statvfs = lambda path: types.SimpleNamespace(f_frsize=1 << 20, f_bavail=60)
     """)
+
+
+def no_shm(machine):
+    machine.patch("""
+        import os
+        _isdir = os.path.isdir
+        os.path.isdir = lambda path: path != "/dev/shm" and _isdir(path)
+    """)
+
+
+def nvidia_smi_hangs(machine):
+    nvidia_smi(machine, "sleep 60")
+
+
+def nvidia_smi_is_silent(machine):
+    nvidia_smi(machine, "exit 9")
+
+
+def unknown_isa(machine):
+    machine.environment["HVD_QUANT_ISA"] = "mmx"
+
+
+def bad_bandwidth(machine):
+    machine.environment["HVD_QUANT_BANDWIDTH"] = "fast"
+
+
+def slow_names(machine):
+    machine.patch("import socket, time; socket.getaddrinfo = lambda *_: time.sleep(60)")
 
 
 def codec(machine):
@@ -170,6 +199,12 @@ def root(machine):
         (no_mpi, "no-mpi", "note"),
         (no_controller, "no-controller", "error"),
         (small_shm, "small-shm", "warning"),
+        (no_shm, "small-shm", "warning"),
+        (nvidia_smi_hangs, "gpu-driver", "warning"),
+        (nvidia_smi_is_silent, "gpu-driver", "warning"),
+        (unknown_isa, "codec", "error"),
+        (bad_bandwidth, "bandwidth", "error"),
+        (slow_names, "hostname-unresolved", "warning"),
         (codec, "codec", "error"),
         (portable, "codec-portable", "note"),
         (no_network, "no-network", "note"),
@@ -198,6 +233,60 @@ def test_it_never_raises(machine, missing):
     status, diagnosis = machine.doctor()
     assert status == (1 if missing == "numpy" else 0)
     assert len(diagnosis["hosts"]) == 1
+
+
+ODD_SYSTEMS = {
+    "no os-release": "import platform; platform.freedesktop_os_release = lambda: 1 / 0",
+    "no cpuinfo": "import pathlib; pathlib.Path.read_text = lambda *_, **__: 1 / 0",
+    "no affinity": "import os; os.sched_getaffinity = lambda _: 1 / 0",
+    "an odd name": "import socket; socket.gethostname = lambda: 'x' * 70",
+    "a package without a name": "import importlib.metadata as m, types; _d = m.distributions; "
+    "m.distributions = lambda: [types.SimpleNamespace(metadata={'Name': None}, version='1'), *_d()]",
+    "no threads": "import concurrent.futures as c; c.ThreadPoolExecutor = lambda _: (_ for _ in ()).throw("
+    'RuntimeError("can\'t start new thread"))',
+}
+
+
+@pytest.mark.parametrize("odd_system", ODD_SYSTEMS)
+def test_a_fact_that_is_missing_costs_no_other(machine, odd_system):
+    machine.patch(ODD_SYSTEMS[odd_system])
+    status, diagnosis = machine.doctor()
+    assert status == 0, diagnosis["findings"]
+    (facts,) = diagnosis["hosts"].values()
+    assert facts["host"]["root"] is not None
+    assert facts["torch"]["horovod"]["built"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+@pytest.mark.parametrize("where", [">&-", ">/dev/full", "| true"])
+def test_nobody_to_tell(machine, arguments, where):
+    """Standard output is closed, full, or nobody reads it."""
+    command = f'set -o pipefail; "$@" {where}'
+    doctor = [sys.executable, "-m", "hvd_quant.cli", "doctor", *arguments]
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", *doctor],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(machine.folder)},
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode in ((0, 1) if where == "| true" else (1,))
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0", "1e9", "soon"])
+def test_bad_patience(seconds):
+    done = run("doctor", "--patience", seconds)
+    assert done.returncode == 2
+    assert "must be a number of seconds" in done.stderr
+
+
+def test_the_cores_of_ranks_on_one_host():
+    """Bound to a core each, they are not too many for these; but each has one."""
+    bound = doctor_module._with_cores({"usable_cores": 1.0, "cores": 4}, [{0}, {1}])
+    assert (bound["usable_cores"], bound["cores_a_rank"]) == (2, 1)
+    quota = doctor_module._with_cores({"usable_cores": 1.5, "cores": 4}, [{0, 1, 2}, {0, 1, 2}])
+    assert (quota["usable_cores"], quota["cores_a_rank"]) == (1.5, 1.5)
 
 
 def test_a_rule_that_fails_is_a_finding():
@@ -261,6 +350,7 @@ def host(**changes):
         "mpi": {"version": "mpirun (Open MPI) 4.1.4"},
         "torch": {"horovod": {"mpi": True, "gloo": True}},
         "tensorflow": {},
+        "environment": {},
         "clock": 100.0,
     }
     return {**facts, **changes}
@@ -284,6 +374,8 @@ def other(**changes):
         ({"network": {"ens3": {"addresses": ["10.0.0.2"], "up": True, "mtu": 1500}}}, "interfaces-differ"),
         ({"network": {"eth0": {"addresses": ["10.0.0.1"], "up": True, "mtu": 1500}}}, "same-address"),
         ({"network": {"eth0": {"addresses": ["10.0.0.2"], "up": True, "mtu": 9000}}}, "mtu-differs"),
+        ({"environment": {"HVD_QUANT_BANDWIDTH": "10"}}, "variables-differ"),
+        ({"mpi": {"error": "no answer"}, "torch": {"error": "died"}, "gpus": {"error": "hangs"}}, None),
         ({"clock": 100.5}, None),
         ({"clock": 102.0}, "clocks-differ"),
         ({"network": {"error": "no psutil"}}, None),

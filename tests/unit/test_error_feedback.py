@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exchange import entries_of, randn
+from test_exchange import entries_of, randn, topology_of
 from test_message import layout_of, noise_of
 
 from hvd_quant import NUQSGD, QSGD
@@ -147,7 +147,8 @@ def test_over_many_steps_nothing_is_lost(ranks, kind, exchange):
     """What all steps have brought, plus what the ranks have kept, is the sum of the means."""
     counts, scheme = [3000, 10, 2500], kind(bits=3, norm="max", rounding="nearest")
     residuals = [[np.zeros(count, np.float32) for count in counts] for _ in range(ranks)]
-    buckets = [FusedBucket(entries_of(counts, scheme), ranks, rank, 0) for rank in range(ranks)]
+    topology = topology_of(ranks)
+    buckets = [FusedBucket(entries_of(counts, scheme), ranks, rank, 0, topology) for rank in range(ranks)]
     brought, exact = [np.zeros(count) for count in counts], [np.zeros(count) for count in counts]
     for step in range(6):
         gradients = randn(ranks, counts, seed=step)
@@ -181,6 +182,29 @@ def test_over_many_steps_nothing_is_lost(ranks, kind, exchange):
         np.testing.assert_allclose(brought[i] + kept, exact[i], atol=1e-4)
         assert np.abs(kept).max() > 1e-3
         assert np.linalg.norm(kept) < 2 * np.linalg.norm(exact[i])
+
+
+@pytest.mark.parametrize("codec", [native, torch_ops])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_a_host_collects(codec, dtype):
+    """Values as float32, with their residuals, which stay in a bucket of which something is not finite."""
+    values = torch.from_numpy(randoms(700)).to(dtype)
+    values[300] = float("nan")
+    expected = values.to(torch.float32)[100:600].numpy() + 0.25
+    name = str(dtype).removeprefix("torch.")
+    layout = layout_of((0, 100, 500, name, QSGD(bucket_size=64)))
+    out, residual = torch.zeros(8 + 2000, dtype=torch.uint8), torch.full((700,), 0.25)
+    if codec is native:
+        array = (values.view(torch.int16) if dtype == torch.bfloat16 else values).numpy()
+        codec.collect([array], layout, b"preamble", out.numpy(), [residual.numpy()])
+    else:
+        codec.collect([values], layout, b"preamble", out, [residual])
+    assert bytes(out[:8].tolist()) == b"preamble"
+    np.testing.assert_array_equal(out[8:].view(torch.float32).numpy(), expected)
+    kept = torch.zeros(700)
+    kept[:100] = kept[600:] = 0.25
+    kept[100 + 3 * 64 : 100 + 4 * 64] = 0.25  # the bucket with value 300
+    assert torch.equal(residual, kept)
 
 
 @pytest.mark.parametrize("codec", [native, torch_ops])

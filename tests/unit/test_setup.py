@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 # Stands in for the interpreter, inside and outside of the virtual environment that it "makes".
 PYTHON = """#!/bin/bash
-echo "$*" >>"$NOTES"
+echo "$* $PYTHONPATH $PYTHONHOME" >>"$NOTES"
 case "$*" in
   "-m venv "*)
     mkdir -p "$3/bin"
@@ -43,7 +43,7 @@ PROGRAMS = ("g++", "make", "cmake", "mpicxx", "mpirun", "ssh")
 OTHERS = (
     "bash sh sed awk tail cut tr mkdir rm cat cp touch tar gzip flock sleep mktemp nproc cksum sort head "
 )
-OTHERS += "dirname uname env date ls chmod"
+OTHERS += "dirname uname env date ls chmod ln timeout"
 
 
 @pytest.fixture
@@ -150,6 +150,8 @@ def test_a_step_that_failed_is_done_again_and_no_other(clone):
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
         ("Failed to establish a new connection: [Errno 101] Network is unreachable", "no network"),
         ("Temporary failure in name resolution", "no network"),
+        ("Temporary failure resolving 'deb.debian.org'", "no network"),
+        ("Read timed out.", "no network"),
         ("SSL: CERTIFICATE_VERIFY_FAILED", "PIP_CERT"),
     ],
 )
@@ -195,8 +197,48 @@ def test_an_old_cmake_is_replaced_in_the_environment(clone):
 
 
 def test_another_environment_that_is_active(clone):
-    done, _ = setup(clone, VIRTUAL_ENV="/somewhere/else", PYTHONPATH="/somewhere/else", PYTHONHOME="/nowhere")
+    done, asked = setup(
+        clone, VIRTUAL_ENV="/somewhere/else", PYTHONPATH="/somewhere/else", PYTHONHOME="/nowhere"
+    )
     assert done.returncode == 0, done.stdout
+    assert "somewhere" not in asked
+    assert "nowhere" not in asked
+
+
+def test_an_environment_of_somebody_elses_is_left_alone(clone):
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "mine.txt").write_text("mine")
+    done, asked = setup(clone)
+    assert done.returncode == 1
+    assert "not of this script's making" in done.stdout
+    assert (clone / ".venv" / "mine.txt").exists()
+    assert "-m venv" not in asked
+
+
+def test_a_half_made_environment_is_made_again(clone):
+    done, _ = setup(clone, fail_at="install setuptools", fail_with="interrupted")
+    assert done.returncode == 1
+    assert setup(clone)[0].returncode == 0
+    (clone / ".venv" / "bin" / "python").unlink()  # as when it was moved, or its interpreter has gone
+    done, asked = setup(clone)
+    assert done.returncode == 0, done.stdout
+    assert "install torch==" in asked
+
+
+def test_little_room_is_enough_for_little_work(clone):
+    setup(clone)
+    program(clone.parent, "df", ENOUGH.replace("99000000", "2000000"))
+    (clone / "hvd_quant" / "codec" / "native.cpp").write_text("// changed")
+    done, asked = setup(clone)
+    assert done.returncode == 0, done.stdout
+    assert "--editable" in asked
+
+
+def test_a_python_that_is_not_there(clone):
+    done, asked = setup(clone, PYTHON="python3.99")
+    assert done.returncode == 1
+    assert "PYTHON names python3.99" in done.stdout
+    assert not asked
 
 
 @pytest.mark.parametrize("arguments", [["--until"], ["--until", "lunch"], ["--help"], ["torch"]])
