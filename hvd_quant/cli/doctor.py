@@ -15,6 +15,9 @@ from hvd_quant.cli import compare, facts, meeting, rules
 from hvd_quant.cli.facts import Facts
 from hvd_quant.cli.rules import Finding
 
+# A launcher ends all ranks when one has failed: the first is to have told what it knows by then.
+GRACE_SECONDS = 5.0
+
 
 def doctor(output: str | None, patience: float) -> int:
     """Diagnose this machine, or a launched job's machines, and report.
@@ -51,6 +54,8 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
             diagnosis = diagnose()
             if place.rank == 0 or output is None:
                 _tell(diagnosis, output)
+            if place.rank != 0:
+                time.sleep(GRACE_SECONDS)
         finally:
             os._exit(1)
 
@@ -61,6 +66,8 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
         with _alarm(wait, lambda: give_up(lambda: no_meeting(f"it has waited for {wait:g} s"))):
             met = meeting.meet()
             if met.size != place.size:
+                if place.rank != 0:  # which finds the same, and tells it, unless the launcher ends it before
+                    return _diagnosis({}, [])
                 return no_meeting(
                     f"by {met.by} it is one of {met.size}, so the launcher and Horovod, or mpi4py, go by "
                     "different means (another MPI, or Gloo under mpirun)"
