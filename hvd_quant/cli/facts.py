@@ -17,9 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Facts = dict[str, Any]
+Result = TypeVar("Result")
 
 PACKAGES = (
     "hvd_quant",
@@ -118,18 +119,26 @@ def _shared_memory() -> int:
 
 def _resolve(name: str) -> list[str] | None:
     """The addresses of a name; None, where there is no answer within a while."""
-    found: list[list[str]] = []
 
-    def resolve() -> None:
+    def resolve() -> list[str]:
         try:
-            found.append(sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)}))
+            return sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
         except Exception:  # OSError, or UnicodeError of an odd name
-            found.append([])
+            return []
 
-    thread = threading.Thread(target=resolve, daemon=True)
+    return _within(RESOLVE_SECONDS, resolve)
+
+
+def _within(seconds: float, action: Callable[[], Result]) -> Result | None:
+    """What an action returns, or None if it is not done in time.
+
+    Then it is left behind: what hangs in a resolver or a driver cannot be ended.
+    """
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
     thread.start()
-    thread.join(RESOLVE_SECONDS)
-    return found[0] if found else None
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 def _system() -> str:
@@ -225,13 +234,9 @@ def mpi() -> Facts:
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    """The status and output of a program that should be quick.
+    """The status and output of a program that should be quick."""
 
-    One that hangs is left behind: what hangs in a driver cannot be killed.
-    """
-    found: list[tuple[int, str]] = []
-
-    def run() -> None:
+    def run() -> tuple[int, str]:
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
@@ -240,12 +245,9 @@ def _run(command: list[str]) -> tuple[int, str]:
             text=True,
             errors="replace",
         )
-        found.append((done.returncode, done.stdout.strip()))
+        return done.returncode, done.stdout.strip()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(RUN_SECONDS)
-    return found[0] if found else (1, f"no answer within {RUN_SECONDS:g} s")
+    return _within(RUN_SECONDS, run) or (1, f"no answer within {RUN_SECONDS:g} s")
 
 
 def codec() -> Facts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hvd_quant.cli.facts import describe
@@ -81,17 +82,25 @@ def _share(array: np.ndarray, size: int) -> np.ndarray:
     return array[: array.size // size]
 
 
+def _by_horovod(hvd: ModuleType, collectives: Mapping[str, Callable[[np.ndarray], Any]]) -> Meeting:
+    """A meeting by a module of Horovod's, which has been initialised."""
+    return Meeting(
+        hvd.__name__,
+        hvd.rank(),
+        hvd.size(),
+        lambda thing: hvd.allgather_object(thing, name="doctor.objects"),
+        collectives,
+    )
+
+
 def _horovod_torch() -> Meeting:
     import horovod.torch as hvd
     import torch
 
     hvd.init()
     size = hvd.size()
-    return Meeting(
-        "horovod.torch",
-        hvd.rank(),
-        size,
-        lambda thing: hvd.allgather_object(thing, name="doctor.objects"),
+    return _by_horovod(
+        hvd,
         {
             "allreduce": lambda array: hvd.allreduce_(
                 torch.from_numpy(array.view("float32")), name="doctor.sum"
@@ -115,11 +124,8 @@ def _horovod_tensorflow() -> Meeting:
 
     hvd.init()
     size = hvd.size()
-    return Meeting(
-        "horovod.tensorflow",
-        hvd.rank(),
-        size,
-        lambda thing: hvd.allgather_object(thing, name="doctor.objects"),
+    return _by_horovod(
+        hvd,
         {
             "allreduce": lambda array: hvd.allreduce(tf.constant(array.view("float32")), name="doctor.sum"),
             "allgather": lambda array: hvd.allgather(tf.constant(_share(array, size)), name="doctor.all"),
