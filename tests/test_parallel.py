@@ -7,7 +7,7 @@ from launch import HERE, horovodrun, run_checks
 
 EXCHANGES = ["allgather", "scatter_allgather"]
 # With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on
-# who comes when, and with 8 the promises alone.
+# who comes when, and with 8 what depends on their number.
 MEETING = "check_errors.py or check_exchange and not (mean_on_every_rank or same_seed)"
 BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_by_one or left_and_finished"
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,19 +127,31 @@ def _resolve(name: str) -> list[str] | None:
         except Exception:  # OSError, or UnicodeError of an odd name
             return []
 
-    return _within(RESOLVE_SECONDS, resolve)
+    try:
+        return _within(RESOLVE_SECONDS, resolve)
+    except TimeoutError:
+        return None
 
 
-def _within(seconds: float, action: Callable[[], Result]) -> Result | None:
-    """What an action returns, or None if it is not done in time.
+def _within(seconds: float, action: Callable[[], Result]) -> Result:
+    """What an action returns, or raises.
 
-    Then it is left behind: what hangs in a resolver or a driver cannot be ended.
+    Raises:
+        TimeoutError: it is not done in time, and left behind: what hangs in a resolver or a driver cannot be
+            ended.
     """
-    results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    future: Future[Result] = Future()
+
+    def act() -> None:
+        try:
+            future.set_result(action())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return future.result()
 
 
 def _system() -> str:
@@ -229,25 +242,46 @@ def mpi() -> Facts:
     launcher = shutil.which("mpirun")
     if launcher is None:
         return {"launcher": None, "version": None}
-    _, output = _run([launcher, "--version"])
-    return {"launcher": launcher, "version": (output.splitlines() or [""])[0]}
+    status, output = _run([launcher, "--version"])
+    first = (output.splitlines() or [f"exit status {status}"])[0]
+    return (
+        {"launcher": launcher, "version": None, "error": first}
+        if status
+        else {"launcher": launcher, "version": first}
+    )
 
 
 def _run(command: list[str]) -> tuple[int, str]:
     """The status and output of a program that should be quick."""
+    try:
+        done = _execute(command, RUN_SECONDS, stderr=subprocess.STDOUT)
+    except OSError as error:
+        return 1, str(error)
+    return done.returncode, done.stdout.strip()
 
-    def run() -> tuple[int, str]:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        return done.returncode, done.stdout.strip()
 
-    return _within(RUN_SECONDS, run) or (1, f"no answer within {RUN_SECONDS:g} s")
+def _execute(command: list[str], seconds: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end.
+
+    Raises:
+        OSError: it cannot be started; `TimeoutError`, it takes too long.
+    """
+
+    def run() -> subprocess.CompletedProcess[str]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                **options,
+            )
+        raise TimeoutError(f"no answer within {seconds:g} s")
+
+    # What waits for a driver or a disk cannot be killed, and subprocess.run waits until it is.
+    return _within(seconds + 1, run)
 
 
 def codec() -> Facts:
@@ -272,18 +306,10 @@ def _find(name: str) -> bool:
 
 def _probe(name: str) -> Facts:
     command = [sys.executable, "-m", "hvd_quant.cli.probe", name]
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PROBE_SECONDS,
-            env={**os.environ, **quiet},
-        )
-    except subprocess.TimeoutExpired:
+        done = _execute(command, PROBE_SECONDS, stderr=subprocess.PIPE, env=environment)
+    except TimeoutError:
         return {"error": f"takes more than {PROBE_SECONDS:g} s"}
     last = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0 and last.startswith("{"):

@@ -139,7 +139,7 @@ _TOLD = {
     "packages": _packages,
     "torch": lambda facts: _framework(facts, "torch"),
     "TensorFlow": lambda facts: _framework(facts, "tensorflow"),
-    "MPI": lambda facts: facts["mpi"]["version"] or "no mpirun in PATH",
+    "MPI": lambda facts: facts["mpi"].get("error") or facts["mpi"]["version"] or "no mpirun in PATH",
     "GPUs": lambda facts: ", ".join(facts["gpus"]["names"]) or "none",
     "codec": _codec,
     "network": _network,

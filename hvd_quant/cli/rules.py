@@ -165,7 +165,15 @@ def controllers(facts: Facts, _: int) -> Iterator[Finding]:
                 "horovodrun takes Gloo, and mpirun cannot start its ranks.",
                 "If you want MPI, build with HOROVOD_WITH_MPI=1: " + SETUP,
             )
-        elif "error" not in facts["mpi"] and facts["mpi"].get("launcher") is None:
+        elif "error" in facts["mpi"]:
+            yield Finding(
+                "warning" if horovod["gloo"] else "error",
+                "mpirun-broken",
+                f"mpirun does not tell its version: {facts['mpi']['error']}.",
+                "horovodrun starts ranks with mpirun, unless it is told --gloo.",
+                "Repair or reinstall Open MPI (Debian: openmpi-bin), or use horovodrun --gloo.",
+            )
+        elif facts["mpi"].get("launcher") is None:
             yield Finding(
                 "warning" if horovod["gloo"] else "error",
                 "no-mpirun",

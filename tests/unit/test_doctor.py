@@ -6,11 +6,12 @@ import pty
 import shutil
 import subprocess
 import sys
+import time
 
 import odd
 import pytest
 
-from hvd_quant.cli import compare, main, meeting, rules
+from hvd_quant.cli import compare, facts, main, meeting, rules
 from hvd_quant.cli import doctor as doctor_module
 from hvd_quant.cli.bench import BENCHMARKS, ROOT
 
@@ -60,23 +61,23 @@ def cuda_on_cpu(machine):
     machine.write("torch/__init__.py", odd.TORCH.format(cuda="13.0", gpus=0))
 
 
-def nvidia_smi(machine, script):
-    machine.write("bin/nvidia-smi", f"#!/bin/sh\n{script}\n")
-    (machine.folder / "bin/nvidia-smi").chmod(0o755)
+def program(machine, name, script, interpreter="/bin/sh"):
+    machine.write(f"bin/{name}", f"#!{interpreter}\n{script}\n")
+    (machine.folder / "bin" / name).chmod(0o755)
     machine.environment["PATH"] = f"{machine.folder / 'bin'}:{os.environ['PATH']}"
 
 
 def gpu_unused(machine):
-    nvidia_smi(machine, "echo NVIDIA H100")
+    program(machine, "nvidia-smi", "echo NVIDIA H100")
 
 
 def gpu_without_operations(machine):
-    nvidia_smi(machine, "echo NVIDIA H100")
+    program(machine, "nvidia-smi", "echo NVIDIA H100")
     machine.write("torch/__init__.py", odd.TORCH.format(cuda="13.0", gpus=1))
 
 
 def gpu_driver(machine):
-    nvidia_smi(machine, "echo 'Failed to initialize NVML'; exit 9")
+    program(machine, "nvidia-smi", "echo 'Failed to initialize NVML'; exit 9")
 
 
 def no_horovod(machine):
@@ -125,11 +126,28 @@ def no_shm(machine):
 
 
 def nvidia_smi_hangs(machine):
-    nvidia_smi(machine, "sleep 60")
+    program(machine, "nvidia-smi", "sleep 60")
 
 
 def nvidia_smi_is_silent(machine):
-    nvidia_smi(machine, "exit 9")
+    program(machine, "nvidia-smi", "exit 9")
+
+
+def nvidia_smi_cannot_start(machine):
+    program(machine, "nvidia-smi", "", interpreter="/no/such/interpreter")
+
+
+def mpirun_cannot_start(machine):
+    program(machine, "mpirun", "", interpreter="/no/such/interpreter")
+
+
+def mpirun_lacks_a_library(machine):
+    machine.horovod(gloo=False)
+    program(machine, "mpirun", "echo 'libopen-rte.so.40: cannot open shared object file'; exit 127")
+
+
+def mpirun_hangs(machine):
+    program(machine, "mpirun", "sleep 60")
 
 
 def unknown_isa(machine):
@@ -168,17 +186,13 @@ def no_single_copy(machine):
         ctypes.CDLL = libc
     """)
     machine.environment["OMPI_MCA_btl_vader_single_copy_mechanism"] = ""  # our images set it
-    machine.write("bin/mpirun", "#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
-    (machine.folder / "bin/mpirun").chmod(0o755)
-    machine.environment["PATH"] = f"{machine.folder / 'bin'}:{os.environ['PATH']}"
+    program(machine, "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
 
 
 def root(machine):
     machine.patch("import os; os.geteuid = lambda: 0")
     machine.environment["OMPI_ALLOW_RUN_AS_ROOT"] = ""
-    machine.write("bin/mpirun", "#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
-    (machine.folder / "bin/mpirun").chmod(0o755)
-    machine.environment["PATH"] = f"{machine.folder / 'bin'}:{os.environ['PATH']}"
+    program(machine, "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +217,10 @@ def root(machine):
         (no_shm, "small-shm", "warning"),
         (nvidia_smi_hangs, "gpu-driver", "warning"),
         (nvidia_smi_is_silent, "gpu-driver", "warning"),
+        (nvidia_smi_cannot_start, "gpu-driver", "warning"),
+        (mpirun_cannot_start, "mpirun-broken", "warning"),
+        (mpirun_lacks_a_library, "mpirun-broken", "error"),
+        (mpirun_hangs, "mpirun-broken", "warning"),
         (unknown_isa, "codec", "error"),
         (bad_bandwidth, "bandwidth", "error"),
         (slow_names, "hostname-unresolved", "warning"),
@@ -226,6 +244,12 @@ def test_a_process_that_may_use_one_core(machine):
         pytest.skip("needs taskset and two cores")
     core = min(os.sched_getaffinity(0))
     assert "bound" in odd.names(machine.doctor(before=["taskset", "-c", str(core)])[1], "warning")
+
+
+def test_a_framework_that_hangs_and_cannot_be_ended(monkeypatch):
+    monkeypatch.setattr(facts, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(facts.subprocess, "run", lambda *_, **__: time.sleep(60))
+    assert facts.codec() == {"error": "takes more than 0.1 s"}
 
 
 @pytest.mark.parametrize("missing", ["psutil", "numpy", "rich"])
