@@ -105,7 +105,7 @@ def test_says_what_is_missing(monkeypatch):
     ("launcher", "slots"), [("horovodrun mpi", 2), ("horovodrun gloo", 2), ("mpirun", 1)]
 )
 def test_allreduce_over_all_ranks(lab, launcher, slots):
-    pytest.importorskip("horovod.torch")
+    pytest.importorskip("torch")
     name, *controller = launcher.split()
     options = {"controller": controller[0]} if controller else {}
     done = getattr(lab, name)([sys.executable, "-c", ALLREDUCE], slots=slots, timeout=HANG, **options)

@@ -5,6 +5,9 @@ import sys
 import pytest
 from launch import HERE, horovodrun, run_checks
 
+pytest.importorskip("torch")
+pytest.importorskip("horovod.torch", reason="needs Horovod built with PyTorch")
+
 EXCHANGES = ["allgather", "scatter_allgather"]
 # With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on
 # who comes when, and with 8 what depends on their number.
@@ -26,7 +29,6 @@ PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange 
     ],
 )
 def test_checks_on_every_rank(ranks, controller, checks, selection):
-    pytest.importorskip("horovod.torch")
     run_checks(ranks, controller, f"parallel/{checks}", selection)
 
 
@@ -39,7 +41,6 @@ def test_checks_on_every_rank(ranks, controller, checks, selection):
 )
 def test_exchange_by_hosts(controller, checks, selection):
     """On ranks that believe to be on two hosts, taking turns; tests/test_cluster.py has real hosts."""
-    pytest.importorskip("horovod.torch")
     hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
     run_checks(4, controller, f"parallel/{checks}", selection, **hosts)
 
@@ -48,7 +49,6 @@ def test_exchange_by_hosts(controller, checks, selection):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("fault", ["dies", "joins", "slow"])
 def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
-    pytest.importorskip("horovod.torch")
     done = horovodrun(3, controller, sys.executable, HERE / "parallel" / "faults.py", fault, exchange)
     if fault == "slow":
         assert done.returncode == 0, done.stdout[-8000:]
@@ -63,7 +63,6 @@ def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_horovod_starts_again(exchange):
     """Only with Gloo: MPI starts once."""
-    pytest.importorskip("horovod.torch")
     faults = HERE / "parallel" / "faults.py"
     for _ in range(4):
         done = horovodrun(3, "gloo", sys.executable, faults, "restarts", exchange)
