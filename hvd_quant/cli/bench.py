@@ -12,11 +12,14 @@ import hvd_quant
 
 ROOT = Path(hvd_quant.__file__).parent.parent
 BENCHMARKS = {  # the module of each, and what it measures
-    "codec": ("benchmarks.codec", "values a second that the codec encodes and decodes, on one thread"),
+    "codec": (
+        "benchmarks.codec",
+        "values a second that the codec encodes and decodes, on one thread (torch)",
+    ),
     "step-time": ("benchmarks.step_time", "seconds of a training step over links of chosen rates (root)"),
     "tf-graph": ("benchmarks.tf_graph", "the codec in a tf.function"),
     "accuracy": ("benchmarks.accuracy", "test accuracy on Fashion-MNIST with several seeds"),
-    "papers": ("benchmarks.papers", "the papers' claims"),
+    "papers": ("benchmarks.papers", "the papers' claims (torch)"),
     "netlab": ("benchmarks.netlab", "any command on several hosts made of namespaces (root)"),
 }
 

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from common import EXCHANGES, SCHEME, WORLD, mean_of, own_values, same_everywhere
 from mpi4py import MPI
 
 import hvd_quant.mpi as hm
+
+torch = pytest.importorskip("torch")
 
 
 def numbers(tensor):

@@ -424,7 +424,7 @@ def test_bench_lists_and_runs_what_exists(capfd):
     for module, _ in BENCHMARKS.values():
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
-    assert main(["bench", "codec", "--help"]) == 0
+    assert main(["bench", "accuracy", "--help"]) == 0
     assert "--markdown" in capfd.readouterr().out
     assert main(["bench", "speed"]) == 2
     assert "there is no 'speed'" in capfd.readouterr().err
