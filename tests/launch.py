@@ -11,6 +11,15 @@ HERE = Path(__file__).parent
 SECONDS = 500  # for one launch; far above what it takes, so that only a hang gets there
 
 
+def need(framework):
+    """Horovod for a framework; skips where that is missing, or Horovod was built without it."""
+    pytest.importorskip(framework)
+    hvd = pytest.importorskip(f"horovod.{framework}", exc_type=ImportError)
+    if not hasattr(hvd, "init"):  # horovod.torch can be imported without what was not built
+        pytest.skip(f"needs Horovod built with {framework}", allow_module_level=True)
+    return hvd
+
+
 def launch(command, seconds, **environment):
     """Run a launcher's command, stdout and stderr as one; a hang of so many seconds fails the test."""
     # There may be more ranks than cores: waiting must not keep others from working.

@@ -26,9 +26,11 @@ def gloo_built(): return {gloo}
 def nccl_built(): return {nccl}
 cuda_built = rocm_built = nccl_built
 """
-NOT_BUILT = """
-raise ImportError("Extension horovod.{name} has not been built")
-"""
+# What Horovod does of which an extension was not built.
+NOT_BUILT = {
+    "torch": "print('Extension horovod.torch has not been built')",
+    "tensorflow": "raise ImportError('Extension horovod.tensorflow has not been built')",
+}
 
 # In front of everything that the interpreter does: packages named so are not there.
 HIDE = """

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from launch import launch
+from launch import launch, need
 
 
 def test_codec():
@@ -14,8 +14,7 @@ def test_codec():
 
 
 def test_codec_in_a_graph():
-    pytest.importorskip("tensorflow")
-    pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with TensorFlow")
+    need("tensorflow")
     run = launch([sys.executable, "-m", "benchmarks.tf_graph", "--values", "5001", "--repeats", "2"], 120)
     assert run.returncode == 0, run.stdout[-8000:]
     assert "the same in a tf.function" in run.stdout

@@ -10,7 +10,7 @@ import sys
 
 import odd
 import pytest
-from launch import HERE, horovodrun
+from launch import HERE, horovodrun, need
 
 sys.path.insert(0, str(HERE.parent))
 
@@ -56,7 +56,7 @@ def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
 
     With a bandwidth stated for which the hosts exchange means: the model is so small that latency counts.
     """
-    pytest.importorskip("torch")
+    need("torch")
     controller = "gloo" if "gloo" in how else "mpi"
     moved = {"none": FLOAT32[controller]} if controller in FLOAT32 else {}
     for gradients in ["none", "qsgd"][len(moved) :]:
@@ -161,7 +161,7 @@ def test_the_doctor_names_a_hostname_that_leads_to_itself(lab, tmp_path):
 
 def test_the_doctor_on_too_many_threads(tmp_path):
     """Ranks of one host, each of which would start as many threads of torch's as there are cores."""
-    pytest.importorskip("torch")
+    need("torch")
     found = tmp_path / "found.json"
     done = horovodrun(3, "mpi", *DOCTOR, "--json", str(found), OMP_NUM_THREADS="1024")
     diagnosis = json.loads(found.read_text())
@@ -174,7 +174,7 @@ def test_the_doctor_on_too_many_threads(tmp_path):
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_the_doctor_does_not_wait_for_ever(controller, tmp_path):
     """For a rank that does something else; then it says what it knows."""
-    pytest.importorskip("torch")
+    need("torch")
     found = tmp_path / "found.json"
     script = 'case "${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}" in 1) sleep 12;; *) exec "$@";; esac'
     command = ["sh", "-c", script, "sh", *DOCTOR, "--patience", "5", "--json", str(found)]
@@ -186,7 +186,7 @@ def test_the_doctor_does_not_wait_for_ever(controller, tmp_path):
 
 
 def test_the_doctor_notices_that_large_messages_vanish(tmp_path):
-    pytest.importorskip("torch")
+    need("torch")
     found = tmp_path / "found.json"
     script = (
         "import time, hvd_quant.cli as cli, hvd_quant.cli.measure as measure\n"
@@ -200,7 +200,7 @@ def test_the_doctor_notices_that_large_messages_vanish(tmp_path):
 
 def test_the_doctor_notices_ranks_that_each_believe_to_be_alone(tmp_path):
     """As where mpirun starts what goes by Gloo."""
-    pytest.importorskip("torch")
+    need("torch")
     found = tmp_path / "found.json"
     other = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
     handed = [option for name in other for option in ("-x", name)]

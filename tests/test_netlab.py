@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launch import need
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -105,7 +106,7 @@ def test_says_what_is_missing(monkeypatch):
     ("launcher", "slots"), [("horovodrun mpi", 2), ("horovodrun gloo", 2), ("mpirun", 1)]
 )
 def test_allreduce_over_all_ranks(lab, launcher, slots):
-    pytest.importorskip("torch")
+    need("torch")
     name, *controller = launcher.split()
     options = {"controller": controller[0]} if controller else {}
     done = getattr(lab, name)([sys.executable, "-c", ALLREDUCE], slots=slots, timeout=HANG, **options)

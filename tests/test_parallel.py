@@ -3,10 +3,9 @@
 import sys
 
 import pytest
-from launch import HERE, horovodrun, run_checks
+from launch import HERE, horovodrun, need, run_checks
 
-pytest.importorskip("torch")
-pytest.importorskip("horovod.torch", reason="needs Horovod built with PyTorch")
+need("torch")
 
 EXCHANGES = ["allgather", "scatter_allgather"]
 # With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on

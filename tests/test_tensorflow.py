@@ -3,10 +3,9 @@
 import sys
 
 import pytest
-from launch import HERE, horovodrun, run_checks
+from launch import HERE, horovodrun, need, run_checks
 
-pytest.importorskip("tensorflow")
-pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with TensorFlow")
+need("tensorflow")
 
 
 @pytest.mark.parametrize(

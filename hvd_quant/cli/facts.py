@@ -34,7 +34,8 @@ PACKAGES = (
     "mpi4py",
 )
 PROBE_SECONDS = 90.0  # a framework's first import from a slow disk takes long
-RESOLVE_SECONDS, RUN_SECONDS = 5.0, 5.0
+MPIRUN_SECONDS = 30.0  # as above
+RESOLVE_SECONDS, NVIDIA_SMI_SECONDS = 5.0, 5.0
 VARIABLES = (
     "HOROVOD_",
     "HVD_QUANT_",
@@ -229,9 +230,10 @@ def packages() -> Facts:
 
 def gpus() -> Facts:
     """What NVIDIA's driver lists."""
-    if shutil.which("nvidia-smi") is None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
         return {"names": []}
-    status, output = _run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    status, output = _run([program, "--query-gpu=name", "--format=csv,noheader"], NVIDIA_SMI_SECONDS)
     if status:
         return {"names": [], "error": output or f"exit status {status}"}
     return {"names": output.splitlines()}
@@ -242,7 +244,7 @@ def mpi() -> Facts:
     launcher = shutil.which("mpirun")
     if launcher is None:
         return {"launcher": None, "version": None}
-    status, output = _run([launcher, "--version"])
+    status, output = _run([launcher, "--version"], MPIRUN_SECONDS)
     first = (output.splitlines() or [f"exit status {status}"])[0]
     return (
         {"launcher": launcher, "version": None, "error": first}
@@ -251,10 +253,10 @@ def mpi() -> Facts:
     )
 
 
-def _run(command: list[str]) -> tuple[int, str]:
-    """The status and output of a program that should be quick."""
+def _run(command: list[str], seconds: float) -> tuple[int, str]:
+    """The status and output of a program that should be done by then."""
     try:
-        done = _execute(command, RUN_SECONDS, stderr=subprocess.STDOUT)
+        done = _execute(command, seconds, stderr=subprocess.STDOUT)
     except OSError as error:
         return 1, str(error)
     return done.returncode, done.stdout.strip()

@@ -26,6 +26,8 @@ def horovod(name: str) -> Facts:
         hvd = import_module(f"horovod.{name}")
     except Exception as error:  # an ImportError, or whatever a wrong binary makes of it
         return {"built": False, "error": describe(error)}
+    if not hasattr(hvd, "mpi_built"):  # horovod.torch can be imported without what was not built
+        return {"built": False, "error": "its extension module was not built"}
     questions = ("mpi", "gloo", "nccl", "cuda", "rocm")
     return {"built": True, **{one: bool(getattr(hvd, f"{one}_built")()) for one in questions}}
 

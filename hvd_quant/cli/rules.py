@@ -48,7 +48,8 @@ def examine(facts: Facts, ranks_here: int = 1) -> list[Finding]:
         facts: as `hvd_quant.cli.facts.gather` returns them.
         ranks_here: ranks of the job on this machine.
     """
-    return ordered(run_all((rule, (facts, ranks_here)) for rule in RULES))
+    found = run_all((rule, (facts, ranks_here)) for rule in RULES)
+    return ordered(dict.fromkeys(found))  # what is so for both frameworks is told once
 
 
 def run_all(calls: Iterable[tuple[Callable[..., Iterable[Finding]], tuple[Any, ...]]]) -> Iterator[Finding]:
@@ -139,7 +140,7 @@ def horovod_is_built(facts: Facts, _: int) -> Iterator[Finding]:
                 f"horovod-without-{name}",
                 f"{name} is installed, but Horovod was built without it, or for another release: "
                 f"{horovod.get('error')}",
-                f"import horovod.{name} fails, and with it hvd_quant.{name}.",
+                f"horovod.{name} does not work, and with it hvd_quant.{name}.",
                 SETUP + "; pip's own build leaves out a framework that it cannot compile against",
             )
 
@@ -165,7 +166,7 @@ def controllers(facts: Facts, _: int) -> Iterator[Finding]:
                 "horovodrun takes Gloo, and mpirun cannot start its ranks.",
                 "If you want MPI, build with HOROVOD_WITH_MPI=1: " + SETUP,
             )
-        elif "error" in facts["mpi"]:
+        elif "error" in facts["mpi"] and facts["mpi"].get("launcher"):
             yield Finding(
                 "warning" if horovod["gloo"] else "error",
                 "mpirun-broken",
@@ -173,7 +174,7 @@ def controllers(facts: Facts, _: int) -> Iterator[Finding]:
                 "horovodrun starts ranks with mpirun, unless it is told --gloo.",
                 "Repair or reinstall Open MPI (Debian: openmpi-bin), or use horovodrun --gloo.",
             )
-        elif facts["mpi"].get("launcher") is None:
+        elif "error" not in facts["mpi"] and facts["mpi"].get("launcher") is None:
             yield Finding(
                 "warning" if horovod["gloo"] else "error",
                 "no-mpirun",

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from common import EXCHANGES, SCHEME, WORLD, own_values, same_everywhere
+from launch import need
 
 import hvd_quant.mpi as hm
 
-hvd = pytest.importorskip("horovod.torch")
+hvd = need("torch")
 torch = pytest.importorskip("torch")
 
 

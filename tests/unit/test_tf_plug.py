@@ -4,10 +4,9 @@ import os
 import subprocess
 import sys
 
-import pytest
+from launch import need
 
-pytest.importorskip("tensorflow")
-pytest.importorskip("horovod.tensorflow", reason="needs Horovod built with TensorFlow")
+need("tensorflow")
 
 IMPORTS = "import sys, tensorflow as tf, horovod.tensorflow as hvd, hvd_quant.tensorflow as hq"
 REDUCE = "hvd.allreduce(tf.linspace(0.0, 1.0, 2000), compression=hq.QSGDCompressor(bits=8))"

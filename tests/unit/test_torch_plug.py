@@ -7,11 +7,12 @@ import weakref
 
 import pytest
 import torch
+from launch import need
 
-pytest.importorskip("horovod.torch")
+need("torch")
 
-import hvd_quant.torch as hq
-from hvd_quant.torch.identity import ParameterNames
+import hvd_quant.torch as hq  # noqa: E402
+from hvd_quant.torch.identity import ParameterNames  # noqa: E402
 
 
 def run(code):
