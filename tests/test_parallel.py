@@ -8,9 +8,9 @@ from launch import HERE, horovodrun, need, run_checks
 need("torch")
 
 EXCHANGES = ["allgather", "scatter_allgather"]
-# With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one: with 3, what depends on
-# who comes when, and with 8 what depends on their number.
-MEETING = "check_errors.py or check_exchange and not (mean_on_every_rank or same_seed)"
+# What depends on who comes when takes long, for ranks wait on purpose: with 2 ranks under one controller, and
+# with 3 under the other. With more ranks than cores, Gloo takes seconds for what takes MPI a tenth of one.
+MEETING = "check_errors.py"
 BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_by_one or left_and_finished"
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"
 
@@ -19,8 +19,8 @@ PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange 
     ("ranks", "controller", "checks", "selection"),
     [
         (2, "mpi", "", ""),
-        (2, "gloo", "", ""),
-        (3, "mpi", "", ""),
+        (2, "gloo", "", f"not {MEETING}"),
+        (3, "mpi", "", f"not {MEETING}"),
         (3, "gloo", "", MEETING),
         (4, "mpi", "check_exchange.py", ""),
         (8, "mpi", "check_exchange.py", PROMISES),

@@ -12,7 +12,7 @@ need("tensorflow")
     ("ranks", "controller", "checks"),
     [
         (2, "mpi", ""),
-        (2, "gloo", "not check_tf_device"),
+        (2, "gloo", "not check_tf_device and not memory_is_flat"),
         (3, "mpi", "mean_and_sum or process_sets or different_shapes"),
     ],
 )
