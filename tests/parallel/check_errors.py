@@ -227,7 +227,10 @@ def check_a_rank_that_waited_in_vain_leaves_a_step_that_others_finish(exchange, 
         time.sleep(2)
     backward(model)
     if hvd.rank() == 0:
-        time.sleep(2)  # the others agree with what it has told, and wait for what it will not send
+        # Until the others agree with what it has told: now they wait for what it will not send.
+        ranks = compressor._ranks
+        while ranks.proposed and not ranks._proposal.poll():
+            time.sleep(0.01)
     else:
         assert "rank 0 left this step" in str(error_of(optimizer.step))
     recover(compressor, optimizer)
