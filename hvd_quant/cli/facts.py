@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import json
@@ -245,12 +244,10 @@ def mpi() -> Facts:
     if launcher is None:
         return {"launcher": None, "version": None}
     status, output = _run([launcher, "--version"], MPIRUN_SECONDS)
-    first = (output.splitlines() or [f"exit status {status}"])[0]
-    return (
-        {"launcher": launcher, "version": None, "error": first}
-        if status
-        else {"launcher": launcher, "version": first}
-    )
+    first = (output.splitlines() or [""])[0]
+    if status:
+        return {"launcher": launcher, "version": None, "error": first or f"exit status {status}"}
+    return {"launcher": launcher, "version": first}
 
 
 def _run(command: list[str], seconds: float) -> tuple[int, str]:
@@ -270,7 +267,7 @@ def _execute(command: list[str], seconds: float, **options: Any) -> subprocess.C
     """
 
     def run() -> subprocess.CompletedProcess[str]:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             return subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -280,7 +277,8 @@ def _execute(command: list[str], seconds: float, **options: Any) -> subprocess.C
                 timeout=seconds,
                 **options,
             )
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
 
     # What waits for a driver or a disk cannot be killed, and subprocess.run waits until it is.
     return _within(seconds + 1, run)

@@ -40,8 +40,7 @@ def without_torch(machine):
 
 
 def without_tensorflow(machine):
-    machine.hide("mpi4py")
-    machine.write("tensorflow/__init__.py", odd.TENSORFLOW.format(keras="3.15.1"))
+    keras_3(machine)
     machine.write("horovod/tensorflow/__init__.py", odd.NOT_BUILT["tensorflow"])
 
 
