@@ -10,6 +10,7 @@ import numpy as np
 
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, Scheme
+from hvd_quant.tensorflow.memory import Memory
 
 
 class Progress:
@@ -21,6 +22,7 @@ class Progress:
 
     def __init__(self, scheme: Scheme | DQSGD) -> None:
         self.lock = threading.RLock()
+        self.memory = Memory()  # of the results, by gradient
         self.residuals: dict[str, np.ndarray] = {}  # of error feedback, flat float32, by gradient
         self.raw_bytes = self.wire_bytes = self.received_bytes = self.messages = 0
         self.bits: list[int] = []  # of each step, where there is a schedule

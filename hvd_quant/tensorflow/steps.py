@@ -207,8 +207,8 @@ class Steps:
         bucket = self.bucket(all_shapes, int(bits))
         factor = self.check(reduced, self.fingerprint)
         results = [
-            native.empty(int(np.prod(shape)), _memory(kind), received).reshape(shape)
-            for shape, kind in zip(all_shapes, self.types, strict=True)
+            self.progress.memory.empty(key, int(np.prod(shape)), np.dtype(_memory(kind))).reshape(shape)
+            for key, shape, kind in zip(self.keys, all_shapes, self.types, strict=True)
         ]
         encoded = self._encoded(bucket, received, sizes)
         try:

@@ -192,6 +192,22 @@ def check_noise_differs_from_step_to_step_in_one_traced_function():
     assert len(set(eager)) == 3
 
 
+@exchanges
+@pytest.mark.parametrize("traced", [False, True])
+def check_results_that_are_kept_stay_as_they_were(exchange, traced):
+    """Their memory is used again in another step, but not while anything has it."""
+    compressor = hq.QSGDCompressor(exchange=exchange)
+    kept, variables, copies = [], [], []
+    for _ in range(4):
+        (result,) = reduced([own_randn(2000)], compressor, traced)
+        kept.append(tf.reshape(result, [100, -1]))
+        variables.append(tf.Variable(result))
+        copies.append(result.numpy().tobytes())
+    assert [tensor.numpy().tobytes() for tensor in kept] == copies
+    assert [variable.numpy().tobytes() for variable in variables] == copies
+    assert len(set(copies)) == len(copies)
+
+
 @pytest.mark.parametrize("kind", ["QSGD", "DQ-SGD"])
 def check_ranks_may_trace_other_things_beside(kind):
     """Horovod knows tensors by the names of operations, which have numbers."""
