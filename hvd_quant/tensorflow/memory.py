@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable
 
 import numpy as np
 
@@ -21,9 +20,9 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rooms: dict[Hashable, tuple[np.ndarray, weakref.ref[np.ndarray]]] = {}
+        self._rooms: dict[str, tuple[np.ndarray, weakref.ref[np.ndarray]]] = {}
 
-    def empty(self, key: Hashable, count: int, dtype: np.dtype) -> np.ndarray:
+    def empty(self, key: str, count: int, dtype: np.dtype) -> np.ndarray:
         """Room for ``count`` values, whose content is undefined; from a cache line on.
 
         It is what was given out before for this key, if that had as many bytes and no array, view or tensor

@@ -88,9 +88,11 @@ def test_keys_and_sizes_do_not_share():
 @pytest.mark.parametrize("count", [0, 1, 63, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int16"])
 def test_shapes_and_alignment(count, dtype):
-    for _ in range(2):
-        array = Memory().empty("w", count, np.dtype(dtype))
+    memory = Memory()
+    for _ in range(2):  # new memory, and that again
+        array = memory.empty("w", count, np.dtype(dtype))
         assert array.shape == (count,)
         assert array.dtype == dtype
         assert array.flags.writeable
         assert count == 0 or address(array) % 64 == 0  # else TensorFlow would copy it
+        del array
