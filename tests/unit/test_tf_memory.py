@@ -58,6 +58,12 @@ def test_it_is_given_out_again():
     assert address(memory.empty("w", COUNT // 2, np.dtype("float64"))) in kept  # as many bytes
 
 
+def test_another_size_is_other_memory():
+    memory = Memory()
+    for count in (1000, 10, 2000):
+        assert memory.empty("w", count, FLOAT).shape == (count,)
+
+
 def test_tensorflow_lets_go_in_time():
     """Else every step would have new memory, and this class no use."""
     memory, seen = Memory(), set()
