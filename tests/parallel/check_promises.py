@@ -41,25 +41,25 @@ def trained(kind, exchange, seed):
 def check_same_bits_on_every_rank_and_in_every_run(kind, exchange):
     one, two = trained(kind, exchange, seed=5), trained(kind, exchange, seed=5)
     assert torch.equal(one, two)
-    if not kind.startswith("error feedback"):  # which rounds without noise
+    # Error feedback rounds without noise; for the others, one exchange is enough.
+    if not kind.startswith("error feedback") and exchange == EXCHANGES[0]:
         assert not torch.equal(one, trained(kind, exchange, seed=6))
 
 
 @kinds
 @exchanges
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def check_what_is_not_finite_reaches_every_rank(kind, exchange, value):
+def check_what_is_not_finite_reaches_every_rank(kind, exchange):
     model = mlp()
     optimizer = optimizer_of(model, kind, exchange=exchange, bucket_size=256)
     place, last = model[2].weight.view(-1)[300], hvd.rank() == hvd.size() - 1
-    for step in range(3):
+    for value in (0.0, float("nan"), 0.0, float("-inf"), 0.0):
         loss = sum(parameter.square().sum() for parameter in model.parameters())
-        (loss + place * (value if last and step == 1 else 0.0)).backward()
+        (loss + place * (value if last else 0.0)).backward()
         optimizer.synchronize()
         finite = model[2].weight.grad.view(-1).isfinite()
         assert finite[:256].all()
         assert finite[512:].all()
-        assert (not finite[256:512].any()) if step == 1 else finite.all()
+        assert finite.all() if value == 0.0 else not finite[256:512].any()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p is not model[2].weight)
         assert all(same_everywhere(parameter.grad) for parameter in model.parameters())
         optimizer.zero_grad()

@@ -26,14 +26,14 @@ def trained(kind, exchange, seed, **options):
 def check_same_bits_on_every_rank_and_in_every_run(kind, exchange):
     one, two = trained(kind, exchange, seed=5), trained(kind, exchange, seed=5)
     np.testing.assert_array_equal(one, two)
-    if not kind.startswith("error feedback"):  # which rounds without noise
+    # Error feedback rounds without noise; for the others, one exchange is enough.
+    if not kind.startswith("error feedback") and exchange == EXCHANGES[0]:
         assert not np.array_equal(one, trained(kind, exchange, seed=6))
 
 
 @kinds
 @exchanges
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def check_what_is_not_finite_reaches_every_rank(kind, exchange, value):
+def check_what_is_not_finite_reaches_every_rank(kind, exchange):
     model = Mlp()
     compressor = make(hq, kind, min_numel=0, exchange=exchange, bucket_size=256)
 
@@ -46,14 +46,13 @@ def check_what_is_not_finite_reaches_every_rank(kind, exchange, value):
         tape = hvd.DistributedGradientTape(tape, compression=compressor)
         return tape.gradient(x, model.variables)
 
-    for number in range(3):
-        spoiled = number == 1 and hvd.rank() == hvd.size() - 1
-        gradients = step(tf.constant(value if spoiled else 0.0))
+    for value in (0.0, float("nan"), 0.0, float("-inf"), 0.0):
+        gradients = step(tf.constant(value if hvd.rank() == hvd.size() - 1 else 0.0))
         assert same_everywhere(*gradients)
         finite = np.isfinite(gradients[2].numpy().ravel())
         assert finite[:256].all()
         assert finite[512:].all()
-        assert (not finite[256:512].any()) if number == 1 else finite.all()
+        assert finite.all() if value == 0.0 else not finite[256:512].any()
         assert all(np.isfinite(gradients[i]).all() for i in (0, 1, 3))
 
 

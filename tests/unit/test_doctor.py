@@ -132,6 +132,7 @@ def no_shm(machine):
 
 def nvidia_smi_hangs(machine):
     program(machine, "nvidia-smi", "sleep 60")
+    machine.patch("import hvd_quant.cli.facts; hvd_quant.cli.facts.NVIDIA_SMI_SECONDS = 0.5")
 
 
 def nvidia_smi_is_silent(machine):
@@ -161,7 +162,12 @@ def bad_bandwidth(machine):
 
 
 def slow_names(machine):
-    machine.patch("import socket, time; socket.getaddrinfo = lambda *_: time.sleep(60)")
+    machine.patch("""
+        import socket, time
+        import hvd_quant.cli.facts
+        hvd_quant.cli.facts.RESOLVE_SECONDS = 0.5
+        socket.getaddrinfo = lambda *_: time.sleep(60)
+    """)
 
 
 def codec(machine):
