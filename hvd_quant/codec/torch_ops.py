@@ -1,11 +1,13 @@
 """The codec in plain torch operations, for tensors on any device.
 
 Payloads are those of the native codec, and decode to the same bits; only the noise of the rounding comes
-from another generator, torch's own.
+from another generator, torch's own. On a GPU memory is the limit, so `encode` makes few passes over it, of
+which none has a shape that depends on the data, and none waits for the device. docs/gpu.md counts them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,16 +15,18 @@ import numpy as np
 import torch
 
 from hvd_quant import wire
-from hvd_quant.codec import entropy
-from hvd_quant.codec.message import PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
+from hvd_quant.codec import cuda, entropy
+from hvd_quant.codec.message import PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, Segment, stated_size
 from hvd_quant.codec.noise import FRACTION_BITS, Noise
 from hvd_quant.schemes import Scheme
 
-# See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
+# See docs/wire-format.md: below TINY_NORM, decoders do the arithmetic on values scaled by TINY_PRESCALE.
 TINY_NORM = 2.0**-90
 TINY_PRESCALE = 2.0**60
+SMALLEST_NORMAL = 2.0**-126  # of float32
 MANTISSA_BITS = 23  # of float32
-TOP_POWER = 2.0**24  # what a norm is scaled to before rounding to powers: nothing near it is subnormal
+FAST_BITS = 5  # up to so many, `_round_down_fast` resolves the noise finely enough
+_FOUND_BY_KERNELS = "a GPU's kernels find damage that plain operations do not find"
 
 
 def encode(
@@ -46,20 +50,79 @@ def encode(
     if scheme.coding != "packed":
         payload = encode(values, entropy.packed(scheme), seed, shift, residual).cpu().numpy()
         return torch.from_numpy(entropy.compact(payload, scheme, count)).to(values.device)
+    layout = _alone(scheme, count, str(values.dtype).removeprefix("torch."))
+    if (kernels := cuda.kernels(values.device)) is not None and kernels.take(layout):
+        message = torch.empty(layout.size, dtype=torch.uint8, device=values.device)
+        noise = Noise(np.array([seed], np.uint64), np.array([shift], np.uint32))
+        kernels.encode(
+            [values.contiguous().resolve_neg()],
+            layout,
+            noise,
+            message,
+            [] if residual is None else [residual],
+        )
+        return message[PREAMBLE_SIZE:]
+    payload = torch.empty(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
+    _encode(values, scheme, seed, shift, residual, payload)
+    return payload
+
+
+@functools.lru_cache(maxsize=64)
+def _alone(scheme: Scheme, count: int, dtype: str) -> MessageLayout:
+    """A message of one payload."""
+    return MessageLayout([Segment(0, 0, count, dtype, scheme)], bytes(PREAMBLE_SIZE))
+
+
+def _encode(
+    values: torch.Tensor,
+    scheme: Scheme,
+    seed: int,
+    shift: int,
+    residual: torch.Tensor | None,
+    payload: torch.Tensor,
+) -> None:
+    """Write the packed payload, whose size is known."""
+    count = values.numel()
     if residual is not None:
         values = values.to(torch.float32) + residual
-    payload = torch.zeros(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
+    norms_end = wire.HEADER_SIZE + wire.norms_size(scheme, count)
+    used = norms_end + wire.codes_size(scheme, count)
+    payload[: wire.HEADER_SIZE] = cuda.constant(_unsigned_header(scheme, count), values.device)
+    if used < payload.numel():
+        payload[used:].zero_()
     if count:
-        norms, codes = _quantize(values, scheme, seed, shift)
-        codes_at = wire.HEADER_SIZE + wire.norms_size(scheme, count)
-        payload[wire.HEADER_SIZE : codes_at] = norms.view(torch.uint8)
-        codes_end = codes_at + wire.codes_size(scheme, count)
-        payload[codes_at:codes_end] = _pack(codes, scheme.bits)[: codes_end - codes_at]
-    _write_header(payload, scheme, count)
+        norms = payload[wire.HEADER_SIZE : norms_end].view(torch.float32)
+        _pack(_quantize(values, scheme, seed, shift, norms), scheme.bits, payload[norms_end:used])
+    words = payload.view(torch.int32)
+    _weighted_sum(words, out=words[wire.CHECKSUM_WORD])
     if residual is not None:
         lost = values - _dequantize(payload, scheme, count)
         residual.copy_(torch.where(lost.isfinite(), lost, residual))
-    return payload
+
+
+class _Checks:
+    """What must not be found in messages, looked at together: so the host waits for the device once."""
+
+    def __init__(self) -> None:
+        self._found: list[torch.Tensor] = []
+        self._says: list[str] = []
+
+    def refuse(self, found: torch.Tensor, says: str) -> None:
+        """Add something: bool scalars, and the exception's text."""
+        self._found.append(found)
+        self._says.append(says)
+
+    def hold(self) -> None:
+        """Look at them. A CUDA graph that is being captured has nobody to tell, and goes without.
+
+        Raises:
+            ValueError: something was found.
+        """
+        if not self._found or cuda.capturing(self._found[0].device):
+            return
+        for found, says in zip(torch.stack(self._found).tolist(), self._says, strict=True):
+            if found:
+                raise ValueError(says)
 
 
 def decode_mean(
@@ -67,19 +130,39 @@ def decode_mean(
 ) -> torch.Tensor:
     """Decode n payloads of the same scheme and count into ``factor`` times their mean.
 
+    It waits for the device twice: for the headers, and for whether the payloads are sound.
+
     Returns:
         A tensor of shape (count,) and of ``dtype``, on the payloads' device.
 
     Raises:
         ValueError: a payload is damaged, or they differ.
     """
-    headers = []
-    for payload in payloads:
-        head = payload[: wire.HEADER_SIZE].cpu().numpy().tobytes()
-        headers.append(wire.parse_header(head, payload.numel()))
-    header = wire.common_header(headers)
-    packed = [_packed(payload, header) for payload, header in zip(payloads, headers, strict=True)]
-    return _mean(packed, header, dtype, factor)
+    headers = [
+        wire.parse_header(head.tobytes(), payload.numel())
+        for payload, head in zip(payloads, _heads(payloads), strict=True)
+    ]
+    header, checks, wrong = wire.common_header(headers), _Checks(), False
+    layout = _alone(header.scheme, header.count, str(dtype).removeprefix("torch."))
+    if (kernels := cuda.kernels(payloads[0].device)) is not None and kernels.take(layout):
+        mean = torch.empty(header.count, dtype=dtype, device=payloads[0].device)
+        aligned = [_words(payload, torch.int64).view(torch.uint8) for payload in payloads]
+        if not kernels.decode(aligned, layout, [mean], factor, bare=True).any():
+            return mean
+        wrong = True
+    packed = [_packed(payload, one, checks) for payload, one in zip(payloads, headers, strict=True)]
+    mean = _mean(packed, header, dtype, factor)
+    checks.hold()
+    if wrong:
+        raise ValueError(_FOUND_BY_KERNELS)
+    return mean
+
+
+def _heads(payloads: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """The payloads' headers, as far as there are such, on the host, which waits once."""
+    heads = [payload[: wire.HEADER_SIZE] for payload in payloads]
+    ends = np.cumsum([head.numel() for head in heads])
+    return np.split(torch.cat(heads).cpu().numpy(), ends[:-1]) if heads else []
 
 
 def _mean(
@@ -90,18 +173,23 @@ def _mean(
     for payload in payloads[1:]:
         total += _dequantize(payload, header.scheme, header.count)
     # As the native codec: the weight is rounded to float32 before it multiplies.
-    weight = torch.tensor(factor / len(payloads), dtype=torch.float32, device=total.device)
+    weight = torch.tensor(factor / len(payloads), dtype=torch.float32)
     return total.mul_(weight).to(dtype)
 
 
-def _packed(payload: torch.Tensor, header: wire.Header) -> torch.Tensor:
-    """The payload with packed codes, checked; its header is of no meaning."""
+def _packed(payload: torch.Tensor, header: wire.Header, checks: _Checks) -> torch.Tensor:
+    """The payload with packed codes; its header is of no meaning."""
     if header.scheme.coding != "packed":
         return torch.from_numpy(entropy.expand(payload.cpu().numpy(), header)).to(payload.device)
-    wire.check_body(header, int(_checksum(payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD)))
+    words = _words(payload, torch.int32)
+    # The checksum's own word is in the sum, too, with its weight.
+    weight = 2 * wire.CHECKSUM_WORD + 1
+    excess = _weighted_sum(words, torch.empty((), dtype=torch.int32, device=words.device))
+    excess -= (weight + 1) * words[wire.CHECKSUM_WORD]
+    checks.refuse(excess != 0, "payload is damaged: its checksum does not match its bytes")
     used = wire.used_size(header.scheme, header.count)
-    if used < payload.numel() and bool(payload[used:].any()):
-        raise ValueError("payload is damaged: its padding is not zero")
+    if used < payload.numel():
+        checks.refuse(payload[used:].any(), "payload is damaged: its padding is not zero")
     return payload
 
 
@@ -116,16 +204,26 @@ def encode_message(
 
     Where the message's size varies, it waits for the device; see `encode`.
     """
+    if (kernels := cuda.kernels(message.device)) is not None and kernels.take(layout):
+        plain = [one.detach().contiguous().resolve_neg() for one in values]
+        kernels.encode(plain, layout, noise, message, residuals)
+        return layout.size
     end = PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0)
     for segment, seed, shift in zip(layout.segments, noise.seeds, noise.shifts, strict=True):
         place = slice(segment.start, segment.start + segment.count)
         part = values[segment.tensor].detach().reshape(-1)[place]
         residual = residuals[segment.tensor].view(-1)[place] if residuals else None
-        payload = encode(part, segment.scheme, int(seed), int(shift), residual)
-        message[end : end + payload.numel()] = payload
+        if segment.scheme.coding == "packed":
+            payload = message[end : end + segment.payload_size]
+            _encode(part, segment.scheme, int(seed), int(shift), residual, payload)
+        else:
+            payload = encode(part, segment.scheme, int(seed), int(shift), residual)
+            message[end : end + payload.numel()] = payload
         end += payload.numel()
-    head = layout.preamble + (end.to_bytes(SIZE_SIZE, "little") if layout.varies else b"")
-    message[: len(head)].copy_(torch.frombuffer(bytearray(head), dtype=torch.uint8), non_blocking=True)
+    message[:PREAMBLE_SIZE] = cuda.constant(layout.preamble, message.device)
+    if layout.varies:
+        size = torch.frombuffer(bytearray(end.to_bytes(SIZE_SIZE, "little")), dtype=torch.uint8)
+        message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE] = size.to(message.device)
     return end
 
 
@@ -137,25 +235,48 @@ def decode_messages(
     Raises:
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
-    rest = []  # of each message
+    wrong = False
+    if (kernels := cuda.kernels(messages[0].device)) is not None and kernels.take(layout):
+        plain = all(one.is_contiguous() and not one.is_neg() for one in out)
+        if plain and all(message.numel() == layout.size for message in messages):
+            aligned = [_words(message, torch.int64).view(torch.uint8) for message in messages]
+            found = kernels.decode(aligned, layout, out, factor)
+            if cuda.capturing(found.device) or not found.any():
+                return
+            wrong = True
+    # Slower, or because something is wrong: this says what.
+    checks, rest = _Checks(), []  # of each message
     for number, message in enumerate(messages):
         size = stated_size(message) if layout.varies else layout.size
-        if message.numel() != size or message[:PREAMBLE_SIZE].cpu().numpy().tobytes() != layout.preamble:
+        if message.numel() != size or size < PREAMBLE_SIZE:
             raise ValueError(f"message {number} is not the one that was expected")
+        preamble = cuda.constant(layout.preamble, message.device)
+        other = (message[:PREAMBLE_SIZE] != preamble).any()
+        checks.refuse(other, f"message {number} is not the one that was expected")
         rest.append(message[PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0) :])
-    for segment, expected in zip(layout.segments, layout.headers, strict=True):
-        packed = []
+    for segment in layout.segments:
+        header, packed = wire.Header(segment.scheme, segment.count, 0), []
         for number, payloads in enumerate(rest):
-            head = payloads[: wire.HEADER_SIZE].cpu().numpy()
-            if len(head) < wire.HEADER_SIZE or _differ(head, expected):
-                raise ValueError(f"message {number} holds another payload than was expected")
-            header = wire.parse_header(head, segment.payload_size)
+            foreign = f"message {number} holds another payload than was expected"
+            if payloads.numel() < wire.HEADER_SIZE:
+                raise ValueError(foreign)
+            head = payloads[: wire.HEADER_SIZE].clone()
+            head[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = 0
+            checks.refuse(
+                (head != cuda.constant(_unsigned_header(segment.scheme, segment.count), head.device)).any(),
+                foreign,
+            )
             if segment.scheme.coding == "packed":
                 if payloads.numel() < segment.payload_size:
                     raise ValueError(f"message {number} is too short")
-                payload, size = _packed(payloads[: segment.payload_size], header), segment.payload_size
+                payload, size = (
+                    _packed(payloads[: segment.payload_size], header, checks),
+                    segment.payload_size,
+                )
             else:
-                host, size = entropy.expand_first(payloads[: segment.payload_size].cpu().numpy(), header)
+                checks.hold()
+                host = payloads[: segment.payload_size].cpu().numpy()
+                host, size = entropy.expand_first(host, wire.parse_header(host, segment.payload_size))
                 payload = torch.from_numpy(host).to(payloads.device)
             packed.append(payload)
             rest[number] = payloads[size:]
@@ -164,6 +285,9 @@ def decode_messages(
     for number, payloads in enumerate(rest):
         if payloads.numel():
             raise ValueError(f"message {number} has bytes left over")
+    checks.hold()
+    if wrong:
+        raise ValueError(_FOUND_BY_KERNELS)
 
 
 def add_lost(residual: torch.Tensor, lost: torch.Tensor, times: int) -> None:
@@ -180,7 +304,7 @@ def collect(
     residuals: Sequence[torch.Tensor] = (),
 ) -> None:
     """Write a preamble and the values of a layout's segments; see `hvd_quant.codec.native.collect`."""
-    out[:PREAMBLE_SIZE].copy_(torch.frombuffer(bytearray(preamble), dtype=torch.uint8), non_blocking=True)
+    out[:PREAMBLE_SIZE] = cuda.constant(preamble, out.device)
     floats, end = out[PREAMBLE_SIZE:].view(torch.float32), 0
     for segment in layout.segments:
         place = slice(segment.start, segment.start + segment.count)
@@ -214,89 +338,123 @@ def average(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -
     out *= 1 / len(parts)
 
 
-def _differ(header: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether two headers do, but for their checksums."""
-    differs = header != expected
-    differs[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = False
-    return bool(differs.any())
-
-
 def empty(count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
     """Room for a message, or for values, on the device of ``like``."""
     return torch.empty(count, dtype=getattr(torch, dtype), device=like.device)
 
 
 def _quantize(
-    values: torch.Tensor, scheme: Scheme, seed: int, shift: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms (float32, one a bucket) and codes (int8, one a value of the filled-up last bucket too)."""
-    fill = -values.numel() % min(scheme.bucket_size, values.numel())
-    x = values.to(torch.float32)
-    if fill:
-        x = torch.nn.functional.pad(x, (0, fill))
-    x = x.view(-1, min(scheme.bucket_size, values.numel()))
+    values: torch.Tensor, scheme: Scheme, seed: int, shift: int, norms: torch.Tensor
+) -> torch.Tensor:
+    """Write the norms, a float32 a bucket, and return the codes.
+
+    A norm that float32 cannot divide into steps of full precision is raised to the smallest of which it can.
+    Beside a norm that is not finite, values become 0 or NaN, and the integer that NaN is converted to has 0
+    in its low bits on every device.
+
+    Returns:
+        uint8, a multiple of 8, whose low ``scheme.bits`` bits are the codes, and 0 beyond the last value. The
+        other bits are undefined.
+    """
+    bucket_size = min(scheme.bucket_size, values.numel())
+    if values.dtype == torch.float64:
+        values = values.to(torch.float32)
+    if values.numel() % bucket_size:
+        values = torch.nn.functional.pad(values, (0, -values.numel() % bucket_size))
+    x = values.view(-1, bucket_size)
     if scheme.norm == "max":
-        norms = torch.linalg.vector_norm(x, float("inf"), dim=1)
+        torch.linalg.vector_norm(x, float("inf"), dim=1, dtype=torch.float32, out=norms)
     else:
-        norms = torch.linalg.vector_norm(x, 2, dim=1, dtype=torch.float64).to(torch.float32)
-    norms = torch.where(norms < float("inf"), norms, float("nan"))
-    prescale = torch.where(norms < TINY_NORM, TINY_PRESCALE, 1.0)
-    # What the norm becomes. An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
-    top = scheme.steps if scheme.spacing == "uniform" else TOP_POWER
-    scale = torch.nan_to_num(top / torch.where(norms > 0, norms * prescale, 1.0), nan=0.0)
-    generator = None  # rounding to nearest needs none
-    if scheme.rounding != "nearest":
-        generator = torch.Generator(x.device).manual_seed(_mix64(seed))
-    scaled = x * (prescale.unsqueeze(1))
-    scaled *= scale.unsqueeze(1)
-    scaled.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # what a non-finite bucket leaves
-    round_ = _round_down if scheme.spacing == "uniform" else _round_to_power
-    codes = round_(scaled, scheme.steps, generator, shift)
-    return norms, codes.view(-1)[: values.numel()]
+        norms.copy_(torch.linalg.vector_norm(x, 2, dim=1, dtype=torch.float64))
+    codes = torch.empty(_up(x.numel(), 8), dtype=torch.uint8, device=x.device)
+    if codes.numel() > x.numel():
+        codes[x.numel() :].zero_()
+    if scheme.spacing == "exponential":
+        round_ = _round_to_power
+    else:
+        round_ = _round_down_fast if scheme.bits <= FAST_BITS else _round_down
+    round_(x, norms, scheme, seed, shift, codes[: x.numel()].view(x.shape))
+    return codes
+
+
+def _round_down_fast(
+    x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
+) -> None:
+    """Codes of uniform levels: what is left of value / step + noise + offset, without its fraction.
+
+    The offset makes the sum positive, so that its conversion to an integer rounds down, and vanishes from the
+    codes' bits. It costs precision: sums are multiples of ``unit``. The noise keeps away from 0 and 1 by as
+    much, so that a value on a level stays there, and that no rounding error leads beyond the last level.
+    """
+    norms.clamp_(min=scheme.steps * SMALLEST_NORMAL)
+    step = _divided(norms, scheme.steps).unsqueeze(1)
+    offset = 2.0**scheme.bits
+    unit = offset * 2.0**-MANTISSA_BITS
+    scaled = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if scheme.rounding == "nearest":
+        scaled.fill_(offset + 0.5)
+    else:
+        _uniform(scaled, offset + unit, offset + 1 - unit, seed, shift)
+    codes.copy_(scaled.addcdiv_(x, step))
 
 
 def _round_down(
-    scaled: torch.Tensor, steps: int, generator: torch.Generator | None, shift: int
-) -> torch.Tensor:
-    """Codes of values in units of a uniform level, int8; overwrites ``scaled``."""
-    if generator is None:
-        return scaled.add_(0.5).floor_().clamp_(-steps, steps).to(torch.int8)
-    noise = torch.rand(scaled.shape, generator=generator, device=scaled.device)
-    if shift:
-        noise += shift / 2**FRACTION_BITS
-        noise -= (noise >= 1.0).to(noise.dtype)
-    floor = scaled.floor()
-    floor += noise < scaled.sub_(floor)
-    return floor.clamp_(-steps, steps).to(torch.int8)
+    x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
+) -> None:
+    """Codes of uniform levels, with all the precision that value / step has."""
+    norms.clamp_(min=scheme.steps * SMALLEST_NORMAL)
+    scaled = x / _divided(norms, scheme.steps).unsqueeze(1)
+    if scheme.rounding == "nearest":
+        floor = scaled.add_(0.5).floor_()
+    else:
+        floor, noise = scaled.floor(), torch.empty_like(scaled)
+        _uniform(noise, 0.0, 1.0, seed, shift)
+        floor += noise < scaled.sub_(floor)
+    codes.copy_(floor.clamp_(-scheme.steps, scheme.steps))
 
 
 def _round_to_power(
-    scaled: torch.Tensor, steps: int, generator: torch.Generator | None, shift: int
-) -> torch.Tensor:
-    """Codes of values in units of 1 / TOP_POWER of the norm, rounded to powers of two, int8.
+    x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
+) -> None:
+    """Codes of levels that are powers of two, from values in units of half the norm.
 
-    As the native codec: the mantissa of a float is the probability of rounding it up to the next power, so
-    random bits are added to it, and the exponent is kept. Below the lowest power, value + power has that
-    mantissa. Overwrites ``scaled``.
+    As in the native codec, the mantissa of a float is the probability of rounding it up to the next power, so
+    random bits are added to it, and the exponent is kept. For v below the lowest power p, (v + p) / 2 has
+    that mantissa, and is greater than v; for all others it is not.
     """
-    lowest = TOP_POWER * 2.0 ** (1 - steps)
-    negative = scaled < 0
-    scaled.abs_()
-    below = scaled < lowest
-    lifted = torch.where(below, scaled + lowest, scaled).view(torch.int32)
-    if generator is None:
-        lifted += 2 ** (MANTISSA_BITS - 1)
+    norms.clamp_(min=2 * SMALLEST_NORMAL)
+    scaled = (x / (norms / 2).unsqueeze(1)).abs_()
+    lowest = 2.0 ** (2 - scheme.steps)
+    lifted = torch.add(torch.tensor(lowest / 2), scaled, alpha=0.5)
+    bits = torch.maximum(scaled, lifted, out=scaled).view(torch.int32)
+    below = (127 + round(math.log2(lowest)) - 1) << MANTISSA_BITS  # becomes level 0
+    if scheme.rounding == "nearest":
+        bits += 2 ** (MANTISSA_BITS - 1) - below
     else:
-        random = torch.empty_like(lifted)
-        random.random_(0, 2**MANTISSA_BITS, generator=generator)
+        # All ones are left out: with them, a rounding error of the largest value could lead beyond the norm.
+        top = 2**MANTISSA_BITS - 1
+        random = torch.empty_like(bits)
+        random.random_(-below, top - below, generator=_generator(x.device, seed))
         if shift:
-            random += shift >> (FRACTION_BITS - MANTISSA_BITS)
-            random &= 2**MANTISSA_BITS - 1
-        lifted += random
-    lifted >>= MANTISSA_BITS
-    exponent = 127 + round(math.log2(lowest))
-    levels = lifted.sub_(exponent - 1).sub_(below.to(torch.int32)).clamp_(0, steps).to(torch.int8)
-    return torch.where(negative, -levels, levels)
+            random += below + (shift >> (FRACTION_BITS - MANTISSA_BITS))
+            random.remainder_(top).sub_(below)
+        bits += random
+    levels = (bits >> MANTISSA_BITS).to(torch.uint8)
+    torch.where(x < 0, levels.neg(), levels, out=codes)
+    codes *= (norms < float("inf")).unsqueeze(1)
+
+
+def _uniform(out: torch.Tensor, low: float, high: float, seed: int, shift: int) -> None:
+    """Fill with uniform numbers, each moved up by a share of their range, and around its end."""
+    start = (high - low) * shift / 2**FRACTION_BITS
+    out.uniform_(low + start, high + start, generator=_generator(out.device, seed))
+    if shift:
+        out.sub_((out >= high).to(out.dtype), alpha=high - low)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """One with that seed; in a CUDA graph torch's own, which has other numbers in every replay."""
+    return None if cuda.capturing(device) else torch.Generator(device).manual_seed(_mix64(seed))
 
 
 def _mix64(x: int) -> int:
@@ -309,64 +467,88 @@ def _mix64(x: int) -> int:
 def _dequantize(payload: torch.Tensor, scheme: Scheme, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros(0, dtype=torch.float32, device=payload.device)
-    codes_at = wire.HEADER_SIZE + wire.norms_size(scheme, count)
-    norms = _words(payload[wire.HEADER_SIZE : codes_at], torch.float32)
-    codes_end = codes_at + wire.codes_size(scheme, count)
-    codes = _unpack(payload[codes_at:codes_end], scheme.bits, count)
+    norms_end = wire.HEADER_SIZE + wire.norms_size(scheme, count)
+    norms = _words(payload[wire.HEADER_SIZE : norms_end], torch.float32).unsqueeze(1)
     bucket_size = min(scheme.bucket_size, count)
-    codes = torch.nn.functional.pad(codes, (0, -count % bucket_size)).view(-1, bucket_size)
+    packed = payload[norms_end : norms_end + wire.codes_size(scheme, count)]
+    codes = _unpack(packed, scheme.bits, _up(count, bucket_size)).view(-1, bucket_size)
     if scheme.spacing == "exponential":
-        values = _powers(codes, scheme.steps)
-        values *= norms.unsqueeze(1)
-        return values.view(-1)[:count]
-    tiny = norms.abs() < TINY_NORM
-    steps = torch.where(tiny, norms * TINY_PRESCALE, norms) / scheme.steps
-    unscale = torch.where(tiny, 1.0 / TINY_PRESCALE, 1.0)
-    values = codes.to(torch.float32)
-    values *= steps.unsqueeze(1)
-    values *= unscale.unsqueeze(1)
+        powers = cuda.constant(_powers(scheme.steps), payload.device).view(torch.float32)
+        values = powers[codes.view(torch.uint8).to(torch.int32)]
+        values *= norms
+    else:
+        tiny = norms.abs() < TINY_NORM
+        values = codes * _divided(torch.where(tiny, norms * TINY_PRESCALE, norms), scheme.steps)
+        values *= torch.where(tiny, 1.0 / TINY_PRESCALE, 1.0)
     return values.view(-1)[:count]
 
 
-def _powers(codes: torch.Tensor, steps: int) -> torch.Tensor:
-    """sign(c) * 2^(|c| - steps) for every code c, 0 for 0: float32, put together from its bits."""
-    levels = codes.to(torch.int32).abs_()
-    exponents = torch.where(levels == 0, 0, levels + (127 - steps)) << MANTISSA_BITS
-    powers = exponents.view(torch.float32)
-    return torch.where(codes < 0, -powers, powers)
+def _divided(x: torch.Tensor, by: int) -> torch.Tensor:
+    """By a tensor: of a number, torch's CUDA operation takes the reciprocal, and rounds twice."""
+    return x / cuda.constant(np.float32(by).tobytes(), x.device).view(torch.float32)
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Eight codes into ``bits`` bytes, value i in bits [i * bits, (i + 1) * bits)."""
+@functools.cache
+def _powers(steps: int) -> bytes:
+    """sign(c) * 2^(|c| - steps), 0 for c = 0, of all int8 c, by their bit patterns: 256 float32."""
+    codes = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64)
+    return (np.sign(codes) * np.exp2(np.abs(codes) - steps)).astype(np.float32).tobytes()
+
+
+# 8 codes of 3, 5, 6 or 7 bits are brought together in an int64, pairs of neighbours first, then pairs of
+# pairs. For each round: where the upper one of a pair begins, in bytes; and the lower ones' places.
+_ROUNDS = ((1, 0x00FF00FF00FF00FF), (2, 0x0000FFFF0000FFFF), (4, 0x00000000FFFFFFFF))
+
+
+def _pack(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    """Eight codes into ``bits`` bytes, value i in bits [i * bits, (i + 1) * bits). Overwrites the codes."""
     if bits == 8:
-        return codes.view(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(torch.uint8)
-    fields = codes.bitwise_and_(2**bits - 1)
+        out.copy_(codes[: out.numel()])
+        return
+    codes.bitwise_and_(2**bits - 1)
     if 8 % bits == 0:
-        fields = fields.view(-1, 8 // bits)
-        packed = fields[:, 0].clone()
-        for place in range(1, 8 // bits):
-            packed |= fields[:, place] << (bits * place)
-        return packed
-    fields = fields.view(-1, 8)
-    word = fields[:, 0].to(torch.int64)
-    for place in range(1, 8):
-        word |= fields[:, place].to(torch.int64) << (bits * place)
-    return word.unsqueeze(1).view(torch.uint8)[:, :bits].reshape(-1)
+        fields = codes.view(-1, 8 // bits)[: out.numel()]
+        torch.add(fields[:, 0], fields[:, 1], alpha=2**bits, out=out)
+        for place in range(2, 8 // bits):
+            out.add_(fields[:, place], alpha=2 ** (bits * place))
+        return
+    words = codes.view(torch.int64)
+    for width, lower in _ROUNDS:
+        upper = (words >> (8 * width)).bitwise_and_(lower)
+        words.sub_(upper, alpha=2 ** (8 * width) - 2 ** (bits * width))
+    out.copy_(codes.view(-1, 8)[:, :bits].reshape(-1)[: out.numel()])
 
 
 def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `_pack`: ``count`` codes, int8."""
+    """The inverse of `_pack`: ``count`` codes, int8; undefined where there are not so many."""
     if bits == 8:
-        return packed.view(torch.int8)
-    mask, sign = 2**bits - 1, 2 ** (bits - 1)
-    if 8 % bits == 0:
-        fields = torch.stack([packed >> (bits * place) & mask for place in range(8 // bits)], dim=1)
+        return torch.nn.functional.pad(packed.view(torch.int8), (0, count - packed.numel()))
+    per = 8 // bits if 8 % bits == 0 else 8  # fields in `size` bytes
+    size = 1 if 8 % bits == 0 else bits
+    groups = -(-packed.numel() // size)
+    codes = torch.empty(_up(max(count, groups * per), 8), dtype=torch.int8, device=packed.device)
+    fields = codes[: groups * per].view(groups, per)
+    # Each into the upper bits of its byte.
+    if size == 1:
+        octets = packed.view(torch.int8)
+        for place in range(per):
+            torch.bitwise_left_shift(octets, 8 - bits * (place + 1), out=fields[:, place])
     else:
-        octets = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
-        word = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64)
-        fields = torch.cat([word >> (bits * place) & mask for place in range(8)], dim=1).to(torch.uint8)
-    return ((fields.view(-1)[:count] ^ sign) - sign).view(torch.int8)
+        octets = torch.nn.functional.pad(packed, (0, groups * size - packed.numel())).view(groups, size)
+        words = fields.view(torch.uint8)
+        words[:, :size], words[:, size:] = octets, 0
+        words = words.view(torch.int64)
+        for width, lower in reversed(_ROUNDS):
+            mask = sum(lower & (2 ** (bits * width) - 1) << shift for shift in range(0, 64, 16 * width))
+            upper = (words >> (bits * width)).bitwise_and_(mask)
+            words.add_(upper, alpha=2 ** (8 * width) - 2 ** (bits * width))
+        fields <<= 8 - bits
+    fields >>= 8 - bits  # brings the sign along
+    return codes[:count]
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -376,21 +558,19 @@ def _words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return data.view(dtype)
 
 
-def _checksum(data: torch.Tensor, first_word: int) -> torch.Tensor:
-    """The sum of (2 i + 1) * word i, an int64 scalar to be taken mod 2^32."""
-    words = _words(data, torch.int32)
-    weights = torch.arange(
-        2 * first_word + 1, 2 * (first_word + words.numel()) + 1, 2, dtype=torch.int64, device=data.device
-    )
-    return (weights * words).sum() & 0xFFFFFFFF
+def _weighted_sum(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write the sum of (2 i + 1) * word i, modulo 2^32, to an int32 scalar; return that."""
+    end = 2 * words.numel() + 1
+    dtype = torch.int32 if end < 2**31 else torch.int64
+    weighted = torch.arange(1, end, 2, dtype=dtype, device=words.device).mul_(words)
+    if dtype == torch.int32:
+        return torch.sum(weighted, 0, dtype=dtype, out=out)
+    return out.copy_(weighted.sum())
 
 
-def _write_header(payload: torch.Tensor, scheme: Scheme, count: int) -> None:
-    """Fill in the header. The checksum is known on the device alone, so it is added there."""
-    header = torch.frombuffer(bytearray(wire.pack_header(scheme, count, 0)), dtype=torch.int32)
-    words = payload.view(torch.int32)
-    words[: wire.FIRST_BODY_WORD] = header.to(payload.device, non_blocking=True)
-    total = words[wire.CHECKSUM_WORD].to(torch.int64) + _checksum(
-        payload[wire.HEADER_SIZE :], wire.FIRST_BODY_WORD
-    )
-    words[wire.CHECKSUM_WORD] = ((total + 2**31) & 0xFFFFFFFF) - 2**31
+@functools.lru_cache(maxsize=4096)
+def _unsigned_header(scheme: Scheme, count: int) -> bytes:
+    """A payload's header, with 0 for the checksum."""
+    header = bytearray(wire.pack_header(scheme, count, 0))
+    header[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = bytes(4)
+    return bytes(header)

@@ -1,5 +1,6 @@
 """Fixtures of the unit tests. They need one process, no Horovod and no network."""
 
+import backends
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -27,12 +28,9 @@ def isa(request):
     _native.choose_isa(before)
 
 
-@pytest.fixture(params=[*(f"native-{isa}" for isa in _native.available_isas()), "torch"])
-def backend(request):
-    """Value for ``backend=``: native with each instruction set in turn, then torch."""
+@pytest.fixture(params=backends.ALL)
+def backend(request, monkeypatch):
+    """Value for ``backend=``, with what it stands for chosen: one of backends.py after the other."""
     before = _native.isa()
-    name, _, isa = request.param.partition("-")
-    if isa:
-        _native.choose_isa(isa)
-    yield name
+    yield backends.choose(request.param, monkeypatch)
     _native.choose_isa(before)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from backends import EACH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exchange import entries_of, mean_of
@@ -12,7 +13,7 @@ from hvd_quant.codec.noise import shift
 from hvd_quant.exchange.fused import FusedBucket
 
 KINDS = [QSGD, NUQSGD]
-BACKENDS = ["native", "torch"]
+each_backend = pytest.mark.parametrize("backend", EACH, indirect=True)
 
 
 def values_of(count, seed=0):
@@ -31,7 +32,7 @@ def decoded(x, scheme, seed, rank, size, backend):
     size=st.integers(1, 70),
     seed=st.integers(0, 2**64 - 1),
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_the_mean_of_equal_gradients_is_nearly_exact(backend, kind, bits, norm, size, seed):
     """The n ranks' noise lies at distances of 1/n, so that the mean is off by less than 1/n of a step."""
     scheme = kind(bits=bits, norm=norm, bucket_size=300, rounding="correlated")
@@ -45,7 +46,7 @@ def test_the_mean_of_equal_gradients_is_nearly_exact(backend, kind, bits, norm, 
     assert (np.abs(mean - x) <= step / size + n * 2.0**-20).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_rank_rounds_as_independent_ones_do(backend, kind):
     x = values_of(3000)

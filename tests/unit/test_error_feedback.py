@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from backends import EACH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exchange import entries_of, randn, topology_of
@@ -15,7 +16,7 @@ from hvd_quant.exchange.fused import FusedBucket
 from hvd_quant.exchange.in_process import Network
 
 KINDS = [QSGD, NUQSGD]
-BACKENDS = ["native", "torch"]
+each_backend = pytest.mark.parametrize("backend", EACH, indirect=True)
 
 
 def encoded(values, scheme, residual, backend, seed=0):
@@ -43,7 +44,7 @@ def randoms(count, seed=0, scale=1.0):
     bucket_size=st.sampled_from([1, 7, 512, 3000, 4096, 10**6]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_nothing_is_lost(backend, kind, bits, norm, rounding, count, bucket_size, dtype):
     scheme = kind(bits=bits, norm=norm, rounding=rounding, bucket_size=bucket_size)
     values = torch.from_numpy(randoms(count)).to(dtype)
@@ -58,7 +59,7 @@ def test_nothing_is_lost(backend, kind, bits, norm, rounding, count, bucket_size
 
 @given(kind=st.sampled_from(KINDS), bits=st.integers(2, 8), norm=st.sampled_from(["max", "l2"]))
 @settings(max_examples=20)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_nearest_is_nearest(backend, kind, bits, norm):
     scheme = kind(bits=bits, norm=norm, bucket_size=300, rounding="nearest")
     values = randoms(300, seed=bits)
@@ -70,7 +71,7 @@ def test_nearest_is_nearest(backend, kind, bits, norm):
     assert (np.abs(sent - values) <= np.abs(values) * (1 + 1e-5) + 1e-6).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
 def test_what_is_not_finite_does_not_get_into_the_residual(kind, backend, value):
@@ -116,7 +117,7 @@ def test_every_instruction_set_keeps_the_same():
     assert len(results) == len(KINDS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_segments_have_their_part_of_the_residual(backend):
     scheme = QSGD(bits=2, rounding="nearest")
     layout = layout_of(

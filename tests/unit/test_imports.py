@@ -23,6 +23,8 @@ FLOORS = [
 ]
 # Who may import which framework; nobody else may import any.
 ALLOWED = {
+    "codec/cuda.py": {"torch"},
+    "codec/nvrtc.py": {"torch"},
     "codec/torch_ops.py": {"torch"},
     "codec/tf_ops.py": {"tensorflow"},
     "plug.py": {"horovod"},

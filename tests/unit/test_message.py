@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from backends import EACH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import with_checksum
@@ -112,7 +113,7 @@ def test_flattened_reads_the_same_message():
     assert np.array_equal(flat, np.concatenate(expected))
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", EACH, indirect=True)
 def test_every_changed_byte_is_found(backend):
     arrays, _ = values_of(QUITE_GENERAL)
     message = native_message(QUITE_GENERAL, arrays)
