@@ -32,7 +32,15 @@ from hvd_quant.overrides import Overrides
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
-from hvd_quant.torch.gradient import DTYPES, Known, Pending, Shipment, is_plain, values_of
+from hvd_quant.torch.gradient import (
+    DTYPES,
+    Known,
+    Pending,
+    Shipment,
+    is_plain,
+    values_of,
+    wait_for_streams,
+)
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
 from hvd_quant.torch.transport import POLL_SECONDS, HorovodTransport
@@ -215,7 +223,8 @@ class QuantizedCompressor(Options, Compressor):
             known = self._meet(key, name is not None, tensor, scheme)
         elif known.entry.scheme is not scheme:
             known.entry = replace(known.entry, scheme=scheme)
-        self._pending[key] = pending = Pending(known, tensor)
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        self._pending[key] = pending = Pending(known, tensor, stream)
         if self._ranks.proposed:
             self._unsent.append(pending)
             self._agreed()
@@ -460,7 +469,7 @@ class QuantizedCompressor(Options, Compressor):
             Entry(key, tensor.numel(), DTYPES[tensor.dtype], scheme, str(tensor.device)),
             description,
             fingerprint,
-            torch.from_numpy(memory).to(tensor.device),
+            torch.from_numpy(memory).to(tensor.device, non_blocking=True),
             values,
             memory if tensor.device.type == "cpu" else None,
         )
@@ -696,8 +705,10 @@ class QuantizedCompressor(Options, Compressor):
         self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)
-        # Hooks come in quick succession, and each look asks Horovod about everything that is under way.
-        if self._underway and time.monotonic() - self._looked > POLL_SECONDS:
+        # Hooks come in quick succession, and each look asks Horovod about everything that is under way. What
+        # an exchange does between its collectives waits for a GPU, which hooks must not.
+        on_cpu = pending.gradient.device.type == "cpu"
+        if on_cpu and self._underway and time.monotonic() - self._looked > POLL_SECONDS:
             self._look()
 
     def _bucket(self, group: Group) -> FusedBucket:
@@ -710,6 +721,8 @@ class QuantizedCompressor(Options, Compressor):
         bucket = self._bucket(group)
         members = [self._pending[entry.key] for entry in bucket.entries]
         on_cpu = members[0].gradient.device.type == "cpu"
+        if members[0].gradient.is_cuda:
+            wait_for_streams(members)
         values = []
         for member in members:
             plain = is_plain(member.gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,7 @@ class Pending:
 
     known: Known
     gradient: torch.Tensor | None
+    stream: torch.cuda.Stream | None = None  # that has written it, on a GPU
     use: int = 0  # how often the gradient has been exchanged before
     in_place: bool = False  # whether the mean is to overwrite the gradient
     result: torch.Tensor | None = None
@@ -89,6 +91,16 @@ class Shipment:
     exchange: Exchange
     members: list[Pending]
     factor: float | None = None  # that the results have been multiplied by, once they are there
+
+
+def wait_for_streams(members: Sequence[Pending]) -> None:
+    """Have the current stream wait for what gradients come from: autograd may use several streams."""
+    current = torch.cuda.current_stream(members[0].gradient.device)
+    others = [member for member in members if member.stream != current]
+    for stream in {member.stream for member in others}:
+        current.wait_stream(stream)
+    for member in others:  # whose memory is not to be given out again before it has been read here
+        member.gradient.record_stream(current)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -128,6 +128,8 @@ class HorovodTransport:
 
 def _split(received: torch.Tensor, sizes: Sequence[int | None]) -> list[Buffer]:
     """What each rank has sent; nothing of it, where that cannot be told."""
+    if received.is_cuda:  # of Horovod's stream, and read on this one
+        received.record_stream(torch.cuda.current_stream(received.device))
     return cut(received if received.is_cuda else received.numpy(), sizes)
 
 

@@ -1,0 +1,66 @@
+"""What waits for which of a GPU's streams, with streams that only say what they are asked for."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch import need
+
+from hvd_quant.codec import cuda
+
+need("torch")
+
+from hvd_quant.torch.gradient import wait_for_streams  # noqa: E402 (where Horovod has been built)
+
+GPU = torch.device("cuda", 0)
+
+
+class Stream:
+    def __init__(self, number):
+        self.cuda_stream, self.waited_for = number, []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other.cuda_stream)
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """A function that makes a stream the current one."""
+    streams = [Stream(0)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return streams.append
+
+
+class Gradient:
+    device = GPU
+
+    def __init__(self):
+        self.read_on = []
+
+    def record_stream(self, stream):
+        self.read_on.append(stream.cuda_stream)
+
+
+def test_a_bucket_waits_for_the_streams_of_its_gradients(current):
+    here, other, another = (Stream(number) for number in (1, 2, 3))
+    current(here)
+    members = [
+        SimpleNamespace(gradient=Gradient(), stream=stream) for stream in (here, other, other, another)
+    ]
+    wait_for_streams(members)
+    assert sorted(here.waited_for) == [2, 3]
+    assert [member.gradient.read_on for member in members] == [[], [1], [1], [1]]
+    assert other.waited_for == another.waited_for == []
+
+
+def test_constants_are_of_a_stream(current, monkeypatch):
+    monkeypatch.setattr(cuda, "upload", lambda array, device: array.copy())
+    cuda._constant.cache_clear()
+    first = cuda.constant(b"12345678", GPU)
+    assert cuda.constant(b"12345678", GPU) is first
+    current(Stream(1))
+    assert cuda.constant(b"12345678", GPU) is not first
+    cuda._constant.cache_clear()
