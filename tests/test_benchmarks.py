@@ -1,9 +1,10 @@
 """Benchmarks still run; what they measure on so little says nothing."""
 
+import json
 import sys
 
 import pytest
-from launch import launch, need
+from launch import HERE, launch, need
 
 
 def test_codec():
@@ -11,6 +12,17 @@ def test_codec():
     run = launch([sys.executable, "-m", "benchmarks.codec", "--values", "8192", "--repeats", "1"], 120)
     assert run.returncode == 0, run.stdout[-8000:]
     assert "Elias and Huffman" in run.stdout
+
+
+def test_gpu_check(tmp_path):
+    """All of it that can run without a GPU."""
+    need("torch")
+    script = HERE.parent / "scripts" / "gpu_check.sh"
+    run = launch(["bash", script, tmp_path], 300, HVD_QUANT_CHECK_DEVICE="cpu", PYTHON=sys.executable)
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert run.stdout.count("all passed") == 2  # ranks
+    assert "check_payloads passed" in run.stdout
+    assert json.loads((tmp_path / "speed.json").read_text())["rows"]
 
 
 def test_codec_in_a_graph():
