@@ -2,7 +2,8 @@
 """Apply the three edits that let Horovod 0.28.1 build against current frameworks.
 
 Horovod's Python is left as it is; only its CMake files change, because today's torch and TensorFlow
-headers need C++20 and TensorFlow no longer ships a header that ``xla_mpi_ops.cc`` includes.
+headers need C++20, Horovod forgets to include ``<string>``, and TensorFlow no longer ships a header that
+``xla_mpi_ops.cc`` includes.
 
 Usage: patch_horovod.py PATH_TO_UNPACKED_HOROVOD_SOURCE
 
@@ -45,8 +46,8 @@ EDITS = (
     Edit(
         "CMakeLists.txt",
         "set(CMAKE_CXX_STANDARD 14)",
-        "set(CMAKE_CXX_STANDARD 20)",
-        "framework headers need C++20",
+        'set(CMAKE_CXX_STANDARD 20)\nadd_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include string>")',
+        "framework headers need C++20; Horovod forgets <string>, which other headers do not always include",
     ),
     Edit(
         "horovod/torch/CMakeLists.txt",

@@ -37,6 +37,7 @@ def test_edits_are_applied_and_applying_them_again_changes_nothing(source):
     assert patch(source).returncode == 0
     once = texts(source)
     assert "CMAKE_CXX_STANDARD 20" in once["CMakeLists.txt"]
+    assert 'add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include string>")' in once["CMakeLists.txt"]
     assert "CMAKE_CXX_STANDARD 20" in once["horovod/torch/CMakeLists.txt"]
     assert "APPEND" in once["horovod/tensorflow/CMakeLists.txt"]
     assert "/xla_mpi_ops.cc" not in once["horovod/tensorflow/CMakeLists.txt"]
