@@ -211,7 +211,12 @@ def root(machine):
         (keras_3, "keras-3", "note"),
         (loopback, "hostname-loopback", "note"),
         (unresolved, "hostname-unresolved", "warning"),
-        (cuda_on_cpu, "torch-cuda-on-cpu", "note"),
+        pytest.param(
+            cuda_on_cpu,
+            "torch-cuda-on-cpu",
+            "note",
+            marks=pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="this machine has a GPU"),
+        ),
         (gpu_unused, "gpu-unused", "warning"),
         (gpu_without_operations, "no-gpu-operations", "warning"),
         (gpu_driver, "gpu-driver", "warning"),
