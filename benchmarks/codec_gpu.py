@@ -11,10 +11,11 @@ values, mostly for a second time from registers or a cache, and writes the paylo
 payload count, its floor. The mean is of four payloads, and "x floor" its time over that in which the card
 would copy as many bytes as the payloads and the result have.
 
-Every figure is the median of its runs, timed by events on the GPU, which is kept busy so that it has not to
-wait for the host; fewer values than its caches hold can be faster than a copy of many. What the host does for
-a message is told apart: it may do that while the GPU computes. Beside them: a cast to float16, what Horovod's
-own compression does, and bitsandbytes' block-wise 8-bit quantization, where that is installed.
+Figures of the GPU are medians, timed by its own events while it is kept busy, so that it has not to wait for
+the host; fewer values than its caches hold can be faster than a copy of many. What the host does for a
+message is told apart, by its own clock: it may do that while the GPU computes. Beside them: a cast to
+float16, what Horovod's own compression does, and bitsandbytes' block-wise 8-bit quantization, where that is
+installed.
 """
 
 from __future__ import annotations

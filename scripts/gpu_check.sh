@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything about the GPU in one command, under 8 minutes: whether the codec and training are right there, and how
-# fast the codec is. Takes whatever Python, torch and Horovod are there, and installs nothing.
+# fast the codec is. Takes whatever Python, torch and Horovod are there, and installs nothing; the native codec is
+# built in its folder, if that has not been done.
 #
 # Usage: gpu_check.sh [FOLDER]   what it finds goes there, too          (default: build/gpu_check)
 #

@@ -1,7 +1,7 @@
 """Numbers <-> payloads, for NumPy arrays and torch tensors.
 
-Two backends make and read the same payloads: `native` (C++, CPU memory) and `torch_ops` (plain torch
-operations, any device). torch is imported only where a tensor, or ``backend="torch"``, asks for it.
+Two backends make and read the same payloads: `native` (C++, CPU memory) and `torch_ops` (torch tensors, any
+device). torch is imported only where a tensor, or ``backend="torch"``, asks for it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The codec on an NVIDIA GPU by kernels of its own, kernels.cu: a message in one launch.
 
 They are compiled at run time, so that nobody has to build anything. What they write is byte for byte what the
-native codec writes, noise included, but that very rarely the last bit of a Euclidean norm is another one: the
-squares are added in another order.
+native codec writes, noise included, but that very rarely the last bit of a Euclidean norm is another one, and
+with it codes of that bucket: the squares are added in another order.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ _L2, _POWERS, _NEAREST = 1, 2, 4
 Launch = Callable[[str, int, int, Sequence[nvrtc.Argument]], None]
 
 
+def check_switch() -> str:
+    """What the environment says: "auto" or "off".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    switch = os.environ.get(SWITCH, "auto")
+    check_choice(SWITCH, switch, ("auto", "off"))
+    return switch
+
+
 @functools.cache
 def kernels(device: torch.device) -> Kernels | None:
     """Those for a device, compiled and tried; None where there are none, or they have been switched off.
@@ -50,8 +61,7 @@ def kernels(device: torch.device) -> Kernels | None:
     Raises:
         ValueError: the environment's HVD_QUANT_GPU_KERNELS is unknown.
     """
-    switch = os.environ.get(SWITCH, "auto")
-    check_choice(SWITCH, switch, ("auto", "off"))
+    switch = check_switch()
     if device.type != "cuda" or switch == "off" or torch.version.cuda is None:  # as in builds for AMD's
         return None
     try:

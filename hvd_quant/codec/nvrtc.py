@@ -35,8 +35,7 @@ class Module:
     def __init__(self, source: str, options: Sequence[str], device: torch.device) -> None:
         self._device, self._functions = device, {}
         self._driver, self._module = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
-        major, minor = torch.cuda.get_device_capability(device)
-        binary = compiled(source, [f"--gpu-architecture=sm_{major}{minor}", *options])
+        binary = compiled(source, options, torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # by which the device's context is this thread's
             self._succeed("cuModuleLoadData", ctypes.byref(self._module), binary)
@@ -69,8 +68,8 @@ def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_flo
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_uint32(argument)
 
 
-def compiled(source: str, options: Sequence[str]) -> bytes:
-    """A source as machine code of the architecture that the options name.
+def compiled(source: str, options: Sequence[str], capability: tuple[int, int]) -> bytes:
+    """A source as machine code for a GPU of a compute capability.
 
     Raises:
         OSError: there is no NVRTC.
@@ -87,6 +86,7 @@ def compiled(source: str, options: Sequence[str]) -> bytes:
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None) != 0:
         raise RuntimeError("NVRTC takes no program")
     try:
+        options = [f"--gpu-architecture=sm_{_architecture(nvrtc, capability)}", *options]
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), given) != 0:
             raise RuntimeError(f"NVRTC says: {text('ProgramLog').decode().strip(chr(0))}")
@@ -95,12 +95,22 @@ def compiled(source: str, options: Sequence[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
+    """The GPU's own, or of those that this NVRTC knows the newest whose code runs there."""
+    wanted, number = 10 * capability[0] + capability[1], ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(number))
+    known = (ctypes.c_int * number.value)()
+    nvrtc.nvrtcGetSupportedArchs(known)
+    return max((one for one in known if one // 10 == capability[0] and one <= wanted), default=wanted)
+
+
 def _library() -> ctypes.CDLL:
-    """The one that is loaded already, or else in the folders of torch's packages."""
+    """That of torch's packages, or else the one that the linker finds."""
     version = (torch.version.cuda or "").partition(".")[0]
-    name, packages = f"libnvrtc.so.{version}", Path(torch.__file__).parents[1]
+    name = f"libnvrtc.so.{'11.2' if version == '11' else version}"
+    packages = Path(torch.__file__).parents[1]
     bundled = [path for path in packages.glob("torch/lib/libnvrtc*.so*") if "builtins" not in path.name]
-    for path in (name, *packages.glob(f"nvidia/*/lib/{name}*"), *bundled):
+    for path in (*packages.glob(f"nvidia/*/lib/{name}*"), *bundled, name):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(path))
-    raise OSError(f"{name} is neither loaded nor in {packages}")
+    raise OSError(f"{name} is neither in {packages} nor elsewhere")

@@ -1,8 +1,9 @@
-"""The codec in plain torch operations, for tensors on any device.
+"""The codec for tensors on any device: kernels of our own where there are such, else torch's operations.
 
-Payloads are those of the native codec, and decode to the same bits; only the noise of the rounding comes
-from another generator, torch's own. On a GPU memory is the limit, so `encode` makes few passes over it, of
-which none has a shape that depends on the data, and none waits for the device. docs/gpu.md counts them.
+The payloads of torch's operations decode to the same bits everywhere. They differ from the native codec's in
+the noise of the rounding, which torch's own generator draws, and in norms (docs/wire-format.md). On a GPU
+memory is the limit, so `encode` makes few passes over it, of which none has a shape that depends on the data,
+and none waits for the device. docs/gpu.md counts them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def encode(
     Args:
         values: float32, float64, float16 or bfloat16, of shape (d,).
         scheme: how.
-        seed: of the noise, from torch's generator on that device, 0 to 2^64 - 1.
+        seed: of the noise, 0 to 2^64 - 1.
         shift: added to the noise, see `hvd_quant.codec.noise`.
         residual: for error feedback, see `hvd_quant.codec.native.encode`.
 

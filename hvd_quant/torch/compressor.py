@@ -24,7 +24,7 @@ import torch
 from horovod.torch import mpi_ops
 from horovod.torch.compression import Compressor
 
-from hvd_quant.codec import native, torch_ops
+from hvd_quant.codec import cuda, native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
@@ -90,6 +90,7 @@ class QuantizedCompressor(Options, Compressor):
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
+        cuda.check_switch()
         self._overrides = Overrides(overrides, scheme.rounding)
         super().__init__(
             scheme,

@@ -293,6 +293,7 @@ def main():
         cuda.kernels.cache_clear()
         if switch == "auto" and cuda.kernels(device) is None:
             print("kernels: not to be had here, see docs/gpu.md")
+            failed += device.type == "cuda" and torch.version.cuda is not None
             continue
         failed += sum(not passes(check, Bench(device, args.seed), level) for check in CHECKS)
     sys.exit(failed > 0)

@@ -16,13 +16,15 @@ from hvd_quant.codec import nvrtc
 LIBRARY = """
 #include <stdlib.h>
 #include <string.h>
-char binary[1000], log_[] = "line 1: error"; int failed, alive;
+char binary[1000], log_[] = "line 1: error"; int alive;
+int nvrtcGetNumSupportedArchs(int* n) { *n = 3; return 0; }
+int nvrtcGetSupportedArchs(int* to) { to[0] = 75, to[1] = 80, to[2] = 86; return 0; }
 int nvrtcCreateProgram(void** p, const char* source, const char* name, int n, void* a, void* b) {
   strcpy(binary, source); *p = binary; ++alive; return n + (a || b);
 }
 int nvrtcCompileProgram(void* p, int n, const char** options) {
   for (int i = 0; i < n; ++i) strcat(strcat(binary, " "), options[i]);
-  return failed = strstr(binary, "error") ? 6 : 0;
+  return strstr(binary, "error") ? 6 : 0;
 }
 int nvrtcGetProgramLogSize(void* p, size_t* n) { *n = sizeof log_; return 0; }
 int nvrtcGetProgramLog(void* p, char* to) { memcpy(to, log_, sizeof log_); return 0; }
@@ -105,12 +107,43 @@ def test_what_the_driver_refuses(library):
 
 def test_what_nvrtc_refuses(library):
     with pytest.raises(RuntimeError, match=r"^NVRTC says: line 1: error$"):
-        nvrtc.compiled("error", [])
+        nvrtc.compiled("error", [], (8, 6))
     assert ctypes.c_int.in_dll(library, "alive").value == 0
 
 
-def test_without_nvrtc(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "99.9")
-    monkeypatch.setattr(nvrtc.Path, "glob", lambda *_: iter(()))
-    with pytest.raises(OSError, match=r"^libnvrtc.so.99 is neither loaded nor in"):
-        nvrtc.compiled("", [])
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((8, 6), 86), ((8, 9), 86), ((8, 0), 80), ((7, 5), 75), ((9, 0), 90)]
+)
+def test_the_architecture(library, capability, chosen):
+    """One that this NVRTC knows and whose code runs on the GPU; or its own, which NVRTC will refuse."""
+    assert f"--gpu-architecture=sm_{chosen}".encode() in nvrtc.compiled("", [], capability)
+
+
+@pytest.mark.parametrize(("version", "file"), [("13.0", "libnvrtc.so.13"), ("11.8", "libnvrtc.so.11.2")])
+def test_where_nvrtc_is_looked_for(monkeypatch, tmp_path, version, file):
+    """First in torch's packages, where libraries of other names lie, too."""
+    names = [
+        "nvidia/cu/lib/libnvrtc-builtins.so.13.0",
+        "torch/lib/libnvrtc-builtins.so.12",
+        "torch/lib/libcufft.so",
+    ]
+    for name in [
+        *names,
+        "torch/lib/libnvrtc-b51b.so.12",
+        f"nvidia/cu/lib/{file}",
+        "nvidia/cu/lib/libnvrtc.so.99",
+    ]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    tried = []
+
+    def refuse(name):
+        tried.append(name.removeprefix(f"{tmp_path}/"))
+        raise OSError
+
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", refuse)
+    with pytest.raises(OSError, match=f"^{file} is neither in"):
+        nvrtc.compiled("", [], (8, 6))
+    assert tried == [f"nvidia/cu/lib/{file}", "torch/lib/libnvrtc-b51b.so.12", file]

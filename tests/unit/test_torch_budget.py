@@ -15,7 +15,7 @@ from hvd_quant.codec.noise import Noise
 
 COUNT = 2**16
 
-# Bytes a value and operations of encode, and the same of decode; docs/gpu.md has them, too.
+# Bytes a value and operations of encode, and the same of decode; docs/gpu.md has some of them.
 BUDGETS = {
     QSGD(2): (30.6, 14, 26.5, 25),
     QSGD(3): (51.5, 22, 50.2, 34),
