@@ -190,11 +190,12 @@ __device__ inline u32 pack(u32 bits, const int* codes, u32 n, u8* payload, u64 a
   }
 }
 
-__device__ inline u32 find(const Segment* segments, u32 n, u64 bucket) {
+// The last segment of which a member, which grows from one to the next, is at most `value`.
+__device__ inline u32 find(const Segment* segments, u32 n, u64 Segment::*member, u64 value) {
   u32 low = 0;
   for (u32 high = n; high - low > 1;) {
     const u32 middle = (low + high) / 2;
-    (segments[middle].first_bucket <= bucket ? low : high) = middle;
+    (segments[middle].*member <= value ? low : high) = middle;
   }
   return low;
 }
@@ -208,6 +209,17 @@ __device__ inline u64 codes_at(const Segment& s) { return 4 * (kHeaderWords + bu
 __device__ inline u64 used_size(const Segment& s) { return codes_at(s) + (s.count * s.bits + 7) / 8; }
 
 __device__ inline u64 smaller(u64 a, u64 b) { return a < b ? a : b; }
+
+// What a warp is to do of something that is numbered through: nothing, if it ends before it begins.
+struct Share {
+  u64 begin, end;
+
+  __device__ explicit Share(u64 all) {
+    const u64 warp = (u64{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp, warps = u64{gridDim.x} * blockDim.x / kWarp;
+    const u64 size = (all + warps - 1) / warps;
+    begin = warp * size, end = smaller(begin + size, all);
+  }
+};
 
 // Adds up what a warp's lanes have.
 template <class T>
@@ -368,14 +380,12 @@ __device__ inline u32 encode(const Segment& s, const Range& range, Generator& no
 extern "C" __global__ __launch_bounds__(256, 3) void hvd_quant_encode(const Segment* segments, u32 n_segments,
                                                                       u32 n_buckets, u8* message, const u64* replay) {
   const u32 lane = threadIdx.x % kWarp;
-  const u64 warp = (u64{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp, warps = u64{gridDim.x} * blockDim.x / kWarp;
-  const u64 share = (n_buckets + warps - 1) / warps;
-  const u64 begin = warp * share, end = smaller(begin + share, n_buckets);
-  if (begin >= end) return;
-  u64 bucket = begin;
-  for (u32 current = find(segments, n_segments, bucket); bucket < end; ++current) {
+  const Share share(n_buckets);
+  if (share.begin >= share.end) return;
+  u64 bucket = share.begin;
+  for (u32 current = find(segments, n_segments, &Segment::first_bucket, bucket); bucket < share.end; ++current) {
     const Segment s = segments[current];
-    const u64 last = smaller(end, s.first_bucket + buckets_of(s));
+    const u64 last = smaller(share.end, s.first_bucket + buckets_of(s));
     if (bucket >= last) continue;  // it has no values
     u8* payload = message + s.payload;
     Generator noise(s.seed + *replay * 0x9e3779b97f4a7c15u, s.shift);
@@ -515,14 +525,12 @@ extern "C" __global__ __launch_bounds__(256, 3) void hvd_quant_decode(const Segm
                                                                       const u64* messages, u32 n_messages,
                                                                       u32 n_buckets, float weight) {
   const u32 lane = threadIdx.x % kWarp;
-  const u64 warp = (u64{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp, warps = u64{gridDim.x} * blockDim.x / kWarp;
-  const u64 share = (n_buckets + warps - 1) / warps;
-  const u64 begin = warp * share, end = smaller(begin + share, n_buckets);
-  if (begin >= end) return;
-  u64 bucket = begin;
-  for (u32 current = find(segments, n_segments, bucket); bucket < end; ++current) {
+  const Share share(n_buckets);
+  if (share.begin >= share.end) return;
+  u64 bucket = share.begin;
+  for (u32 current = find(segments, n_segments, &Segment::first_bucket, bucket); bucket < share.end; ++current) {
     const Segment& s = segments[current];
-    const u64 last = smaller(end, s.first_bucket + buckets_of(s));
+    const u64 last = smaller(share.end, s.first_bucket + buckets_of(s));
     for (; bucket < last; ++bucket) {
       decode(s, Range(s, bucket), messages, n_messages, weight, lane);
     }
@@ -542,26 +550,20 @@ extern "C" __global__ __launch_bounds__(256, 3) void hvd_quant_check(const Segme
                                                                      u32* found) {
   const u64 thread = u64{blockIdx.x} * blockDim.x + threadIdx.x;
   const u32 lane = threadIdx.x % kWarp;
-  const u64 warp = thread / kWarp, warps = u64{gridDim.x} * blockDim.x / kWarp;
   const Segment tail = segments[n_segments - 1];
   const u64 beginning = segments[0].payload / 4, all = (tail.payload + used_size(tail) + 7) / 8 * 2;
   u32 wrong = 0;
-  for (u64 message = thread; message < n_messages; message += warps * kWarp) {
+  for (u64 message = thread; message < n_messages; message += u64{gridDim.x} * blockDim.x) {
     const u32* words = reinterpret_cast<const u32*>(messages[message]);
     for (u32 at = 0; at < n_preamble; ++at) wrong |= words[at] ^ expected[at];
   }
   const u64 pieces = (all - beginning + kPieceWords - 1) / kPieceWords;  // of a message
-  const u64 share = (pieces * n_messages + warps - 1) / warps;
-  const u64 end = smaller((warp + 1) * share, pieces * n_messages);
-  for (u64 piece = warp * share; piece < end;) {
-    const u64 message = piece / pieces, past = smaller(end, (message + 1) * pieces);
+  const Share share(pieces * n_messages);
+  for (u64 piece = share.begin; piece < share.end;) {
+    const u64 message = piece / pieces, past = smaller(share.end, (message + 1) * pieces);
     const uint2* pairs = reinterpret_cast<const uint2*>(messages[message]);
     u64 first = beginning + (piece - message * pieces) * kPieceWords;
-    u32 current = 0, sum = 0;
-    for (u32 high = n_segments; high - current > 1;) {
-      const u32 middle = (current + high) / 2;
-      (segments[middle].payload / 4 <= first ? current : high) = middle;
-    }
+    u32 current = find(segments, n_segments, &Segment::payload, 4 * first), sum = 0;
     Segment s = segments[current];
     for (; piece < past; ++piece, first += kPieceWords) {
       uint2 pair[kPairs];
