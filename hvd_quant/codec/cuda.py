@@ -152,8 +152,9 @@ class Kernels:
     ) -> None:
         """Encode the segments of a message; see `hvd_quant.codec.native.encode_message`.
 
-        Values and residuals must be contiguous. In a CUDA graph every replay has other noise.
+        Residuals must be contiguous. In a CUDA graph every replay has other noise.
         """
+        values = [one.detach().contiguous().resolve_neg() for one in values]
         table, n_buckets = _table(values, layout, residuals)
         table["seed"], table["shift"] = noise.seeds, noise.shifts
         places, words = _frame(layout)

@@ -55,13 +55,7 @@ def encode(
     if (kernels := cuda.kernels(values.device)) is not None and kernels.take(layout):
         message = torch.empty(layout.size, dtype=torch.uint8, device=values.device)
         noise = Noise(np.array([seed], np.uint64), np.array([shift], np.uint32))
-        kernels.encode(
-            [values.contiguous().resolve_neg()],
-            layout,
-            noise,
-            message,
-            [] if residual is None else [residual],
-        )
+        kernels.encode([values], layout, noise, message, [] if residual is None else [residual])
         return message[PREAMBLE_SIZE:]
     payload = torch.empty(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
     _encode(values, scheme, seed, shift, residual, payload)
@@ -206,8 +200,7 @@ def encode_message(
     Where the message's size varies, it waits for the device; see `encode`.
     """
     if (kernels := cuda.kernels(message.device)) is not None and kernels.take(layout):
-        plain = [one.detach().contiguous().resolve_neg() for one in values]
-        kernels.encode(plain, layout, noise, message, residuals)
+        kernels.encode(values, layout, noise, message, residuals)
         return layout.size
     end = PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0)
     for segment, seed, shift in zip(layout.segments, noise.seeds, noise.shifts, strict=True):
