@@ -34,3 +34,9 @@ def backend(request, monkeypatch):
     before = _native.isa()
     yield backends.choose(request.param, monkeypatch)
     _native.choose_isa(before)
+
+
+@pytest.fixture
+def on_gpu(request):
+    """Whether the backend is one on a GPU."""
+    return "cuda" in request.node.callspec.params["backend"]

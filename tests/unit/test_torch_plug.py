@@ -135,10 +135,17 @@ def test_bad_configuration_fails_at_construction(arguments, error, says):
         hq.QSGDCompressor(**arguments)
 
 
-@pytest.mark.parametrize("variable", ["HVD_QUANT_THREADS", "HVD_QUANT_BANDWIDTH", "HVD_QUANT_GPU_KERNELS"])
-def test_bad_environment_fails_at_construction(monkeypatch, variable):
+@pytest.mark.parametrize(
+    ("variable", "says"),
+    [
+        ("HVD_QUANT_THREADS", "a positive .*"),
+        ("HVD_QUANT_BANDWIDTH", "a positive .*"),
+        ("HVD_QUANT_GPU_KERNELS", "'auto' or 'off',"),
+    ],
+)
+def test_bad_environment_fails_at_construction(monkeypatch, variable, says):
     monkeypatch.setenv(variable, "fast")
-    with pytest.raises(ValueError, match=f"{variable} must be .* not 'fast'"):
+    with pytest.raises(ValueError, match=f"{variable} must be {says} not 'fast'"):
         hq.QSGDCompressor()
 
 
