@@ -1,6 +1,6 @@
 """Speed of the codec on a GPU, at both of its levels, beside the speed at which the card copies its memory.
 
-    python -m benchmarks.codec_gpu                         # two minutes, 8 GB of the GPU's memory
+    python -m benchmarks.codec_gpu                         # the table and the goals
     python -m benchmarks.codec_gpu --markdown              # the table for a document
     python -m benchmarks.codec_gpu --json codec_gpu.json   # everything, for a program to read
 
