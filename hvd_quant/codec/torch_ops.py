@@ -472,9 +472,18 @@ def _dequantize(payload: torch.Tensor, scheme: Scheme, count: int) -> torch.Tens
         values *= norms
     else:
         tiny = norms.abs() < TINY_NORM
-        values = codes * _divided(torch.where(tiny, norms * TINY_PRESCALE, norms), scheme.steps)
+        values = _times(codes, _divided(torch.where(tiny, norms * TINY_PRESCALE, norms), scheme.steps))
         values *= torch.where(tiny, 1.0 / TINY_PRESCALE, 1.0)
     return values.view(-1)[:count]
+
+
+def _times(codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Their product, float32. Of mixed types, torch makes that in one pass, but on a CPU brings the converted
+    codes to fresh memory first, which takes longer than a pass more over the result's.
+    """
+    if codes.device.type == "cpu":
+        return codes.to(torch.float32).mul_(factors)
+    return codes * factors
 
 
 def _divided(x: torch.Tensor, by: int) -> torch.Tensor:

@@ -706,11 +706,9 @@ class QuantizedCompressor(Options, Compressor):
         self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)
-        # Hooks come in quick succession, and each look asks Horovod about everything that is under way. What
-        # an exchange does between its collectives waits for a GPU, which hooks must not.
-        on_cpu = pending.gradient.device.type == "cpu"
-        if on_cpu and self._underway and time.monotonic() - self._looked > POLL_SECONDS:
-            self._look()
+        # Hooks come in quick succession, and each look asks Horovod about everything that is under way.
+        if self._underway and time.monotonic() - self._looked > POLL_SECONDS:
+            self._look(in_hook=True)
 
     def _bucket(self, group: Group) -> FusedBucket:
         # With the ranks of the process set in the seed: sets side by side must not share their noise.
@@ -773,10 +771,17 @@ class QuantizedCompressor(Options, Compressor):
             time.sleep(POLL_SECONDS)
         return not self._underway
 
-    def _look(self) -> bool:
-        """Take exchanges on as far as they are; are all at their last collective?"""
+    def _look(self, *, in_hook: bool = False) -> bool:
+        """Take exchanges on as far as they are; are all at their last collective?
+
+        What an exchange does between its collectives waits for a GPU, which hooks of backward must not.
+        """
         self._looked = time.monotonic()
-        self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
+        self._underway = [
+            exchange
+            for exchange in self._underway
+            if (in_hook and exchange.work.codec is torch_ops) or not exchange.advance(wait=False)
+        ]
         return not self._underway
 
     def _go_on_for_others(self) -> None:

@@ -1,4 +1,4 @@
-"""What waits for which of a GPU's streams, with streams that only say what they are asked for."""
+"""What waits for a GPU, and for which of its streams; with some that only say what they are asked for."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,11 +7,12 @@ import pytest
 import torch
 from launch import need
 
-from hvd_quant.codec import cuda
+from hvd_quant.codec import cuda, native, torch_ops
 
 need("torch")
 
-from hvd_quant.torch.gradient import wait_for_streams  # noqa: E402 (where Horovod has been built)
+import hvd_quant.torch as hq  # noqa: E402 (where Horovod has been built)
+from hvd_quant.torch.gradient import wait_for_streams  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 
@@ -64,3 +65,23 @@ def test_constants_are_of_a_stream(current, monkeypatch):
     current(Stream(1))
     assert cuda.constant(b"12345678", GPU) is not first
     cuda._constant.cache_clear()
+
+
+class Exchange:
+    def __init__(self, codec):
+        self.work, self.looks = SimpleNamespace(codec=codec), 0
+
+    def advance(self, *, wait):
+        self.looks += 1
+        return False
+
+
+def test_hooks_do_not_take_on_what_waits_for_a_gpu():
+    """Not those of gradients on a CPU either, where a model has both."""
+    compressor = hq.QSGDCompressor()
+    compressor._fusion = SimpleNamespace(add=lambda entry: None)
+    on_gpu, on_cpu = compressor._underway = [Exchange(torch_ops), Exchange(native)]
+    compressor._take(SimpleNamespace(known=SimpleNamespace(key="a", entry=None), use=0))
+    assert (on_gpu.looks, on_cpu.looks) == (0, 1)
+    compressor._advance(wait=False)
+    assert (on_gpu.looks, on_cpu.looks) == (1, 2)
