@@ -478,8 +478,8 @@ def _dequantize(payload: torch.Tensor, scheme: Scheme, count: int) -> torch.Tens
 
 
 def _times(codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Their product, float32. Of mixed types, torch makes that in one pass, but on a CPU brings the converted
-    codes to fresh memory first, which takes longer than a pass more over the result's.
+    """Their product, float32. Torch makes that of mixed types in one pass, but on a CPU brings the converted
+    codes to other memory first, which takes longer than to multiply in place.
     """
     if codes.device.type == "cpu":
         return codes.to(torch.float32).mul_(factors)

@@ -774,7 +774,8 @@ class QuantizedCompressor(Options, Compressor):
     def _look(self, *, in_hook: bool = False) -> bool:
         """Take exchanges on as far as they are; are all at their last collective?
 
-        What an exchange does between its collectives waits for a GPU, which hooks of backward must not.
+        What one on a GPU does between its collectives waits for that, which hooks of backward must not,
+        whatever device their own gradient is on.
         """
         self._looked = time.monotonic()
         self._underway = [

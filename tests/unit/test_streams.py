@@ -76,12 +76,13 @@ class Exchange:
         return False
 
 
-def test_hooks_do_not_take_on_what_waits_for_a_gpu():
-    """Not those of gradients on a CPU either, where a model has both."""
+@pytest.mark.parametrize("gradient", [Gradient(), torch.zeros(3)], ids=["gpu", "cpu"])
+def test_hooks_do_not_take_on_what_waits_for_a_gpu(gradient):
+    """Whatever device their own gradient is on: a model may have some on both."""
     compressor = hq.QSGDCompressor()
     compressor._fusion = SimpleNamespace(add=lambda entry: None)
     on_gpu, on_cpu = compressor._underway = [Exchange(torch_ops), Exchange(native)]
-    compressor._take(SimpleNamespace(known=SimpleNamespace(key="a", entry=None), use=0))
+    compressor._take(SimpleNamespace(known=SimpleNamespace(key="a", entry=None), gradient=gradient, use=0))
     assert (on_gpu.looks, on_cpu.looks) == (0, 1)
     compressor._advance(wait=False)
     assert (on_gpu.looks, on_cpu.looks) == (1, 2)

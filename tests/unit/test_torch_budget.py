@@ -30,7 +30,7 @@ BUDGETS = {
 
 @pytest.mark.parametrize("scheme", BUDGETS, ids=str)
 def test_bytes_and_operations(scheme, monkeypatch):
-    monkeypatch.setattr(torch_ops, "_times", torch.mul)  # what it is on a GPU
+    monkeypatch.setattr(torch_ops, "_times", torch.mul)  # what it is on a GPU, see below
     values = torch.randn(COUNT)
     payload = torch_ops.encode(values, scheme, 1)
     encode = traffic_of(lambda: torch_ops.encode(values, scheme, 1))
@@ -40,6 +40,15 @@ def test_bytes_and_operations(scheme, monkeypatch):
     assert len(encode.operations) <= most_operations, encode.operations
     assert decode.bytes / COUNT <= most_bytes_to_decode
     assert len(decode.operations) <= most_operations_to_decode, decode.operations
+
+
+def test_products_are_one_operation_on_a_gpu_and_the_same_on_a_cpu():
+    codes, factors = torch.empty(4, 8, dtype=torch.int8, device="meta"), torch.empty(4, 1, device="meta")
+    assert traffic_of(lambda: torch_ops._times(codes, factors)).operations == ["mul"]
+    factors = torch.tensor([0.0, -0.0, 1 / 3, 2.0**-149, 2.0**-126, 3e38, torch.inf, torch.nan])[:, None]
+    codes = torch.arange(-128, 128, dtype=torch.int8).repeat(len(factors), 1)
+    bits = [(codes * factors).view(torch.int32), torch_ops._times(codes, factors).view(torch.int32)]
+    assert torch.equal(*bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
