@@ -55,6 +55,7 @@ def run_checks(ranks, controller, where, selection="", **environment):
         "-q",
         "--color=no",
         "--timeout=120",
+        "--timeout-method=thread",  # a hang is mostly in C++, where no signal is looked at
         "-p",
         "no:cacheprovider",
         "-p",

@@ -32,6 +32,8 @@ from hvd_quant.overrides import Overrides
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
+from hvd_quant.stall import enumeration
+from hvd_quant.torch import stall
 from hvd_quant.torch.gradient import (
     DTYPES,
     Known,
@@ -114,10 +116,12 @@ class QuantizedCompressor(Options, Compressor):
         # Of error feedback: by parameter, what has not been sent of its gradients, flat.
         self._residuals: dict[str, torch.Tensor] = {}
         self._places = 0  # taken since nothing was on its way
-        self._unsent: list[Pending] = []  # while there is no agreement
+        # Until a first result is asked for, nothing is sent: only then all ranks are known to agree, and
+        # hooks of backward must not submit more on some ranks than on others.
+        self._holding = False
+        self._unsent: list[Pending] = []
         self._pending: dict[str, Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
-        self._looked = 0.0  # when, by the monotonic clock, that was looked at last
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
         self._sent: list[Shipment] = []  # in this round
         self._announced: list[Shipment] = []  # in the round of which the results are waited for
@@ -180,8 +184,15 @@ class QuantizedCompressor(Options, Compressor):
                 its way.
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
-        if tensor.dtype not in DTYPES:
-            return tensor, None
+        if tensor.dtype in DTYPES:
+            self._check_tensor(tensor)
+        with self._lock:
+            if self._transport is None:
+                self._begin()  # whatever the dtype is, which may differ: all ranks submit the same number
+            return self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
+
+    @staticmethod
+    def _check_tensor(tensor: torch.Tensor) -> None:
         if tensor.layout != torch.strided:
             raise ValueError(
                 f"a gradient of layout {tensor.layout} cannot be quantized: Horovod hands over sparse ones "
@@ -192,12 +203,8 @@ class QuantizedCompressor(Options, Compressor):
                 "the quantized exchange is not differentiable: pass tensor.detach() to hvd.allreduce, "
                 "or leave out compression= there"
             )
-        with self._lock:
-            return self._submit(tensor)
 
     def _submit(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
-        if self._transport is None:
-            self._begin()
         name = self._name(tensor)
         raw_bytes = tensor.nbytes
         self._raw_bytes += raw_bytes
@@ -226,9 +233,8 @@ class QuantizedCompressor(Options, Compressor):
             known.entry = replace(known.entry, scheme=scheme)
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
         self._pending[key] = pending = Pending(known, tensor, stream)
-        if self._ranks.proposed:
+        if self._holding:
             self._unsent.append(pending)
-            self._agreed()
         else:
             self._take(pending)
         self._wire_bytes += control.NBYTES
@@ -263,10 +269,10 @@ class QuantizedCompressor(Options, Compressor):
             )
         reduced = tensor.tolist()
         try:
+            if self._holding:
+                self._send_held(ctx, reduced)
             if self._fusion.waiting or self._sent:
                 self._end_round()
-            if self._unsent:
-                self._await_agreement(ctx, reduced)
             factor = self._factor(ctx.known, reduced)
             if self._announced:
                 self._receive_round(factor)
@@ -318,6 +324,20 @@ class QuantizedCompressor(Options, Compressor):
                 "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
             }
 
+    def describe_in_flight(self) -> str | None:
+        """What gradients are in flight, in a sentence; None if there are none.
+
+        For the stall check, from another thread while this one waits, so that it takes no lock.
+        """
+        if not (keys := list(self._pending)):
+            return None
+        state = "no result of theirs has been asked for yet"
+        if self._announced:
+            state = "results have been asked for"
+        if self._ranks.proposed:
+            state = "they are the first ones, and not all ranks have submitted any"
+        return f"Gradients in flight: {enumeration(keys)}; {state}."
+
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
 
@@ -352,6 +372,7 @@ class QuantizedCompressor(Options, Compressor):
             pending.abandoned = True
             pending.release()
         self._pending.clear()
+        self._holding = False
         self._unsent.clear()
         self._squares.clear()
         self._underway.clear()
@@ -522,13 +543,14 @@ class QuantizedCompressor(Options, Compressor):
                 ]
             )
         self._transport = HorovodTransport(self.process_set, self._ranks.all_announced)
+        self._holding = True
+        stall.watch(self)
+        # In vain, if some rank does not run this code, or comes late. Then Horovod gets its control tensors
+        # all the same: if that rank is configured differently, too, these show it.
         wait_for(lambda: self._agreed(ask=True))
 
     def _agreed(self, *, ask: bool = False) -> bool:
-        """Whether all ranks have told what they have. If not, some may not run this code.
-
-        Until then nothing is sent, but Horovod gets its control tensors: with a rank that does not run this
-        code, or that comes late and is configured differently, these show it.
+        """Whether all ranks have told what they have.
 
         Args:
             ask: what the difference is, if there is one. Otherwise, as when this rank has gone on because
@@ -553,15 +575,12 @@ class QuantizedCompressor(Options, Compressor):
         except ValueError:
             self._clear()
             raise
-        unsent, self._unsent = self._unsent, []
         # What they told decides, alike on every rank. What this one has may have changed since.
         if same and any(told != self._ranks.progress[0] for told in self._ranks.progress):
             self._catch_up()
-            for known in {id(pending.known): pending.known for pending in unsent}.values():
+            for known in {id(pending.known): pending.known for pending in self._unsent}.values():
                 scheme = self._scheme_of(known.key) if known.named else self._present_scheme
                 known.entry = replace(known.entry, scheme=scheme)
-        for pending in unsent:
-            self._take(pending)
         return True
 
     def _progress(self) -> list[int]:
@@ -586,7 +605,7 @@ class QuantizedCompressor(Options, Compressor):
             self._schedule.load_integers(max(schedule for _, _, *schedule in self._ranks.progress))
             self._present_scheme = self.scheme.at(self._schedule.bits)
 
-    def _await_agreement(self, ctx: Pending, reduced: list[float]) -> None:
+    def _send_held(self, ctx: Pending, reduced: list[float]) -> None:
         """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
 
         def agreed() -> bool:
@@ -598,7 +617,10 @@ class QuantizedCompressor(Options, Compressor):
 
         if not wait_for(agreed):
             raise ValueError("not all ranks have told their configuration")
-        self._end_round()
+        self._holding = False
+        unsent, self._unsent = self._unsent, []
+        for pending in unsent:
+            self._take(pending)
 
     def _config(self) -> control.Description:
         return {
@@ -706,9 +728,6 @@ class QuantizedCompressor(Options, Compressor):
         self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
             self._send(ready)
-        # Hooks come in quick succession, and each look asks Horovod about everything that is under way.
-        if self._underway and time.monotonic() - self._looked > POLL_SECONDS:
-            self._look(in_hook=True)
 
     def _bucket(self, group: Group) -> FusedBucket:
         # With the ranks of the process set in the seed: sets side by side must not share their noise.
@@ -771,18 +790,13 @@ class QuantizedCompressor(Options, Compressor):
             time.sleep(POLL_SECONDS)
         return not self._underway
 
-    def _look(self, *, in_hook: bool = False) -> bool:
+    def _look(self) -> bool:
         """Take exchanges on as far as they are; are all at their last collective?
 
-        What one on a GPU does between its collectives waits for that, which hooks of backward must not,
-        whatever device their own gradient is on.
+        Not in hooks of backward, where it would depend on the others' progress how much this rank has
+        submitted. And what an exchange on a GPU does between its collectives waits for that.
         """
-        self._looked = time.monotonic()
-        self._underway = [
-            exchange
-            for exchange in self._underway
-            if (in_hook and exchange.work.codec is torch_ops) or not exchange.advance(wait=False)
-        ]
+        self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
         return not self._underway
 
     def _go_on_for_others(self) -> None:

@@ -33,6 +33,11 @@ class Collective:
         self._era = mpi_ops._handle_map  # another one after every hvd.init()
 
     @property
+    def handle(self) -> int | None:
+        """Horovod's number of it; None after another ``hvd.init()``."""
+        return None if self.lost else self._handle
+
+    @property
     def lost(self) -> bool:
         """Whether Horovod has been initialised since."""
         return self._era is not mpi_ops._handle_map
@@ -60,6 +65,11 @@ _abandoned: list[Collective] = []  # nobody waits for them, and some may never b
 def abandon(collective: Collective) -> None:
     """Let go of a collective."""
     _abandoned.append(collective)
+
+
+def abandoned_handles() -> set[int | None]:
+    """Horovod's numbers of what nobody waits for."""
+    return {collective.handle for collective in list(_abandoned)}
 
 
 def forget_abandoned() -> None:

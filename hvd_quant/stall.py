@@ -1,0 +1,121 @@
+"""Says on every rank what it waits for, when other ranks do not come.
+
+Horovod's own stall check speaks on rank 0 alone, and knows tensors' names, but neither gradients nor the line
+of the program that waits. Ours takes the same settings: ``HOROVOD_STALL_CHECK_TIME_SECONDS`` (default 60) and
+``HOROVOD_STALL_CHECK_DISABLE``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+
+_SECONDS = 60  # Horovod's default
+_LIBRARIES = ("horovod", "hvd_quant", "torch", "tensorflow", "keras", "tf_keras")
+_NAMED_AT_MOST = 5  # of many things in a message
+
+logger = logging.getLogger("hvd_quant")
+
+
+def stall_seconds() -> float | None:
+    """How long operations may be in flight before that is said, by Horovod's settings; None for ever."""
+    if _integer("HOROVOD_STALL_CHECK_DISABLE", 0) > 0:
+        return None
+    seconds = _integer("HOROVOD_STALL_CHECK_TIME_SECONDS", _SECONDS)
+    return float(seconds) if seconds > 0 else None
+
+
+def _integer(variable: str, default: int) -> int:
+    """As C's strtol: what begins with no digits is 0."""
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    number = re.match(r"\s*[+-]?\d+", text)
+    return int(number[0]) if number else 0
+
+
+class StallCheck:
+    """Watches operations in flight from a daemon thread, and logs a warning when one has been for too long.
+
+    Args:
+        in_flight: what is in flight at the moment, as keys that no later operation has.
+        describe: told those that have been in flight for too long, the lines that say what they are; the
+            first says which rank waits.
+    """
+
+    def __init__(
+        self, in_flight: Callable[[], Iterable[Hashable]], describe: Callable[[list[Hashable]], list[str]]
+    ) -> None:
+        self._in_flight, self._describe = in_flight, describe
+        self._since: dict[Hashable, float] = {}
+        self._told: set[Hashable] = set()  # what was in flight when something was said
+        self._process = 0  # in which the thread runs: none survives a fork
+
+    def start(self) -> None:
+        """Start watching, unless that has been done, or the user has disabled Horovod's stall check."""
+        if self._process == os.getpid() or (seconds := stall_seconds()) is None:
+            return
+        self._process = os.getpid()
+        thread = threading.Thread(target=self._watch, args=(seconds,), name="hvd_quant stall", daemon=True)
+        thread.start()
+
+    def _watch(self, seconds: float) -> None:
+        while True:
+            time.sleep(min(1.0, seconds / 4))
+            if (message := self.look(time.monotonic(), seconds)) is not None:
+                logger.warning(message)
+
+    def look(self, now: float, seconds: float) -> str | None:
+        """What is to be said, once of each operation.
+
+        Args:
+            now: the time, in seconds.
+            seconds: that operations may be in flight.
+        """
+        self._since = {key: self._since.get(key, now) for key in self._in_flight()}
+        self._told &= self._since.keys()
+        stalled = [key for key, since in self._since.items() if now - since >= seconds]
+        if self._told.issuperset(stalled):
+            return None
+        self._told.update(self._since)
+        first, *lines = self._describe(stalled)
+        return "\n  ".join([f"{first} has waited {seconds:g} s for other ranks.", *lines, *_places()])
+
+
+def enumeration(names: Iterable[str]) -> str:
+    """Names, as they stand in a sentence; of many, the first few and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more
+
+
+def _places() -> list[str]:
+    """The lines of the user's program at which threads are that have called Horovod or us."""
+    libraries = {
+        name: str(Path(module.__file__).parent) + os.sep
+        for name in _LIBRARIES
+        if (module := sys.modules.get(name)) is not None and module.__file__
+    }
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    places = []
+    for ident, frame in sys._current_frames().items():
+        stack = traceback.extract_stack(frame)[::-1]  # where the thread is comes first
+        within = [
+            next((name for name, folder in libraries.items() if entry.filename.startswith(folder)), None)
+            for entry in stack
+        ]
+        if ident == threading.get_ident() or not {"horovod", "hvd_quant"} & set(within):
+            continue
+        for entry, library in zip(stack, within, strict=True):
+            if library is None:
+                where = f"{entry.filename}:{entry.lineno}, in {entry.name}: {entry.line}"
+                places.append(f"{names.get(ident, 'A thread')} is at {where}")
+                break
+    return places
