@@ -48,10 +48,13 @@ def test_exchange_by_hosts(controller, checks, selection):
 @pytest.mark.parametrize(("exchange", "controller"), [("allgather", "mpi"), ("scatter_allgather", "gloo")])
 @pytest.mark.parametrize("fault", ["dies", "joins", "slow"])
 def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
-    done = horovodrun(3, controller, sys.executable, HERE / "parallel" / "faults.py", fault, exchange)
+    faults, patience = HERE / "parallel" / "faults.py", {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
+    done = horovodrun(3, controller, sys.executable, faults, fault, exchange, **patience)
     if fault == "slow":
         assert done.returncode == 0, done.stdout[-8000:]
         assert done.stdout.count("has finished") == 3
+        waited = [f"rank {rank} of 3 has waited 1 s for other ranks" in done.stdout for rank in range(3)]
+        assert waited == [True, True, False], done.stdout[-8000:]
         return
     assert done.returncode != 0
     assert "has finished" not in done.stdout

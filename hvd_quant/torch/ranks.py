@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,13 @@ import horovod.torch as hvd
 import torch
 
 from hvd_quant.exchange.topology import Topology
-from hvd_quant.torch.transport import POLL_SECONDS, Collective, abandon, forget_abandoned
+from hvd_quant.torch.transport import (
+    POLL_SECONDS,
+    Collective,
+    abandon,
+    forget_abandoned,
+    submit_as_many,
+)
 
 NOTHING = bytes(8)  # announced in place of a round that is left; no digest
 # How long to wait for the other ranks to tell what they have: one of them may not run this code, or have
@@ -49,6 +54,8 @@ class Ranks:
     fingerprint of what it has, how many beginnings it knows of, so that all go on from the same number, and
     how far it has come, in which they may differ.
 
+    Whatever happens here, ranks go on with the same number of operations submitted; see `submit_as_many`.
+
     Args:
         process_set: the ranks.
         number: the compressor's, in its process.
@@ -59,6 +66,7 @@ class Ranks:
         self._number = number
         self._beginnings = 0
         self._proposal: Collective | None = None  # until all ranks have made theirs
+        self._counted: Collective | None = None  # how many operations each had submitted by then
         self.progress: list[list[int]] = []  # of every rank, when they began
         self.topology: Topology | None = None  # until they have
         self._rounds = 0  # since the beginning
@@ -73,6 +81,10 @@ class Ranks:
 
     def _allgather(self, values: torch.Tensor, name: str) -> Collective:
         return Collective(hvd.allgather_async(values, name=name, process_set=self._process_set))
+
+    def _count(self, last: Collective, name: str) -> Collective:
+        """Tell how many operations this rank has submitted, of which this is the last one."""
+        return self._allgather(torch.tensor([last.handle]), name)
 
     # --- beginnings -------------------------------------------------------------------------------------
 
@@ -98,6 +110,7 @@ class Ranks:
         if not self.proposed:
             told = torch.tensor([[fingerprint, self._beginnings, host, *progress]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
+            self._counted = self._count(self._proposal, f"hvd_quant.{self._number}.count")
 
     def agree(self) -> bool | None:
         """Begin, if all have made their proposals.
@@ -111,8 +124,10 @@ class Ranks:
         if not self._proposal.poll():
             return None
         proposal, self._proposal = self._proposal, None
-        told = proposal.fetch()
+        own, told, counts = proposal.handle, proposal.fetch(), self._counted.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
+        if self._beginnings > 1:  # what was left, or failed, need not have come equally far on all ranks
+            submit_as_many(int(counts.max()), own)
         self.topology = Topology(told[:, 2].tolist())
         self.progress = told[:, 3:].tolist()
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
@@ -182,24 +197,33 @@ class Ranks:
             The answers in rank order; None if not all answer, because one has died, say.
         """
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
-        answers = self._ask(question, data, meanwhile)
-        # What a rank has asked in vain before is an answer, too, but that rank is not here to confirm it.
-        if answers is None or self._ask(f"{question}.confirm", data[:1], meanwhile) is None:
+        try:
+            answers, _ = self._ask(question, data, meanwhile)
+            # What a rank has asked in vain before is an answer, too, but that rank is not here to confirm it.
+            _, submitted = self._ask(f"{question}.confirm", data[:1])
+            counts, _ = self._ask(f"{question}.count", torch.tensor([submitted]))
+        except (hvd.HorovodInternalError, ValueError, TimeoutError):  # ValueError after hvd.shutdown
             return None
+        if counts.min() > 0:
+            submit_as_many(int(counts.max()), submitted)
         return [json.loads(line) for line in bytes(answers.numpy()).decode().splitlines()]
 
-    def _ask(self, question: str, data: torch.Tensor, meanwhile: Callable[[], object]) -> torch.Tensor | None:
+    def _ask(
+        self, question: str, data: torch.Tensor, meanwhile: Callable[[], object] = lambda: None
+    ) -> tuple[torch.Tensor, int]:
+        """What all ranks answer; and how many operations this one had submitted then, 0 if it is unknown."""
+
         def answered() -> bool:
             meanwhile()
             return asked.poll()
 
-        with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-            # One that was asked in vain still has the name: who asks now answers that.
-            key = (self._process_set.process_set_id, question)
-            asked = _unanswered.get(key)
-            if asked is None or asked.lost:
-                asked = _unanswered[key] = self._allgather(data, question)
-            if wait_for(answered):
-                _unanswered.pop(key, None)
-                return asked.fetch()
-        return None
+        # One that was asked in vain still has the name: who asks now answers that.
+        key = (self._process_set.process_set_id, question)
+        asked, submitted = _unanswered.get(key), 0
+        if asked is None or asked.lost:
+            asked = _unanswered[key] = self._allgather(data, question)
+            submitted = asked.handle or 0
+        if not wait_for(answered):
+            raise TimeoutError
+        _unanswered.pop(key, None)
+        return asked.fetch(), submitted

@@ -30,7 +30,7 @@ def watch(compressor: Watched) -> None:
     _check.start()
 
 
-def _in_flight() -> list[int]:
+def in_flight() -> list[int]:
     """Horovod's numbers of operations that are not over, whether we or the user have submitted them."""
     if not hvd.is_initialized():
         return []
@@ -43,7 +43,8 @@ def _is_over(handle: int) -> bool:
     return True
 
 
-def _describe(handles: list[Hashable]) -> list[str]:
+def describe(handles: list[Hashable]) -> list[str]:
+    """The lines that say what these operations, and the gradients in flight, are."""
     numbers = enumeration(map(str, sorted(handles)))
     return [
         f"hvd_quant: rank {hvd.rank()} of {hvd.size()}",
@@ -53,4 +54,4 @@ def _describe(handles: list[Hashable]) -> list[str]:
     ]
 
 
-_check = StallCheck(_in_flight, _describe)
+_check = StallCheck(in_flight, describe)

@@ -59,6 +59,25 @@ class Collective:
         return hvd.synchronize(self._handle)
 
 
+class _NoProcessSet:
+    process_set_id = -1
+
+
+def submit_as_many(others: int, own: int) -> None:
+    """Have this rank's count of operations go up to another's.
+
+    Horovod calls an operation without a name by how many its process has submitted, so that ranks that have
+    counted differently wait for each other. It counts those that it refuses, too.
+
+    Args:
+        others: the greatest number of operations that a rank has submitted.
+        own: this rank's.
+    """
+    for _ in range(others - own):
+        with contextlib.suppress(IndexError, ValueError, hvd.HorovodInternalError):
+            hvd.barrier(process_set=_NoProcessSet)
+
+
 _abandoned: list[Collective] = []  # nobody waits for them, and some may never be over
 
 

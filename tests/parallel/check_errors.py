@@ -76,6 +76,7 @@ def check_only_the_last_rank_differs():
     same_mismatch(error)
 
 
+@pytest.mark.ranks_differ
 def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
     monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
     model = mlp()
@@ -176,6 +177,7 @@ def check_reset_while_a_gradient_is_on_its_way():
     hvd.allreduce(own_randn(5000), compression=compressor, name="afterwards")
 
 
+@pytest.mark.ranks_differ
 def check_reset_on_one_rank_only(monkeypatch):
     monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 5.0)
     compressor = hq.QSGDCompressor()

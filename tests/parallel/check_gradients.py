@@ -496,6 +496,7 @@ def check_two_optimizers_in_one_process():
     assert all(same_everywhere(parameter) for model in models for parameter in model.parameters())
 
 
+@pytest.mark.ranks_differ
 def check_process_set():
     if hvd.size() < 3:
         pytest.skip("needs 3 ranks")

@@ -5,6 +5,7 @@ Horovod calls an operation without a name by its number: ranks that have counted
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import horovod.torch as hvd
 import pytest
@@ -14,6 +15,8 @@ from common import gathered, own_randn, same_everywhere
 from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
+from hvd_quant.stall import StallCheck
+from hvd_quant.torch import stall
 
 LAYERS = 6
 BUCKETS = [0, 8 << 20]  # one a gradient, and the default
@@ -151,3 +154,38 @@ def check_tensors_of_different_types(name, monkeypatch):
     error = error_of(lambda: hvd.allreduce(torch.ones(5000, dtype=dtype), compression=compressor, name=name))
     assert isinstance(error, hvd.HorovodInternalError)
     assert "Mismatched data types" in str(error)
+
+
+def check_who_waits_says_so():
+    """Where Horovod itself would hang, every rank that waits tells for what, and at which line.
+
+    Here none waits for ever: each ends the others' wait when all have said it.
+    """
+    parameter = torch.nn.Parameter(torch.ones(5000))
+    optimizer = hq.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=0.1), [("weight", parameter)], hq.QSGDCompressor()
+    )
+
+    def watch():
+        check = StallCheck(stall.in_flight, stall.describe)
+        try:
+            while (text := check.look(time.monotonic(), 0.5)) is None:
+                time.sleep(0.1)
+            return text
+        finally:
+            hvd.allreduce(torch.zeros(1), name="all have said it")
+            for rank in range(hvd.size()):
+                if rank != hvd.rank():
+                    hvd.allreduce_async(torch.zeros(1), name=f"of rank {rank}")
+
+    (parameter * 2).sum().backward()
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(watch)
+        hvd.allreduce(torch.zeros(1), name=f"of rank {hvd.rank()}")
+        text = text.result()
+    optimizer.step()
+    assert text.startswith(f"hvd_quant: rank {hvd.rank()} of {hvd.size()} has waited 0.5 s for other ranks.")
+    assert "operations in flight, by number: " in text
+    assert "Gradients in flight: weight; no result of theirs has been asked for yet." in text
+    assert "MainThread is at " in text
+    assert 'hvd.allreduce(torch.zeros(1), name=f"of rank {hvd.rank()}")' in text

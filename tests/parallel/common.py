@@ -14,6 +14,13 @@ def gathered(value):
     return hvd.allgather_object(value)
 
 
+def counts_of_operations():
+    """How many operations of Horovod's each rank has submitted, in rank order."""
+    handle = hvd.allreduce_async(torch.zeros(1), name="count of operations")
+    hvd.synchronize(handle)
+    return gathered(handle)
+
+
 def same_everywhere(tensor):
     """Whether all ranks hold the same bits."""
     bits = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
