@@ -97,7 +97,7 @@ def enumeration(names: Iterable[str]) -> str:
 
 
 def _places() -> list[str]:
-    """The lines of the user's program at which threads are that have called Horovod or us."""
+    """The lines of the user's program at which the main thread is, and each that has called Horovod or us."""
     libraries = {
         name: str(Path(module.__file__).parent) + os.sep
         for name in _LIBRARIES
@@ -111,7 +111,8 @@ def _places() -> list[str]:
             next((name for name, folder in libraries.items() if entry.filename.startswith(folder)), None)
             for entry in stack
         ]
-        if ident == threading.get_ident() or not {"horovod", "hvd_quant"} & set(within):
+        is_main = ident == threading.main_thread().ident
+        if ident == threading.get_ident() or not (is_main or {"horovod", "hvd_quant"} & set(within)):
             continue
         for entry, library in zip(stack, within, strict=True):
             if library is None:

@@ -28,9 +28,9 @@ from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
-from hvd_quant.tensorflow import device
+from hvd_quant.tensorflow import device, stall
 from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import Steps, call
+from hvd_quant.tensorflow.steps import Steps, call, once_reduced
 
 DTYPES = {
     tf.float32: "float32",
@@ -62,7 +62,7 @@ class Trace:
     """A function that is traced; or what is called eagerly."""
 
     places: int = 0  # of gradients, taken so far
-    small: int = 0  # gradients that are left to Horovod
+    named: int = 0  # tensors that Horovod has been given to reduce, whatever they are
     groups: dict[int, Group] = field(default_factory=dict)  # open ones, by the identity of their graph
     # Of small gradients, as they are and as they are sent. Counted whenever the last group is sent.
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
@@ -125,6 +125,7 @@ class QuantizedCompressor(Options, Compressor):
             seed=seed,
         )
         self._progress = Progress(scheme)
+        stall.watch(self._progress)
         self._has_begun = False
         self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
         self._eager = Trace()
@@ -150,25 +151,16 @@ class QuantizedCompressor(Options, Compressor):
                 compiles this function by XLA; or error feedback or DQ-SGD is used outside of a function.
         """
         tensor = tf.convert_to_tensor(tensor)
-        if tensor.dtype not in DTYPES:
-            return tensor, None
-        if not tf.executing_eagerly():
-            _refuse_xla()
-        elif self.error_feedback or self._progress.schedule is not None:
-            raise RuntimeError(
-                "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
-                "them within a tf.function"
-            )
-        self._begin()
+        if tensor.dtype in DTYPES:
+            self._check_place()
+        self._begin()  # whatever the dtype is, which may differ: all ranks submit the same number
         trace, graph = self._trace()
+        if tensor.dtype not in DTYPES:
+            return self._named(trace, tensor), None
         count = tensor.shape.num_elements()
         if count == 0 or (count is not None and count < self.min_numel):
             self._count_small(trace, count * tensor.dtype.size, count * _SMALL.size)
-            # By a name of our own, as for control tensors: those of operations have numbers, and a rank that
-            # traces something more than others would have other ones.
-            name = f"hvd_quant_{self._number}_small_{trace.small}"
-            trace.small += 1
-            return tf.identity(tf.cast(tensor, _SMALL), name), Member(None, 0, tensor.dtype)
+            return self._named(trace, tf.cast(tensor, _SMALL)), Member(None, 0, tensor.dtype)
 
         group = trace.groups.get(graph)
         if group is None:
@@ -186,7 +178,8 @@ class QuantizedCompressor(Options, Compressor):
         )
         group.tensors.append(tensor)
         group.fingerprints.append(fingerprint)
-        return self._control(group, tensor, fingerprint), Member(group, index, tensor.dtype)
+        control_tensor = self._control(tensor, fingerprint)
+        return self._named(trace, control_tensor), Member(group, index, tensor.dtype)
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
@@ -272,7 +265,7 @@ class QuantizedCompressor(Options, Compressor):
         """
         progress = self._progress
         with progress.lock:
-            if progress.underway:
+            if progress.in_flight:
                 raise RuntimeError("take a compressor's state between steps: gradients are on their way")
             progress.end_step()
             state: dict[str, Any] = {"seed": self.seed, "uses": self._all_uses()}
@@ -342,7 +335,28 @@ class QuantizedCompressor(Options, Compressor):
             trace.passed_bytes[0] += raw_bytes
             trace.passed_bytes[1] += sent_bytes
 
-    def _control(self, group: Group, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
+    def _check_place(self) -> None:
+        if not tf.executing_eagerly():
+            _refuse_xla()
+        elif self.error_feedback or self._progress.schedule is not None:
+            raise RuntimeError(
+                "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
+                "them within a tf.function"
+            )
+
+    def _named(self, trace: Trace, tensor: tf.Tensor) -> tf.Tensor:
+        """What Horovod is to reduce, with a name of our own, by which it finds the other ranks'.
+
+        Those of operations have numbers, and a rank that traces something more than others would have other
+        ones. The name does not depend on what the tensor is, so that Horovod finds out if that differs. Of
+        what is called eagerly it takes no tensor's name.
+        """
+        if trace is self._eager:
+            return tensor
+        trace.named += 1
+        return tf.identity(tensor, f"hvd_quant_{self._number}_reduced_{trace.named - 1}")
+
+    def _control(self, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
         """The control tensor of a gradient."""
         rank = self.process_set.rank() if self.process_set.included() else 0
         values = control.values(fingerprint, rank)
@@ -354,7 +368,7 @@ class QuantizedCompressor(Options, Compressor):
             wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
             square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
             control_tensor = tf.concat([control_tensor[: control.SQUARE], [square]], 0)
-        return tf.identity(control_tensor, f"hvd_quant_{self._number}_{group.name}_{len(group.tensors) - 1}")
+        return control_tensor
 
     def _exchange(self, group: Group, trace: Trace, reduced: tf.Tensor) -> None:
         """Lay out a group's exchange: Horovod's collectives, and the steps between them."""
@@ -396,7 +410,7 @@ class QuantizedCompressor(Options, Compressor):
         with tf.device("/CPU:0"):
             shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
             message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, tf.int32, tf.int32])
-            message = tf.ensure_shape(message, [None])
+            message = once_reduced(tf.ensure_shape(message, [None]), reduced)
             came = tf.zeros([0], tf.int32)  # bytes from each rank
             for stage, relay in steps.relays:
                 sizes = tf.ensure_shape(sizes, [steps.size])
@@ -447,7 +461,7 @@ class QuantizedCompressor(Options, Compressor):
         self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
         self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
-            with tf.init_scope():
+            with tf.init_scope(), self._progress.waiting("the other ranks' first gradients"):
                 told = hvd.allgather_object(
                     (self._config(), host),
                     name="hvd_quant.agreement",

@@ -11,7 +11,7 @@ import tensorflow as tf
 from hvd_quant.codec import tf_ops
 from hvd_quant.codec.message import MessageLayout
 from hvd_quant.exchange.fused import FusedBucket
-from hvd_quant.tensorflow.steps import Steps, call
+from hvd_quant.tensorflow.steps import Steps, call, once_reduced
 
 
 def has_gpu() -> bool:
@@ -51,7 +51,7 @@ def exchange(
     """
     bucket = steps.bucket(steps.shapes, 0)
     if steps.algorithm == "allgather":
-        message = _encode(tensors, bucket, bucket.whole, "whole", use)
+        message = once_reduced(_encode(tensors, bucket, bucket.whole, "whole", use), reduced)
         received = _gather(steps, message, reduced, process_set)
         messages = _cut(steps, received, [bucket.whole.size] * steps.size)
         dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received, bucket)
@@ -59,7 +59,7 @@ def exchange(
 
     sizes = [chunk.size for chunk in bucket.chunks]
     sent = tf.concat([_encode(tensors, bucket, chunk, "chunk", use) for chunk in bucket.chunks], 0)
-    sent, splits = steps.named(sent, "scatter"), tf.constant(sizes, tf.int32)
+    sent, splits = steps.named(once_reduced(sent, reduced), "scatter"), tf.constant(sizes, tf.int32)
     message = _encode_mean(bucket, *hvd.alltoall(sent, splits=splits, process_set=process_set), use)
     received = _gather(steps, message, reduced, process_set)
     factor = _factor(steps, reduced, received, bucket)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,9 @@ class Progress:
         self.residuals: dict[str, np.ndarray] = {}  # of error feedback, flat float32, by gradient
         self.raw_bytes = self.wire_bytes = self.received_bytes = self.messages = 0
         self.bits: list[int] = []  # of each step, where there is a schedule
-        self.underway = 0  # groups that have been sent, and not received
+        # What has been sent and not received: groups of gradients, and what was asked; with a number each.
+        self.in_flight: dict[str, int] = {}
+        self._sent = itertools.count()
         self._scheme = scheme
         self.schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
         self._seen: set[str] = set()  # groups that have come in this step
@@ -43,13 +47,29 @@ class Progress:
         they have changed the parameters that the new gradient was computed from.
         """
         with self.lock:
-            self.underway += 1
+            self.in_flight[f"group {group}"] = next(self._sent)
             if self.schedule is None:
                 return 0
             if group in self._seen:
                 self.end_step()
             self._seen.add(group)
             return self.schedule.bits
+
+    def receive(self, group: str) -> None:
+        """Note that a group has been received."""
+        with self.lock:
+            self.in_flight.pop(f"group {group}", None)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Note that something else is waited for."""
+        with self.lock:
+            self.in_flight[what] = next(self._sent)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.in_flight.pop(what, None)
 
     def note_square(self, square: float) -> None:
         """Note the squared norm of a gradient that has come back."""
@@ -75,7 +95,7 @@ class Progress:
         with self.lock:
             self._seen.clear()
             self._squares.clear()
-            self.underway = 0
+            self.in_flight.clear()
 
     def residuals_of(self, keys: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]:
         """What has not been sent yet of these gradients.

@@ -216,8 +216,7 @@ class Steps:
                 native.decode_messages(messages, layout, results, factor)
         except ValueError as error:
             raise control.RankMismatchError(self._explain(bucket, encoded)) from error
-        with self.progress.lock:
-            self.progress.underway -= 1
+        self.progress.receive(self.name)
         return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
 
     def _encoded(self, bucket: FusedBucket, received: np.ndarray, sizes: np.ndarray) -> Encoded:
@@ -335,6 +334,16 @@ def _values(gradient: np.ndarray) -> np.ndarray:
 def _memory(kind: np.dtype) -> str:
     """The type of NumPy's own in which values of a type are stored."""
     return kind.name if kind.name != "bfloat16" else "int16"
+
+
+def once_reduced(message: tf.Tensor, reduced: tf.Tensor) -> tf.Tensor:
+    """A message that is sent when the control tensor has come back.
+
+    If Horovod refuses that, because another rank has a tensor of another type, say, that rank sends nothing,
+    and the graph of this one would wait for it for ever.
+    """
+    with tf.control_dependencies([reduced]):
+        return tf.identity(message)
 
 
 def call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list[tf.Tensor]:

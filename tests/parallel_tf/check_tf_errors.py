@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -11,6 +13,8 @@ from common_tf import Mlp, gathered, own_randn, same_everywhere, same_mismatch
 from shared import EXCHANGES, error_of
 
 import hvd_quant.tensorflow as hq
+from hvd_quant.stall import StallCheck
+from hvd_quant.tensorflow import stall
 
 exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 
@@ -62,6 +66,67 @@ def check_different_shapes(exchange, traced):
     assert isinstance(error, tf.errors.OpError if traced else hq.RankMismatchError)
     assert "Every rank must build the same model" in str(error)
     assert all("different gradients at place 0" in text for text in gathered(str(error)))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    ("first", "rest", "says"),
+    [
+        ((2000, tf.int32), (2000, tf.float32), "Mismatched data types"),
+        ((2000, tf.float32), (10, tf.float32), "Mismatched ALLREDUCE tensor shapes"),
+    ],
+)
+def check_tensors_that_travel_in_different_ways(traced, first, rest, says):
+    """One by Horovod, untouched or because it is small, and one quantized: Horovod's own error, at once."""
+    compressor = hq.QSGDCompressor()
+
+    def reduce(x):
+        return hvd.allreduce(x, compression=compressor)
+
+    x = tf.ones(*first_and_rest(first, rest))
+    error = error_of(lambda: (tf.function(reduce) if traced else reduce)(x))
+    assert isinstance(error, tf.errors.OpError)
+    assert says in str(error)
+
+
+@exchanges
+def check_operations_without_a_name_between_steps(exchange):
+    """With a rank that is late, and one that traces and computes more than the others."""
+    step = Mlp().step_function(hq.QSGDCompressor(exchange=exchange, min_numel=0))
+    for number in range(3):
+        if hvd.rank() == number % hvd.size():
+            time.sleep(0.1)
+            tf.function(lambda x: tf.reduce_mean(x + 1.0))(tf.ones(3))
+        step(tf.constant(number))
+        assert hvd.allreduce(tf.constant(float(hvd.rank()))) == (hvd.size() - 1) / 2
+        assert hvd.broadcast(tf.constant([hvd.rank()]), 0)[0] == 0
+        mean = tf.function(lambda x: hvd.allreduce(tf.reduce_mean(x)))(tf.fill([3], float(hvd.rank())))
+        assert mean == (hvd.size() - 1) / 2
+
+
+def check_who_waits_says_so():
+    """Where Horovod itself would hang, every rank that waits tells for what, and at which line."""
+    step = Mlp().step_function(hq.QSGDCompressor(min_numel=0))
+    step(tf.constant(0))
+    check = StallCheck(stall.in_flight, stall.describe)
+
+    def watch():
+        while (text := check.look(time.monotonic(), 0.5)) is None:
+            time.sleep(0.1)
+        return text
+
+    if hvd.rank() == 0:  # late, without a thread that watches
+        time.sleep(3.0)
+        step(tf.constant(1))
+        return
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(watch)
+        step(tf.constant(1))
+        text = text.result()
+    assert text.startswith(f"hvd_quant: rank {hvd.rank()} of {hvd.size()} has waited 0.5 s for other ranks.")
+    assert "Waited for: group 0" in text
+    assert "MainThread is at " in text
+    assert ", in check_who_waits_says_so: step(tf.constant(1))" in text
 
 
 @exchanges

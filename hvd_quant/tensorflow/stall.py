@@ -1,0 +1,38 @@
+"""What of compressors is in flight, for `hvd_quant.stall`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+
+import horovod.tensorflow as hvd
+
+from hvd_quant.stall import StallCheck, enumeration
+from hvd_quant.tensorflow.progress import Progress
+
+_watched: weakref.WeakSet[Progress] = weakref.WeakSet()
+
+
+def watch(progress: Progress) -> None:
+    """Have a warning logged where a compressor waits for other ranks."""
+    _watched.add(progress)
+    _check.start()
+
+
+def in_flight() -> list[Hashable]:
+    """What has been sent and not received: the compressor's number, what it is, and how much came before."""
+    if not hvd.is_initialized():
+        return []
+    return [(id(one), what, number) for one in list(_watched) for what, number in list(one.in_flight.items())]
+
+
+def describe(keys: list[Hashable]) -> list[str]:
+    """The lines that say what these are."""
+    waited_for = enumeration(dict.fromkeys(what for _, what, _ in keys))
+    return [
+        f"hvd_quant: rank {hvd.rank()} of {hvd.size()}",
+        f"Waited for: {waited_for} (groups of gradients, by their places in the traced function).",
+    ]
+
+
+_check = StallCheck(in_flight, describe)
