@@ -12,6 +12,7 @@ EXCHANGES = ["allgather", "scatter_allgather"]
 # with 3 under the other; what needs 3 ranks runs with 3 under both. With more ranks than cores, Gloo takes
 # seconds for what takes MPI a tenth of one.
 MEETING = "check_errors.py or a_rank_that_is or a_late_rank"
+METRIC = "a_metric_between_backward_and_step"
 BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_by_one or left_and_finished"
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"
 
@@ -22,9 +23,9 @@ PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange 
         (2, "mpi", "", f"not ({MEETING}) or unsupported_reductions"),  # Adasum needs MPI and 2^k ranks
         (2, "gloo", "", ""),
         (3, "mpi", "", ""),
-        (3, "gloo", "", "process_set"),
-        (4, "mpi", "check_exchange.py", ""),
-        (4, "gloo", "check_exchange.py", "sub_groups"),
+        (3, "gloo", "", f"process_set or {METRIC}"),
+        (4, "mpi", "", f"check_exchange.py or {METRIC}"),
+        (4, "gloo", "", f"(check_exchange.py and sub_groups) or {METRIC}"),
         (8, "mpi", "check_exchange.py", PROMISES),
     ],
 )
@@ -35,8 +36,8 @@ def test_checks_on_every_rank(ranks, controller, checks, selection):
 @pytest.mark.parametrize(
     ("controller", "checks", "selection"),
     [
-        ("mpi", "", f"{BY_HOSTS} or check_promises or error_feedback"),
-        ("gloo", "check_exchange.py", "non_finite or come_and_go or same_seed"),
+        ("mpi", "", f"{BY_HOSTS} or check_promises or error_feedback or check_moments"),
+        ("gloo", "", f"check_exchange.py and (non_finite or come_and_go or same_seed) or {METRIC}"),
     ],
 )
 def test_exchange_by_hosts(controller, checks, selection):

@@ -18,7 +18,7 @@ import hvd_quant.torch as hq
 from hvd_quant.stall import StallCheck
 from hvd_quant.torch import stall
 
-LAYERS = 6
+LAYERS = 4
 BUCKETS = [0, 8 << 20]  # one a gradient, and the default
 
 
@@ -107,8 +107,7 @@ def check_ranks_count_alike_at_every_moment(exchange, fusion_bytes, how):
 
 
 @pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
-@pytest.mark.parametrize("fusion_bytes", BUCKETS)
-def check_unnamed_operations_at_every_moment(exchange, fusion_bytes):
+def check_unnamed_operations_at_every_moment(exchange):
     """As in many a training loop: a mean of a metric, which all wait for."""
 
     def reduce(moment):
@@ -119,7 +118,7 @@ def check_unnamed_operations_at_every_moment(exchange, fusion_bytes):
         assert hvd.broadcast(torch.tensor([hvd.rank()]), 0).item() == 0
         hvd.barrier()
 
-    loop = Loop(reduce, exchange=exchange, fusion_bytes=fusion_bytes, min_numel=0)
+    loop = Loop(reduce, exchange=exchange, fusion_bytes=0, min_numel=0)
     for number in range(2):
         loop.step(number)
     assert all(same_everywhere(parameter) for parameter in loop.model.parameters())
