@@ -13,7 +13,8 @@ import os
 import threading
 import time
 import warnings
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,7 @@ from hvd_quant.torch.gradient import (
 )
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.ranks import NOTHING, Ranks, RoundLeft, wait_for
-from hvd_quant.torch.transport import POLL_SECONDS, HorovodTransport
+from hvd_quant.torch.transport import POLL_SECONDS, HorovodTransport, submit_as_many
 
 
 class QuantizedCompressor(Options, Compressor):
@@ -116,12 +117,18 @@ class QuantizedCompressor(Options, Compressor):
         # Of error feedback: by parameter, what has not been sent of its gradients, flat.
         self._residuals: dict[str, torch.Tensor] = {}
         self._places = 0  # taken since nothing was on its way
-        # Until a first result is asked for, nothing is sent: only then all ranks are known to agree, and
-        # hooks of backward must not submit more on some ranks than on others.
+        # Hooks of backward must not submit more operations on some ranks than on others. So until a first
+        # result is asked for, when all ranks are known to agree, they submit nothing. Later, how many they
+        # have submitted is a function of how many gradients have come, whatever these are: slots, which the
+        # ranks agree on from round to round, and in each of which there is one message, or none.
         self._holding = False
         self._unsent: list[Pending] = []
         self._pending: dict[str, Pending] = {}
         self._underway: list[Exchange] = []  # not yet at their last collective
+        self._gradients = 0  # that have come in this round, those that Horovod reduces itself included
+        self._ready: deque[Group] = deque()  # complete fused buckets, to be sent in the next slot
+        self._completed: list[int] = []  # of fused buckets of this round: after how many gradients
+        self._slots_used = self._slots_skipped = 0
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
         self._sent: list[Shipment] = []  # in this round
         self._announced: list[Shipment] = []  # in the round of which the results are waited for
@@ -136,6 +143,7 @@ class QuantizedCompressor(Options, Compressor):
         self._messages = 0
         if named_parameters is not None:
             self.bind(named_parameters)
+        stall.watch(self)
 
     def bind(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Tell the compressor the parameters' names, once.
@@ -188,8 +196,14 @@ class QuantizedCompressor(Options, Compressor):
             self._check_tensor(tensor)
         with self._lock:
             if self._transport is None:
-                self._begin()  # whatever the dtype is, which may differ: all ranks submit the same number
-            return self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
+                self._begin()  # whatever the dtype is, which may differ
+            self._gradients += 1
+            if self._gradients == 1 and not self._ranks.settled:
+                with contextlib.suppress(ValueError, hvd.HorovodInternalError):  # raised in decompress
+                    wait_for(self._ranks.all_announced)  # which says when hooks submit
+            taken = self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
+            self._fill_slots()
+            return taken
 
     @staticmethod
     def _check_tensor(tensor: torch.Tensor) -> None:
@@ -271,7 +285,7 @@ class QuantizedCompressor(Options, Compressor):
         try:
             if self._holding:
                 self._send_held(ctx, reduced)
-            if self._fusion.waiting or self._sent:
+            if self._fusion.waiting or self._ready or self._sent:
                 self._end_round()
             factor = self._factor(ctx.known, reduced)
             if self._announced:
@@ -329,14 +343,11 @@ class QuantizedCompressor(Options, Compressor):
 
         For the stall check, from another thread while this one waits, so that it takes no lock.
         """
+        first = "Not all ranks have submitted their first gradient. " if self._ranks.proposed else ""
         if not (keys := list(self._pending)):
-            return None
-        state = "no result of theirs has been asked for yet"
-        if self._announced:
-            state = "results have been asked for"
-        if self._ranks.proposed:
-            state = "they are the first ones, and not all ranks have submitted any"
-        return f"Gradients in flight: {enumeration(keys)}; {state}."
+            return first or None
+        state = "results have been asked for" if self._announced else "no result has been asked for yet"
+        return f"{first}Gradients in flight: {enumeration(keys)}; {state}."
 
     def reset(self) -> None:
         """Forget what is on its way, but not the noise and the statistics.
@@ -359,7 +370,7 @@ class QuantizedCompressor(Options, Compressor):
             self._ranks.drop_proposal()  # if all have answered it, there is a round to leave
             if self._announced:
                 self._go_on_for_others()
-            elif self._pending and not self._ranks.proposed:
+            elif (self._gradients or self._pending) and not self._ranks.proposed:
                 # They may wait for what this rank will not send.
                 with contextlib.suppress(
                     hvd.HorovodInternalError, ValueError
@@ -374,6 +385,8 @@ class QuantizedCompressor(Options, Compressor):
         self._pending.clear()
         self._holding = False
         self._unsent.clear()
+        self._ready.clear()
+        self._forget_slots()
         self._squares.clear()
         self._underway.clear()
         self._sent.clear()
@@ -544,7 +557,6 @@ class QuantizedCompressor(Options, Compressor):
             )
         self._transport = HorovodTransport(self.process_set, self._ranks.all_announced)
         self._holding = True
-        stall.watch(self)
         # In vain, if some rank does not run this code, or comes late. Then Horovod gets its control tensors
         # all the same: if that rank is configured differently, too, these show it.
         wait_for(lambda: self._agreed(ask=True))
@@ -621,6 +633,7 @@ class QuantizedCompressor(Options, Compressor):
         unsent, self._unsent = self._unsent, []
         for pending in unsent:
             self._take(pending)
+        self._completed.clear()  # not in hooks
 
     def _config(self) -> control.Description:
         return {
@@ -682,13 +695,15 @@ class QuantizedCompressor(Options, Compressor):
 
         If the ranks have not sent the same, some of it will never arrive: who waits for that must learn it.
         """
-        for group in self._fusion.flush():
+        for group in [*self._ready, *self._fusion.flush()]:
             self._send(group)
+        self._ready.clear()
         self._announced, self._sent = self._sent, []
         exchanges = [shipment.exchange for shipment in self._announced]
         # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
         sent = digest(sorted((one.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges))
-        self._ranks.announce(sent)
+        self._ranks.announce(sent, self._completed, self._slots_skipped)
+        self._forget_slots()
 
     def _receive_round(self, factor: float) -> None:
         """Write the means of everything that the round has sent, as it arrives.
@@ -719,15 +734,34 @@ class QuantizedCompressor(Options, Compressor):
         wait_for(self._ranks.all_announced)
         self._announced = []
 
+    def _fill_slots(self) -> None:
+        """Submit as many messages as all ranks do after so many gradients.
+
+        Where none is ready, because this rank has other gradients than others, or in another order, it
+        submits an operation that Horovod refuses, and counts all the same.
+        """
+        while self._slots_used < bisect_right(self._ranks.slots, self._gradients):
+            self._slots_used += 1
+            if self._ready:
+                self._send(self._ready.popleft())
+            else:
+                self._slots_skipped += 1
+                submit_as_many(1, 0)
+
+    def _forget_slots(self) -> None:
+        self._gradients = self._slots_used = self._slots_skipped = 0
+        self._completed = []
+
     # --- exchange ---------------------------------------------------------------------------------------
 
     def _take(self, pending: Pending) -> None:
-        """Have a gradient travel, as soon as its fused bucket is complete."""
+        """Have a gradient travel, in the next slot after its fused bucket is complete."""
         key = pending.known.key
         pending.use = max(self._uses[key], self._least_use)
         self._uses[key] = pending.use + 1
         if (ready := self._fusion.add(pending.known.entry)) is not None:
-            self._send(ready)
+            self._ready.append(ready)
+            self._completed.append(self._gradients)
 
     def _bucket(self, group: Group) -> FusedBucket:
         # With the ranks of the process set in the seed: sets side by side must not share their noise.

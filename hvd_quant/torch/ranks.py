@@ -54,8 +54,6 @@ class Ranks:
     fingerprint of what it has, how many beginnings it knows of, so that all go on from the same number, and
     how far it has come, in which they may differ.
 
-    Whatever happens here, ranks go on with the same number of operations submitted; see `submit_as_many`.
-
     Args:
         process_set: the ranks.
         number: the compressor's, in its process.
@@ -66,11 +64,14 @@ class Ranks:
         self._number = number
         self._beginnings = 0
         self._proposal: Collective | None = None  # until all ranks have made theirs
-        self._counted: Collective | None = None  # how many operations each had submitted by then
         self.progress: list[list[int]] = []  # of every rank, when they began
         self.topology: Topology | None = None  # until they have
         self._rounds = 0  # since the beginning
+        # After how many gradients hooks submit a message in this round: by then, every rank had completed as
+        # many fused buckets in the last one.
+        self.slots: list[int] = []
         self._announcements: list[Collective] = []  # of rounds not yet known to have been the same
+        self._failure: RoundMismatch | None = None  # found in them
 
     def name(self, purpose: str) -> str:
         """The name of a collective.
@@ -81,10 +82,6 @@ class Ranks:
 
     def _allgather(self, values: torch.Tensor, name: str) -> Collective:
         return Collective(hvd.allgather_async(values, name=name, process_set=self._process_set))
-
-    def _count(self, last: Collective, name: str) -> Collective:
-        """Tell how many operations this rank has submitted, of which this is the last one."""
-        return self._allgather(torch.tensor([last.handle]), name)
 
     # --- beginnings -------------------------------------------------------------------------------------
 
@@ -106,11 +103,12 @@ class Ranks:
             host: a number that ranks of the same host have in common.
             progress: how far it has come, as many int64 on every rank.
         """
-        self._rounds = 0
+        self._rounds, self.slots = 0, []
         if not self.proposed:
             told = torch.tensor([[fingerprint, self._beginnings, host, *progress]])
             self._proposal = self._allgather(told, f"hvd_quant.{self._number}.agreement")
-            self._counted = self._count(self._proposal, f"hvd_quant.{self._number}.count")
+        else:
+            submit_as_many(1, 0)  # the others, whose former ones have been answered, submit one
 
     def agree(self) -> bool | None:
         """Begin, if all have made their proposals.
@@ -124,10 +122,8 @@ class Ranks:
         if not self._proposal.poll():
             return None
         proposal, self._proposal = self._proposal, None
-        own, told, counts = proposal.handle, proposal.fetch(), self._counted.fetch()
+        told = proposal.fetch()
         self._beginnings = int(told[:, 1].max()) + 1
-        if self._beginnings > 1:  # what was left, or failed, need not have come equally far on all ranks
-            submit_as_many(int(counts.max()), own)
         self.topology = Topology(told[:, 2].tolist())
         self.progress = told[:, 3:].tolist()
         # Questions that have been answered since they were asked in vain were not for the new beginning. No
@@ -152,11 +148,22 @@ class Ranks:
 
     # --- rounds -----------------------------------------------------------------------------------------
 
-    def announce(self, sent: bytes) -> None:
-        """Tell the others, in 8 bytes, what this rank has sent in a round."""
-        value = torch.tensor([int.from_bytes(sent, "little", signed=True)])
-        self._announcements.append(self._allgather(value, self.name(f"round.{self._rounds}")))
+    def announce(self, sent: bytes, completed: Sequence[int] = (), skipped: int = 0) -> None:
+        """Tell the others about a round.
+
+        Args:
+            sent: a digest of what this rank has sent in it, 8 bytes.
+            completed: after how many gradients a fused bucket was complete, in ascending order.
+            skipped: slots in which none was.
+        """
+        row = [int.from_bytes(sent, "little", signed=True), skipped, len(completed), *completed]
+        self._announcements.append(self._allgather(torch.tensor(row), self.name(f"round.{self._rounds}")))
         self._rounds += 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether all rounds of this rank are known to have been the same on all ranks."""
+        return not self._announcements and self._failure is None
 
     def all_announced(self) -> bool:
         """Whether all ranks have announced all rounds that this one has.
@@ -165,23 +172,39 @@ class Ranks:
             RoundLeft: some have announced NOTHING.
             RoundMismatch: they have not sent the same.
         """
-        while self._announcements and self._announcements[0].poll():
-            told = self._announcements.pop(0).fetch().tolist()
-            if left := [rank for rank, sent in enumerate(told) if sent == int.from_bytes(NOTHING, "little")]:
-                raise RoundLeft(
-                    f"rank{'s' if len(left) > 1 else ''} {', '.join(map(str, left))} left this step by the "
-                    "compressor's reset(), before asking for its result. Clear the optimizer on every rank, "
-                    "as reset() describes, and go on together."
-                )
-            if told.count(told[0]) != len(told):
-                raise RoundMismatch("the ranks have not sent the same")
+        while self._failure is None and self._announcements and self._announcements[0].poll():
+            self._failure = self._compare(self._announcements.pop(0).fetch().tolist())
+        if self._failure is not None:
+            raise self._failure
         return not self._announcements
+
+    def _compare(self, told: list[int]) -> RoundMismatch | None:
+        """What is wrong with a round, by what all ranks have announced; else, have the next one follow it."""
+        sent, skipped, completed = [], [], []
+        while told:
+            end = 3 + told[2]
+            sent.append(told[0])
+            skipped.append(told[1])
+            completed.append(told[3:end])
+            told = told[end:]
+        if left := [rank for rank, one in enumerate(sent) if one == int.from_bytes(NOTHING, "little")]:
+            return RoundLeft(
+                f"rank{'s' if len(left) > 1 else ''} {', '.join(map(str, left))} left this step by the "
+                "compressor's reset(), before asking for its result. Clear the optimizer on every rank, "
+                "as reset() describes, and go on together."
+            )
+        if sent.count(sent[0]) != len(sent):
+            return RoundMismatch("the ranks have not sent the same")
+        self.slots = [max(one) for one in zip(*completed, strict=False)]  # as many as on every rank
+        submit_as_many(max(skipped), skipped[self._process_set.rank()])
+        return None
 
     def drop_announcements(self) -> None:
         """Let go of them; some may never be answered."""
         for announcement in self._announcements:
             abandon(announcement)
         self._announcements.clear()
+        self._failure = None
 
     # --- questions --------------------------------------------------------------------------------------
 
@@ -194,7 +217,8 @@ class Ranks:
             meanwhile: called again and again; the others may need it to come to the question.
 
         Returns:
-            The answers in rank order; None if not all answer, because one has died, say.
+            The answers in rank order; None if not all answer, because one has died, say. Ranks that have them
+            go on with the same number of operations submitted, as what led to the question need not.
         """
         data = torch.frombuffer(bytearray(json.dumps(own).encode() + b"\n"), dtype=torch.uint8)
         try:

@@ -45,11 +45,11 @@ def _is_over(handle: int) -> bool:
 
 def describe(handles: list[Hashable]) -> list[str]:
     """The lines that say what these operations, and the gradients in flight, are."""
-    numbers = enumeration(map(str, sorted(handles)))
+    last_first = enumeration(map(str, sorted(handles, reverse=True)))
     return [
         f"hvd_quant: rank {hvd.rank()} of {hvd.size()}",
-        f"Horovod's operations in flight, by number: {numbers}. One without a name is called by its number, "
-        f"such as allreduce.noname.{min(handles)}: where ranks say different numbers, give it a name.",
+        f"Horovod's operations in flight, by number, the last one first: {last_first}. One without a name is "
+        f"called by its number, as allreduce.noname.{max(handles)}: where that differs, give it a name.",
         *filter(None, (compressor.describe_in_flight() for compressor in list(_watched))),
     ]
 

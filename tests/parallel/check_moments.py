@@ -11,7 +11,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from check_gradients import optimizer_of
-from common import gathered, own_randn, same_everywhere
+from common import gathered, own_randn, recover, same_everywhere
 from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
@@ -144,15 +144,96 @@ def check_a_metric_between_backward_and_step(exchange, fusion_bytes):
     assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["types", None])
-def check_tensors_of_different_types(name, monkeypatch):
-    """One that travels by Horovod and one that is quantized: Horovod's own error, without waiting in vain."""
+@pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
+@pytest.mark.parametrize("fusion_bytes", [0, 20_000])
+@pytest.mark.parametrize("min_numel", [0, 3000])
+def check_ranks_with_other_gradients(exchange, fusion_bytes, min_numel):
+    """As many on every rank, but of other parameters, as with experts, or in another order, and other ones in
+    every step: of several sizes, so that fused buckets are complete at other times, or gradients are small.
+    """
+    counts = []
+
+    def count(moment):
+        handle = hvd.allreduce_async(torch.zeros(1), name=f"count.{len(counts)}")
+        counts.append((moment, handle))
+
+    torch.manual_seed(3)
+    first, last = torch.nn.Linear(40, 40), torch.nn.Linear(40, 40)
+    experts = torch.nn.ModuleList(
+        torch.nn.Sequential(torch.nn.Linear(40, width), torch.nn.Linear(width, 40))
+        for width in range(40, 40 * (hvd.size() + 3), 40)
+    )
+    model = torch.nn.ModuleList([first, *experts, last])
+    optimizer = optimizer_of(
+        model, hq.QSGDCompressor(exchange=exchange, fusion_bytes=fusion_bytes, min_numel=min_numel)
+    )
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: count("gradient accumulated"))
+    for number in range(8):
+        optimizer.zero_grad()
+        expert = experts[(hvd.rank() + number // 3) % len(experts)]
+        last(expert(first(own_randn(8, 40, seed=number)))).square().mean().backward()
+        count("between backward and step")
+        hvd.allreduce(torch.ones(1))
+        optimizer.step()
+        count("after step")
+        hvd.allreduce(torch.ones(1))
+    for _, handle in counts:
+        hvd.synchronize(handle)
+    assert len(set(map(str, gathered(counts)))) == 1
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["kinds", None])
+@pytest.mark.parametrize(
+    ("first", "rest", "says"),
+    [
+        (torch.ones(5000, dtype=torch.int32), torch.ones(5000), "Mismatched data types"),
+        (torch.ones(100), torch.ones(5000), "Mismatched data types"),  # of the control tensor, float64
+    ],
+)
+def check_tensors_that_travel_in_different_ways(first, rest, says, name, before, monkeypatch):
+    """One by Horovod, one quantized: Horovod's own error, without waiting in vain, and training goes on."""
     monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1000.0)  # above the test's own time
-    dtype = torch.int32 if hvd.rank() == 0 else torch.float32
     compressor = hq.QSGDCompressor()
-    error = error_of(lambda: hvd.allreduce(torch.ones(5000, dtype=dtype), compression=compressor, name=name))
+    for _ in range(before):
+        hvd.allreduce(own_randn(5000), compression=compressor, name=name)
+    x = first if hvd.rank() == 0 else rest
+    error = error_of(lambda: hvd.allreduce(x, compression=compressor, name=name))
     assert isinstance(error, hvd.HorovodInternalError)
-    assert "Mismatched data types" in str(error)
+    assert says in str(error)
+    compressor.reset()
+    hvd.barrier()
+    hvd.allreduce(torch.ones(1))
+    for _ in range(3):
+        assert same_everywhere(hvd.allreduce(own_randn(5000), compression=compressor, name=name))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_a_state_that_one_rank_loads(exchange):
+    """An error on all ranks, after which they go on, with operations without a name."""
+    torch.manual_seed(3)
+    model = torch.nn.Linear(64, 64)
+    compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=0)
+    optimizer = optimizer_of(model, compressor)
+
+    def step():
+        optimizer.zero_grad()
+        model(own_randn(4, 64)).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    if hvd.rank() == 1:
+        compressor.load_state_dict(compressor.state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 3.0)
+        assert isinstance(error_of(step), hq.RankMismatchError)
+    recover(compressor, optimizer)
+    for _ in range(3):
+        step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
 def check_who_waits_says_so():
@@ -184,7 +265,7 @@ def check_who_waits_says_so():
         text = text.result()
     optimizer.step()
     assert text.startswith(f"hvd_quant: rank {hvd.rank()} of {hvd.size()} has waited 0.5 s for other ranks.")
-    assert "operations in flight, by number: " in text
-    assert "Gradients in flight: weight; no result of theirs has been asked for yet." in text
+    assert "operations in flight, by number, the last one first: " in text
+    assert "Gradients in flight: weight; no result has been asked for yet." in text
     assert "MainThread is at " in text
     assert 'hvd.allreduce(torch.zeros(1), name=f"of rank {hvd.rank()}")' in text

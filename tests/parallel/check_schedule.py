@@ -104,6 +104,7 @@ def check_ranks_at_different_places_of_the_schedule():
         assert set(gathered(compressor.state_dict()["schedule"]["step"])) == {step}
 
 
+@pytest.mark.ranks_differ
 def check_a_step_that_some_ranks_have_finished():
     """The last rank is interrupted in the middle of ``step()``; after a reset all go on together."""
     model, compressor = mlp(), hq.DQSGDCompressor(k=10.0, min_numel=0)
