@@ -20,6 +20,7 @@ from pathlib import Path
 _SECONDS = 60  # Horovod's default
 _LIBRARIES = ("horovod", "hvd_quant", "torch", "tensorflow", "keras", "tf_keras")
 _NAMED_AT_MOST = 5  # of many things in a message
+_THREAD = "hvd_quant stall"
 
 logger = logging.getLogger("hvd_quant")
 
@@ -63,7 +64,7 @@ class StallCheck:
         if self._process == os.getpid() or (seconds := stall_seconds()) is None:
             return
         self._process = os.getpid()
-        thread = threading.Thread(target=self._watch, args=(seconds,), name="hvd_quant stall", daemon=True)
+        thread = threading.Thread(target=self._watch, args=(seconds,), name=_THREAD, daemon=True)
         thread.start()
 
     def _watch(self, seconds: float) -> None:
@@ -112,7 +113,8 @@ def _places() -> list[str]:
             for entry in stack
         ]
         is_main = ident == threading.main_thread().ident
-        if ident == threading.get_ident() or not (is_main or {"horovod", "hvd_quant"} & set(within)):
+        is_check = ident == threading.get_ident() or names.get(ident) == _THREAD
+        if is_check or not (is_main or {"horovod", "hvd_quant"} & set(within)):
             continue
         for entry, library in zip(stack, within, strict=True):
             if library is None:

@@ -59,13 +59,13 @@ def test_the_line_that_waits_is_said(monkeypatch):
     waiting.wait()
     try:
         places = []
-        while not places:  # until it has come so far
+        while not any(place.startswith("training") for place in places):  # until it has come so far
             places = stall._places()
         assert any(
             place.startswith("training is at ") and "in wait_for_others: StallCheck(" in place
             for place in places
         )
-        assert len(places) == 1  # this thread is the one that asks
+        assert not any(place.startswith(("MainThread", "hvd_quant stall")) for place in places)  # who ask
     finally:
         event.set()
         thread.join()
