@@ -14,7 +14,7 @@ from horovod.common.process_sets import ProcessSet
 from hvd_quant import wire
 from hvd_quant.codec import native
 from hvd_quant.exchange import cost
-from hvd_quant.exchange.algorithms import EXCHANGES
+from hvd_quant.exchange.algorithms import EXCHANGES, choose
 from hvd_quant.exchange.control import Description
 from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme, check_choice, check_integer, rounding_for
@@ -123,11 +123,9 @@ class Options:
 
     def _algorithm_for(self, nbytes: int, count: int, *, by_hosts: bool = True) -> str:
         """The name of the exchange for so many values in so many bytes: the same on all ranks."""
-        if self.exchange != "auto":
-            too_large = self.exchange == "hierarchical" and not cost.fits(count)
-            return "scatter_allgather" if too_large else self.exchange
-        link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
-        return cost.choose(link, self.process_set.size(), nbytes, count, by_hosts=by_hosts)
+        ranks_a_host = self._topology.ranks_a_host if self._topology is not None else 1
+        link = replace(self._link, ranks_a_host=ranks_a_host)
+        return choose(self.exchange, link, self.process_set.size(), nbytes, count, by_hosts=by_hosts)
 
     def _config(self) -> Description:
         """What must be the same on all ranks."""

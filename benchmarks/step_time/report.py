@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.netlab import parse_rate
 from hvd_quant.exchange import cost
+from hvd_quant.exchange.algorithms import ALGORITHMS
 
 COMPUTE, FP32, FP16, OURS = "compute alone", "Horovod fp32", "Horovod fp16", "hvd_quant 4 bits"
 EXCHANGES = ALLGATHER, SCATTER = "4 bits, allgather", "4 bits, scatter-allgather"
@@ -257,7 +258,8 @@ def print_model(cases: Sequence[Case], markdown: bool) -> None:
         for row, exchange in ((ALLGATHER, "allgather"), (SCATTER, "scatter_allgather")):
             payload, buckets = (case.rows[row][key] for key in ("payload_bytes", "buckets"))
             count = payload / (4 / 8 + 4 / 512)  # values of 4 bits, and a norm for 512 of them
-            model = buckets * cost.seconds(exchange, link, case.ranks, payload / buckets, count / buckets)
+            seconds = ALGORITHMS[exchange].seconds
+            model = buckets * seconds(link, case.ranks, payload / buckets, count / buckets)
             model += count / link.codec_rate  # the first encoding
             cells += [f"{1e3 * model:.0f}", f"{1e3 * (case.median(row) - case.median(COMPUTE)):.0f}"]
         rows.append([f"{case.model}, {case.title}", *cells])

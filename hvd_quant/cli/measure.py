@@ -14,6 +14,7 @@ from hvd_quant.cli.facts import Facts
 from hvd_quant.cli.meeting import Meeting
 from hvd_quant.cli.rules import Finding
 from hvd_quant.exchange import cost
+from hvd_quant.exchange.algorithms import quickest
 from hvd_quant.schemes import QSGD
 
 BYTES = 8 << 20  # about a fused bucket of gradients
@@ -132,7 +133,7 @@ def judge(
         link = cost.link_from_environment(one_host, cost.HOROVOD_LATENCY)
     except ValueError:  # for which there is a rule
         return
-    chosen = cost.choose(link, size, wire.payload_size(QSGD(bits=4), BYTES // 4), BYTES // 4)
+    chosen = quickest(link, size, wire.payload_size(QSGD(bits=4), BYTES // 4), BYTES // 4)
     if own[chosen] > 1.25 * own[best]:
         yield Finding(
             "note",

@@ -1,4 +1,4 @@
-"""Which exchange is quickest: a model of what each of them costs.
+"""What an exchange costs: a model, of which each algorithm has its own line.
 
 With n ranks, a payload of c bytes for V values, latency a of a collective, bandwidth b of a host's link, and
 a codec that encodes and decodes r values a second, where every rank has a host of its own:
@@ -13,7 +13,8 @@ hosts. m is the bandwidth between ranks of a host:
     scatter-allgather:  2 a + 2 l (n - l) / n c / b + (2 + 1 / n) V / r
     hierarchical:       3 a + (h - 1) c / b + (l - 1) / l (4 V + h c) / m + (h + 1 / l) V / r
 
-Encoding the gradients themselves is common to both. docs/exchange.md compares the model with measurements.
+Encoding the gradients themselves is common to both. docs/exchange.md compares the model with
+measurements, and `hvd_quant.exchange.algorithms.quickest` goes by it.
 """
 
 from __future__ import annotations
@@ -38,61 +39,15 @@ class Link:
     codec_rate: float = 2e9
     ranks_a_host: int = 1
 
+    def seconds(self, collectives: int, received_bytes: float, coded: float) -> float:
+        """What it takes to exchange so many bytes, of which so many values are decoded or encoded again."""
+        return collectives * self.latency + received_bytes / self.bandwidth + coded / self.codec_rate
+
 
 # Bandwidths that are assumed where nothing is stated.
 NETWORK = 125e6  # 1 Gbit/s
 SHARED_MEMORY = 2e9
 HOROVOD_LATENCY = 2e-3  # seconds that a collective of Horovod takes, most of it for its cycle of negotiation
-
-
-def seconds(exchange: str, link: Link, size: int, payload_bytes: int, count: int) -> float:
-    """What the model says that an exchange takes, without the first encoding.
-
-    Args:
-        exchange: its name.
-        link: between the ranks.
-        size: ranks.
-        payload_bytes: that a rank encodes its gradients into.
-        count: values in them.
-    """
-    here, local = link.ranks_a_host, 0.0
-    hosts = size / here
-    if exchange == "allgather":
-        received, coded, collectives = here * (size - here) * payload_bytes, size * count, 1
-    elif exchange == "scatter_allgather":
-        share = here * (size - here) / size
-        received, coded, collectives = 2 * share * payload_bytes, (2 + 1 / size) * count, 2
-    else:
-        received, coded, collectives = (hosts - 1) * payload_bytes, (hosts + 1 / here) * count, 3
-        local = (1 - 1 / here) * (4 * count + hosts * payload_bytes)
-    return (
-        collectives * link.latency
-        + received / link.bandwidth
-        + local / SHARED_MEMORY
-        + coded / link.codec_rate
-    )
-
-
-def fits(count: int) -> bool:
-    """Whether so many values can be exchanged by hosts: as float32, with bytes counted in 32 bits."""
-    return 4 * count < 2**31
-
-
-def choose(link: Link, size: int, payload_bytes: int, count: int, *, by_hosts: bool = True) -> str:
-    """The exchange that the model takes for the quickest: a function of its arguments alone.
-
-    Args:
-        link: between the ranks.
-        size: ranks.
-        payload_bytes: that a rank encodes its gradients into.
-        count: values in them.
-        by_hosts: whether the exchange by hosts is to be had, if the link is of several ranks a host.
-    """
-    by_hosts = by_hosts and link.ranks_a_host > 1 and fits(count)
-    return min(
-        ("allgather", "scatter_allgather", *(["hierarchical"] if by_hosts else [])),
-        key=lambda exchange: seconds(exchange, link, size, payload_bytes, count),
-    )
 
 
 def stated_bandwidth() -> float | None:

@@ -16,7 +16,8 @@ from mpi4py import MPI
 from hvd_quant import wire
 from hvd_quant.codec import flat_array, is_tensor, native
 from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.algorithms import EXCHANGES, Exchange, Work
+from hvd_quant.exchange.algorithms import EXCHANGES, Work, choose
+from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
 from hvd_quant.mpi.transport import MpiTransport
@@ -167,7 +168,8 @@ class QuantizedComm:
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
             rounding; ``"hierarchical"``, the ranks of a host average their values as they are, and the
-            hosts exchange these means; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quickest.
+            hosts exchange these means; ``"auto"``, the quickest by the model in
+            `hvd_quant.exchange.cost`.
         seed: of the rounding noise, 0 to 2^64 - 1. Each rank and each call draws its own noise from it. Give
             another one to a communicator that reduces what this one has reduced.
 
@@ -372,10 +374,8 @@ class QuantizedComm:
         entry = Entry(json.dumps(call), values.size, call["dtype"], self.scheme)
         bucket = self._bucket(entry)
         whole = bucket.whole
-        algorithm = self.exchange
-        if algorithm == "auto":
-            link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
-            algorithm = cost.choose(link, self.size, whole.size, whole.count)
+        link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
+        algorithm = choose(self.exchange, link, self.size, whole.size, whole.count)
         transport = MpiTransport(self._comm, number, bucket.buffers)
         uses = np.array([number], np.uint64)
         work = Work(bucket, [values], uses, native, buffers=bucket.buffers)

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -30,7 +31,7 @@ from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Option
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.tensorflow import device, stall
 from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import Steps, call, once_reduced
+from hvd_quant.tensorflow.steps import Steps, call, once_reduced, sizes_type
 
 DTYPES = {
     tf.float32: "float32",
@@ -91,7 +92,8 @@ class QuantizedCompressor(Options, Compressor):
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
             rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
-            hosts exchange these means; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quickest.
+            hosts exchange these means; ``"auto"``, the quickest by the model in
+            `hvd_quant.exchange.cost`.
         error_feedback: whether each rank keeps what quantization has lost of a gradient, and adds it to the
             next one (Karimireddy et al., ICML 2019). It takes a float32 a value of memory.
         fusion_bytes: how many bytes of gradients `hvd_quant.tensorflow.keras.DistributedOptimizer` has travel
@@ -409,20 +411,21 @@ class QuantizedCompressor(Options, Compressor):
         """Lay out a group's exchange, with the native codec between Horovod's collectives."""
         with tf.device("/CPU:0"):
             shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
-            message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, tf.int32, tf.int32])
-            message = once_reduced(tf.ensure_shape(message, [None]), reduced)
-            came = tf.zeros([0], tf.int32)  # bytes from each rank
-            for stage, relay in steps.relays:
+            first = sizes_type(steps.stages[0])
+            message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, first, tf.int32])
+            received = message = once_reduced(message, reduced)
+            for number, stage in enumerate(steps.stages):
+                if number > 0:
+                    inputs = [received, sizes, use, bits, *shapes]
+                    message, sizes = call(partial(steps.relay, number), inputs, [tf.uint8, sizes_type(stage)])
+                message = steps.named(tf.ensure_shape(message, [None]), stage.name)
                 sizes = tf.ensure_shape(sizes, [steps.size])
-                message = steps.named(message, stage)
-                received, came = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
-                if relay is not None:
-                    message, sizes = call(relay, [received, came, use, bits, *shapes], [tf.uint8, tf.int32])
-                    message = tf.ensure_shape(message, [None])
-            if steps.gathers:
-                received = hvd.allgather(steps.named(message, "gather"), process_set=self.process_set)
+                if stage.collective == "alltoall":
+                    received, sizes = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
+                else:
+                    received = hvd.allgather(message, process_set=self.process_set)
             return call(
-                steps.receive, [received, came, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
+                steps.receive, [received, sizes, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
             )
 
     def _algorithm(self, tensors: list[tf.Tensor]) -> str:

@@ -7,7 +7,7 @@ to the next, so that TensorFlow may run them in any order that the graph allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +16,15 @@ import tensorflow as tf
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, cut
-from hvd_quant.exchange import algorithms, control
-from hvd_quant.exchange.algorithms import Encoded, Work
+from hvd_quant.exchange import control
+from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Stage, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.tensorflow.progress import Progress
 
 _BUCKETS_KEPT = 16  # of a group whose shapes or bits change
-_NO_SIZES = np.zeros(0, np.int32)
 
 Shape = tuple[int, ...]
-Relay = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass
@@ -68,14 +66,8 @@ class Steps:
     def __post_init__(self) -> None:
         self.keys = [f"{self.name}.{i}" for i in range(len(self.dtypes))]
         self._buckets: dict[tuple, FusedBucket] = {}
-        # The alltoalls, each with what makes the next message of what it brings; and whether an allgather
-        # comes after them.
-        self.relays: list[tuple[str, Relay | None]] = {
-            "allgather": [],
-            "scatter_allgather": [("scatter", self.relay)],
-            "hierarchical": [("host", self.relay_host), ("across", self.relay_across), ("pass", None)],
-        }[self.algorithm]
-        self.gathers = self.algorithm != "hierarchical"
+        self._algorithm = ALGORITHMS[self.algorithm]
+        self.stages = self._algorithm.stages
 
     def named(self, message: tf.Tensor, stage: str) -> tf.Tensor:
         """A message with a name, by which Horovod finds the other ranks'.
@@ -91,8 +83,8 @@ class Steps:
             *arrays: the gradients, and how often the group has come, an int64 scalar.
 
         Returns:
-            The message; the sizes of its parts for an alltoall, int32, which add up to its own; and the bits
-            of the step, an int32 scalar.
+            The first stage's message; its sizes, as `_prepared` has them; and the bits of the step, an int32
+            scalar.
         """
         *gradients, use = map(np.asarray, arrays)  # what has no dimensions comes as a NumPy scalar
         bits = self.progress.send(self.name)
@@ -100,84 +92,68 @@ class Steps:
         counts = [gradient.size for gradient in gradients]
         residuals = self.progress.residuals_of(self.keys, counts) if self.error_feedback else ()
         work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
-        if self.algorithm == "hierarchical":
-            message, sizes = algorithms.collect_for_host(work)
-        elif self.algorithm == "scatter_allgather":
-            message, sizes = algorithms.encode_chunks(work)
-        else:
-            message, sizes = algorithms.encode_whole(work), []
+        message, sizes = self._prepared(self.stages[0], work, ())
         with self.progress.lock:
             self.progress.raw_bytes += sum(gradient.nbytes for gradient in gradients) + self.passed_bytes[0]
-            self.progress.wire_bytes += work.encoded_bytes + control.NBYTES * len(gradients)
-            self.progress.wire_bytes += self.passed_bytes[1]
+            self.progress.wire_bytes += control.NBYTES * len(gradients) + self.passed_bytes[1]
             self.progress.messages += 1
-        return message, np.array(sizes, np.int32), np.array(bits, np.int32)
+        return message, sizes, np.array(bits, np.int32)
 
     def relay(
         self,
+        number: int,
         received: np.ndarray,
         sizes: np.ndarray,
         use: np.ndarray,
         bits: np.ndarray,
         *shapes: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode the mean of this rank's chunk.
+        """Prepare another stage.
 
         Args:
-            received: all ranks' messages about it, end to end.
+            number: of the stage.
+            received: what the stage before it has brought of all ranks, end to end.
             sizes: of these.
             use: as `send` had it.
             bits: as `send` returned them.
             *shapes: of the gradients of unknown shape.
 
         Returns:
-            The message about the mean, and no sizes; an empty one, which nobody takes for one, if there is
-            none.
+            The message, and its sizes. An empty one, which nobody takes for one, if there is none.
         """
-        work, parts = self._came(received, sizes, use, bits, shapes)
-        try:
-            return algorithms.encode_mean(work, parts), _NO_SIZES
-        except ValueError:
-            return received[:0], _NO_SIZES
-
-    def relay_host(
-        self, received: np.ndarray, sizes: np.ndarray, use: np.ndarray, bits: np.ndarray, *shapes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode the mean of this rank's chunk of its host's gradients, for its counterparts; as `relay`."""
-        work, parts = self._came(received, sizes, use, bits, shapes)
-        try:
-            message = algorithms.encode_host_mean(work, parts)
-            with self.progress.lock:
-                self.progress.wire_bytes += work.encoded_bytes
-        except ValueError:
-            message = received[:0]
-        return _sized(algorithms.repeat(work, [message], work.bucket.counterparts))
-
-    def relay_across(
-        self, received: np.ndarray, sizes: np.ndarray, use: np.ndarray, bits: np.ndarray, *shapes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pass on to the neighbours what has come from the counterparts; as `relay`."""
-        work, parts = self._came(received, sizes, use, bits, shapes)
-        messages = [parts[rank] for rank in work.bucket.counterparts]
-        return _sized(algorithms.repeat(work, messages, work.bucket.neighbours))
-
-    def _came(
-        self,
-        received: np.ndarray,
-        sizes: np.ndarray,
-        use: np.ndarray,
-        bits: np.ndarray,
-        shapes: Sequence[np.ndarray],
-    ) -> tuple[Work, list[np.ndarray]]:
-        """What an alltoall has brought from each rank, and what to go on with."""
         bucket = self.bucket(self._all_shapes(shapes), int(bits))
         residuals: Sequence[np.ndarray] = ()
         if self.error_feedback:
             residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
-        parts = _split(received, sizes)
-        self._count_received(parts)
+        parts = self._parts(self.stages[number - 1], received, sizes)
         # Of the values themselves only the memory's kind is looked at.
-        return self._work(bucket, [received], use, residuals), parts
+        work = self._work(bucket, [received], use, residuals)
+        try:
+            return self._prepared(self.stages[number], work, parts)
+        except ValueError:
+            return received[:0], np.zeros(self.size, sizes_type(self.stages[number]))
+
+    def _prepared(
+        self, stage: Stage, work: Work, parts: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A stage's message and sizes, -1 for None."""
+        message, sizes = stage.prepare(work, parts)
+        with self.progress.lock:
+            self.progress.wire_bytes += work.encoded_bytes
+        return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
+
+    def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+        """What a stage has brought from each rank."""
+        if stage.collective == "alltoall":  # by Horovod's word
+            ends = np.cumsum(sizes)
+            parts = [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        else:
+            parts = cut(received, [None if size < 0 else size for size in sizes.tolist()])
+        with self.progress.lock:
+            self.progress.received_bytes += sum(
+                part.size for rank, part in enumerate(parts) if rank != self.rank
+            )
+        return parts
 
     def receive(
         self,
@@ -190,8 +166,8 @@ class Steps:
         """Decode the mean over the ranks.
 
         Args:
-            received: all ranks' messages, end to end.
-            sizes: of these, if an alltoall has brought them.
+            received: what the last stage has brought of all ranks, end to end.
+            sizes: of these.
             reduced: the first gradient's control tensor, as it came back.
             bits: as `send` returned them.
             *shapes: of the gradients of unknown shape.
@@ -210,7 +186,7 @@ class Steps:
             self.progress.memory.empty(key, int(np.prod(shape)), np.dtype(_memory(kind))).reshape(shape)
             for key, shape, kind in zip(self.keys, all_shapes, self.types, strict=True)
         ]
-        encoded = self._encoded(bucket, received, sizes)
+        encoded = self._algorithm.encoded(bucket, self._parts(self.stages[-1], received, sizes))
         try:
             for layout, messages in encoded:
                 native.decode_messages(messages, layout, results, factor)
@@ -218,20 +194,6 @@ class Steps:
             raise control.RankMismatchError(self._explain(bucket, encoded)) from error
         self.progress.receive(self.name)
         return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
-
-    def _encoded(self, bucket: FusedBucket, received: np.ndarray, sizes: np.ndarray) -> Encoded:
-        """What is to be decoded of what the last collective has brought."""
-        if self.algorithm == "hierarchical":
-            parts = _split(received, sizes)
-            self._count_received(parts)
-            return algorithms.of_host(bucket, parts)
-        whole = self.algorithm == "allgather"
-        layouts = [bucket.whole] * self.size if whole else list(bucket.chunks)
-        messages = cut(received, [layout.fixed_size for layout in layouts])
-        self._count_received(messages)
-        if whole:
-            return [(bucket.whole, messages)]
-        return [(layout, [message]) for layout, message in zip(layouts, messages, strict=True)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Note a step whose bytes are known beforehand, and were not counted by the others."""
@@ -284,12 +246,6 @@ class Steps:
         rest = iter(unknown)
         return [shape if shape is not None else tuple(next(rest).tolist()) for shape in self.shapes]
 
-    def _count_received(self, messages: Sequence[np.ndarray]) -> None:
-        with self.progress.lock:
-            self.progress.received_bytes += sum(
-                message.size for rank, message in enumerate(messages) if rank != self.rank
-            )
-
     def _what(self) -> str:
         return ", ".join(
             f"{dtype} of shape {shape if shape is not None else 'unknown'}"
@@ -298,10 +254,11 @@ class Steps:
 
     def _explain(self, bucket: FusedBucket, encoded: Encoded) -> str:
         messages = [(layout, message) for layout, messages in encoded for message in messages]
+        gathered = self.stages[-1].collective == "allgather"
         others = [
             str(rank)
             for rank, (layout, message) in enumerate(messages)
-            if self.gathers and message[:PREAMBLE_SIZE].tobytes() != layout.preamble
+            if gathered and message[:PREAMBLE_SIZE].tobytes() != layout.preamble
         ]
         who = f"rank {', '.join(others)} has" if 0 < len(others) < self.size else "some rank has"
         return f"{self.mismatch(who)} Here {bucket.entries[0].scheme} holds."
@@ -314,16 +271,9 @@ class Steps:
         )
 
 
-def _split(received: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """What an alltoall has brought, by ranks."""
-    ends = np.cumsum(sizes)
-    return [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
-def _sized(parts: tuple[np.ndarray, list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """A message and its parts' sizes, for an alltoall."""
-    message, sizes = parts
-    return message, np.array(sizes, np.int32)
+def sizes_type(stage: Stage) -> type[np.integer]:
+    """The type of a message's sizes: Horovod's alltoall wants 32 bits, which an allgather may exceed."""
+    return np.int32 if stage.collective == "alltoall" else np.int64
 
 
 def _values(gradient: np.ndarray) -> np.ndarray:

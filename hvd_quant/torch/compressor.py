@@ -27,7 +27,8 @@ from horovod.torch.compression import Compressor
 
 from hvd_quant.codec import cuda, native, torch_ops
 from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.algorithms import Exchange, Work
+from hvd_quant.exchange.algorithms import Work
+from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.overrides import Overrides
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
@@ -61,7 +62,8 @@ class QuantizedCompressor(Options, Compressor):
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
             rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
-            hosts exchange these means; ``"auto"``, what `hvd_quant.exchange.cost` takes for the quickest.
+            hosts exchange these means; ``"auto"``, the quickest by the model in
+            `hvd_quant.exchange.cost`.
         error_feedback: whether each rank keeps, for every parameter, what quantization has lost of its
             gradients, and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 a value
             of memory, and needs the parameters' names. Schemes in ``overrides`` keep the rounding that they

@@ -16,7 +16,8 @@ from test_message import noise_of
 from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.codec.message import MessageLayout, Segment, cut
-from hvd_quant.exchange.algorithms import Exchange, Work
+from hvd_quant.exchange.algorithms import Work
+from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.in_process import Network
 

@@ -11,7 +11,8 @@ from test_message import layout_of, noise_of
 
 from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import _native, native, torch_ops
-from hvd_quant.exchange.algorithms import ALGORITHMS, Exchange, Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fused import FusedBucket
 from hvd_quant.exchange.in_process import Network
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hvd_quant import QSGD
 from hvd_quant.exchange import cost
+from hvd_quant.exchange.algorithms import ALGORITHMS, quickest
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion
 
 
@@ -186,28 +187,27 @@ SLOW, FAST = (cost.Link(2e-3, bandwidth) for bandwidth in (cost.NETWORK, cost.SH
 
 
 def test_two_ranks_take_the_allgather_and_many_do_not():
-    assert cost.choose(SLOW, 2, 4 << 20, 8 << 20) == "allgather"
+    assert quickest(SLOW, 2, 4 << 20, 8 << 20) == "allgather"
     for ranks in (4, 8, 64):
-        assert cost.choose(SLOW, ranks, 4 << 20, 8 << 20) == "scatter_allgather"
-        assert cost.choose(SLOW, ranks, 1000, 2000) == "allgather"  # latency is all there is
+        assert quickest(SLOW, ranks, 4 << 20, 8 << 20) == "scatter_allgather"
+        assert quickest(SLOW, ranks, 1000, 2000) == "allgather"  # latency is all there is
 
 
 def test_hosts_of_several_ranks_exchange_by_hosts():
     for hosts, each in ((2, 2), (2, 8), (4, 8)):
         link = replace(SLOW, ranks_a_host=each)
-        assert cost.choose(link, hosts * each, 1 << 20, 2 << 20) == "hierarchical"
-    assert cost.choose(replace(SLOW, ranks_a_host=2), 64, 1 << 20, 2 << 20) == "scatter_allgather"
-    assert cost.choose(replace(SLOW, ranks_a_host=2), 4, 1000, 2000) == "allgather"
+        assert quickest(link, hosts * each, 1 << 20, 2 << 20) == "hierarchical"
+    assert quickest(replace(SLOW, ranks_a_host=2), 64, 1 << 20, 2 << 20) == "scatter_allgather"
+    assert quickest(replace(SLOW, ranks_a_host=2), 4, 1000, 2000) == "allgather"
 
 
 @given(ranks=st.integers(1, 64), payload=st.integers(0, 2**40), count=st.integers(0, 2**40))
 def test_the_choice_is_what_the_model_says(ranks, payload, count):
     for link in (SLOW, FAST):
-        choice = cost.choose(link, ranks, payload, count)
+        choice = quickest(link, ranks, payload, count)
         for other in ("allgather", "scatter_allgather"):
-            assert cost.seconds(choice, link, ranks, payload, count) <= cost.seconds(
-                other, link, ranks, payload, count
-            )
+            arguments = link, ranks, payload, count
+            assert ALGORITHMS[choice].seconds(*arguments) <= ALGORITHMS[other].seconds(*arguments)
 
 
 def test_link_from_environment(monkeypatch):

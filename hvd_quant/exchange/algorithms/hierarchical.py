@@ -1,0 +1,95 @@
+"""The ranks of a host average their gradients as they are, and the hosts exchange these means encoded.
+
+Every rank averages, encodes and sends one chunk of its host's, to the ranks in its place on the other hosts,
+and passes on to its neighbours what it receives of these. One rounding, of a host's mean. With h hosts, all
+ranks of a host together receive h - 1 payloads from others, however many they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hvd_quant.codec.message import PREAMBLE_SIZE, cut
+from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work, encode_mean
+from hvd_quant.exchange.cost import SHARED_MEMORY, Link
+from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.exchange.transport import Buffer
+
+
+def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+    """The values of each of the host's chunks as they are, for who averages it, and the parts' sizes."""
+    bucket = work.bucket
+    sizes = [0] * bucket.size
+    for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
+        sizes[neighbour] = PREAMBLE_SIZE + 4 * chunk.count
+    message = work.room("values", sum(sizes), "uint8")
+    end = 0
+    for number, (neighbour, chunk) in enumerate(zip(bucket.neighbours, bucket.host_chunks, strict=True)):
+        part = message[end : end + sizes[neighbour]]
+        work.codec.collect(work.values, chunk, bucket.raw_preamble(number), part, work.residuals)
+        end += sizes[neighbour]
+    return message, sizes
+
+
+def _encode_host_mean(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+    """The message with the mean of what all neighbours have sent about the own chunk of the host's."""
+    bucket = work.bucket
+    number = bucket.own_host_chunk
+    chunk = bucket.host_chunks[number]
+    mean = work.room("mean", chunk.count, "float32")
+    work.codec.average([parts[rank] for rank in bucket.neighbours], bucket.raw_preamble(number), mean)
+    message = encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
+    work.encoded_bytes = len(message) * len(bucket.neighbours)
+    return _repeat(work, [message], bucket.counterparts)
+
+
+def _pass_on(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+    """What has come from the counterparts, for the neighbours."""
+    bucket = work.bucket
+    return _repeat(work, [parts[rank] for rank in bucket.counterparts], bucket.neighbours)
+
+
+def _repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tuple[Buffer, list[int]]:
+    """Messages end to end, once for each of some ranks, and the parts' sizes."""
+    size = sum(map(len, messages))
+    sizes = [size if rank in ranks else 0 for rank in range(work.bucket.size)]
+    out = work.codec.empty(sum(sizes), "uint8", work.values[0])
+    end = 0
+    for message in list(messages) * len(ranks):
+        out[end : end + len(message)] = message
+        end += len(message)
+    return out, sizes
+
+
+def _encoded(bucket: FusedBucket, parts: Sequence[Buffer]) -> Encoded:
+    """What the neighbours have passed on: for each of the host's chunks, the messages of all hosts."""
+    return [
+        (chunk, cut(parts[neighbour], [chunk.fixed_size] * len(bucket.counterparts)))
+        for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True)
+    ]
+
+
+def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
+    here = link.ranks_a_host
+    hosts = size / here
+    local = (1 - 1 / here) * (4 * count + hosts * payload_bytes)
+    exchanged = link.seconds(3, (hosts - 1) * payload_bytes, (hosts + 1 / here) * count)
+    return exchanged + local / SHARED_MEMORY
+
+
+def _fits(count: int) -> bool:
+    """Values go as float32, and their bytes are counted in 32 bits."""
+    return 4 * count < 2**31
+
+
+HIERARCHICAL = Algorithm(
+    (
+        Stage("host", "alltoall", _collect),
+        Stage("across", "alltoall", _encode_host_mean),
+        Stage("pass", "alltoall", _pass_on),
+    ),
+    _encoded,
+    _seconds,
+    _fits,
+    by_hosts=True,
+)

@@ -1,0 +1,93 @@
+"""Drives an exchange over a transport, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Work
+from hvd_quant.exchange.transport import Buffer, Handle, Transport
+
+
+class Exchange:
+    """An exchange in flight; starts its first collective when made.
+
+    Whatever arrives, it goes through all of its stages, lest another rank waits for ever.
+
+    Args:
+        work: what is exchanged.
+        algorithm: the exchange's name.
+        transport: between the ranks.
+        name: the same on all ranks, and no other exchange's at the same time.
+    """
+
+    def __init__(self, work: Work, algorithm: str, transport: Transport, name: str) -> None:
+        self.work, self.algorithm, self.name = work, algorithm, name
+        self.received_bytes = 0  # from other ranks
+        self._algorithm, self._transport = ALGORITHMS[algorithm], transport
+        self._failure: ValueError | None = None
+        self._encoded: Encoded = []
+        self._stage = 0
+        self._handle: Handle | None = self._start(*self._algorithm.stages[0].prepare(work, ()))
+
+    @property
+    def stages_left(self) -> int:
+        """Collectives to be started."""
+        return 0 if self._handle is None else len(self._algorithm.stages) - self._stage - 1
+
+    def _start(self, message: Buffer, sizes: Sequence[int | None]) -> Handle:
+        stage = self._algorithm.stages[self._stage]
+        name = self.name if len(self._algorithm.stages) == 1 else f"{self.name}.{stage.name}"
+        return getattr(self._transport, stage.collective)(message, sizes, name)
+
+    def _next_stage(self) -> None:
+        parts, rank = self._receive(), self.work.bucket.rank
+        self._stage += 1
+        try:
+            message, sizes = self._algorithm.stages[self._stage].prepare(self.work, parts)
+        except ValueError as error:
+            self._failure = self._failure or error
+            message, sizes = parts[rank][:0], [0] * len(parts)  # nobody takes an empty message for a mean
+        try:
+            self._handle = self._start(message, sizes)
+        except ValueError as error:  # of the transport
+            self._failure = self._failure or error
+
+    def advance(self, *, wait: bool) -> bool:
+        """Take the exchange to its last collective, as far as it gets without waiting, or with.
+
+        Returns:
+            Whether it is there.
+        """
+        while self.stages_left and (wait or self._handle.ready()):
+            self._next_stage()
+        return not self.stages_left
+
+    def _receive(self) -> list[Buffer]:
+        received = self._handle.wait()
+        self._handle = None
+        self.received_bytes += sum(
+            len(part) for rank, part in enumerate(received) if rank != self.work.bucket.rank
+        )
+        return received
+
+    def finish(self, out: Sequence[Buffer], factor: float = 1.0) -> None:
+        """Wait for the end, and write ``factor`` times the ranks' mean. Can be called again.
+
+        Args:
+            out: where to, in the order of the bucket's entries.
+            factor: multiplies the mean.
+
+        Raises:
+            ValueError: some rank has sent something else than was expected.
+        """
+        self.advance(wait=True)
+        if self._handle is not None:
+            self._encoded = self._algorithm.encoded(self.work.bucket, self._receive())
+        if self._failure is not None:
+            raise self._failure
+        for layout, messages in self._encoded:
+            self.work.codec.decode_messages(messages, layout, out, factor)
+
+    def ready(self) -> bool:
+        """Whether `finish` would not wait for another rank."""
+        return self.advance(wait=False) and (self._handle is None or self._handle.ready())
