@@ -18,7 +18,7 @@ from hvd_quant.codec import flat_array, is_tensor, native
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Work, choose
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fused import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
 from hvd_quant.mpi.transport import MpiTransport
 from hvd_quant.schemes import Scheme, check_choice, check_integer

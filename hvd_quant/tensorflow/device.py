@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvd_quant.codec import tf_ops
 from hvd_quant.codec.message import MessageLayout
-from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.tensorflow.steps import Steps, call, once_reduced
 
 

@@ -18,7 +18,7 @@ from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, cut
 from hvd_quant.exchange import control
 from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Stage, Work
-from hvd_quant.exchange.fused import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.tensorflow.progress import Progress
 

@@ -29,7 +29,8 @@ from hvd_quant.codec import cuda, native, torch_ops
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import Work
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
+from hvd_quant.exchange.fusion import Fusion, Group
+from hvd_quant.exchange.layout import Entry, FusedBucket, digest
 from hvd_quant.overrides import Overrides
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schedule import BitSchedule

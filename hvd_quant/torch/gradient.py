@@ -11,7 +11,7 @@ import torch
 from hvd_quant.codec import flat_array
 from hvd_quant.exchange import control
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fused import Entry
+from hvd_quant.exchange.layout import Entry
 from hvd_quant.exchange.transport import Buffer
 
 DTYPES = {

@@ -10,7 +10,7 @@ from test_exchange import entries_of, mean_of
 
 from hvd_quant import NUQSGD, QSGD, decode, encode
 from hvd_quant.codec.noise import shift
-from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.exchange.layout import FusedBucket
 
 KINDS = [QSGD, NUQSGD]
 each_backend = pytest.mark.parametrize("backend", EACH, indirect=True)

@@ -18,8 +18,8 @@ from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.codec.message import MessageLayout, Segment, cut
 from hvd_quant.exchange.algorithms import Work
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.in_process import Network
+from hvd_quant.exchange.layout import Entry, FusedBucket
 
 CODED = ("elias", "huffman")
 STORED, DENSE, SPARSE = range(3)

@@ -13,8 +13,8 @@ from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.exchange.algorithms import ALGORITHMS, Work
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fused import FusedBucket
 from hvd_quant.exchange.in_process import Network
+from hvd_quant.exchange.layout import FusedBucket
 
 KINDS = [QSGD, NUQSGD]
 each_backend = pytest.mark.parametrize("backend", EACH, indirect=True)

@@ -11,8 +11,8 @@ from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import native
 from hvd_quant.exchange.algorithms import ALGORITHMS, Work
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fused import Entry, FusedBucket
 from hvd_quant.exchange.in_process import Network
+from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import Topology
 
 EXCHANGES = sorted(ALGORITHMS)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hvd_quant import QSGD
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import ALGORITHMS, quickest
-from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion
+from hvd_quant.exchange.fusion import Fusion
+from hvd_quant.exchange.layout import Entry, FusedBucket
 
 
 def entry(key, count=100, **fields):

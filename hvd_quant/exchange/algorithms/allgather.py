@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work
 from hvd_quant.exchange.cost import Link
-from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.exchange.transport import Buffer
 
 

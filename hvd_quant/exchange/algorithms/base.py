@@ -15,7 +15,7 @@ import numpy as np
 from hvd_quant.codec.message import MessageLayout
 from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.cost import Link
-from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.exchange.transport import Buffer
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hvd_quant.codec.message import PREAMBLE_SIZE, cut
 from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work, encode_mean
 from hvd_quant.exchange.cost import SHARED_MEMORY, Link
-from hvd_quant.exchange.fused import FusedBucket
+from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.exchange.transport import Buffer
 
 

@@ -1,0 +1,168 @@
+"""Which gradients travel together: fused buckets fit themselves to the order in which gradients come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.topology import Topology
+from hvd_quant.exchange.transport import Buffer
+from hvd_quant.schemes import MAX_BITS, MIN_BITS
+
+_BUCKETS_KEPT = MAX_BITS - MIN_BITS + 1  # of one group of gradients, for schemes that change their bits
+
+
+class Group:
+    """Entries that are to travel together, and those of them that have come.
+
+    Args:
+        name: the same on all ranks, whatever each of them has in the group: so ranks that disagree meet.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entries: dict[str, Entry] = {}
+        self.nbytes = 0  # of the gradients as they are
+        self.arrived: set[str] = set()
+        self.open = False  # more entries may join
+        self.times_sent = 0
+        self._splits = 0
+        self._bucket: FusedBucket | None = None
+        self._buckets: dict[tuple[Entry, ...], FusedBucket] = {}  # of schemes that come and go
+        self._buffers: dict[str, Buffer] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything has come that is expected."""
+        return not self.open and len(self.arrived) == len(self.entries)
+
+    def put(self, entry: Entry) -> None:
+        """Add an entry at the end, or put it in the place of the one with its key."""
+        former = self.entries.get(entry.key)
+        self.nbytes += entry.nbytes - (former.nbytes if former is not None else 0)
+        self.entries[entry.key] = entry
+        self._bucket = None
+
+    def take_out(self, keys: Iterable[str]) -> list[Entry]:
+        """Remove entries."""
+        entries = [self.entries.pop(key) for key in keys]
+        self.nbytes -= sum(entry.nbytes for entry in entries)
+        self._bucket = None
+        return entries
+
+    def split(self) -> Group:
+        """Keep what has arrived, and return a group of the others."""
+        others = Group(f"{self.name}.{self._splits}")
+        self._splits += 1
+        for entry in self.take_out([key for key in self.entries if key not in self.arrived]):
+            others.put(entry)
+        return others
+
+    def bucket(self, size: int, rank: int, seed: object, topology: Topology | None = None) -> FusedBucket:
+        """The fused bucket of the entries."""
+        if self._bucket is None:
+            entries = tuple(self.entries.values())
+            if entries not in self._buckets:
+                if len(self._buckets) == _BUCKETS_KEPT:
+                    self._buckets.clear()
+                self._buckets[entries] = FusedBucket(entries, size, rank, seed, topology, self._buffers)
+            self._bucket = self._buckets[entries]
+        return self._bucket
+
+
+class Fusion:
+    """Assigns gradients to fused buckets as they come.
+
+    Gradients known in advance (`plan`) and those that came in an earlier step have their bucket. Others join
+    the open one, which is closed when it is full. What is sent incomplete, because a result was asked for,
+    is split from then on into what had come and what had not: so buckets fit themselves to the training's
+    habits, in the same way on all ranks, as long as these ask for results after the same gradients have come.
+
+    Args:
+        fusion_bytes: a bucket is full when its gradients have so many bytes.
+    """
+
+    def __init__(self, fusion_bytes: int) -> None:
+        self.fusion_bytes = fusion_bytes
+        self._group_of: dict[str, Group] = {}
+        self._open: dict[str, Group] = {}  # by device
+        self._waiting: dict[str, Group] = {}  # groups of which some have come, by name, in order
+        self._groups = 0
+
+    def plan(self, entries: Sequence[Entry]) -> None:
+        """Lay out gradients that are expected, in the order in which they are expected."""
+        for device in dict.fromkeys(entry.device for entry in entries):
+            group = None
+            for entry in entries:
+                if entry.device != device:
+                    continue
+                if group is None or group.nbytes >= self.fusion_bytes:
+                    group = self._new_group()
+                group.put(entry)
+                self._group_of[entry.key] = group
+
+    def _new_group(self) -> Group:
+        self._groups += 1
+        return Group(str(self._groups - 1))
+
+    def group_of(self, entry: Entry) -> Group:
+        """The group that the entry belongs to: the open one, from now on, if it is new or on a new device.
+
+        An entry that has changed otherwise keeps its place, because changed ones may come in another order on
+        every rank.
+        """
+        group = self._group_of.get(entry.key)
+        if group is not None:
+            known = group.entries[entry.key]
+            if known is entry or known == entry:
+                return group
+            if known.device == entry.device:
+                group.put(entry)
+                return group
+            group.take_out([entry.key])
+        group = self._open.get(entry.device)
+        if group is None:
+            group = self._open[entry.device] = self._new_group()
+            group.open = True
+        group.put(entry)
+        self._group_of[entry.key] = group
+        return group
+
+    def add(self, entry: Entry) -> Group | None:
+        """Note that a gradient has come.
+
+        Returns:
+            The group that is to be sent now, if there is one.
+        """
+        group = self.group_of(entry)
+        group.arrived.add(entry.key)
+        self._waiting[group.name] = group
+        if group.open and group.nbytes >= self.fusion_bytes:
+            self._close(group)
+        return self._take(group) if group.complete else None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some gradients have come and not been sent."""
+        return bool(self._waiting)
+
+    def flush(self) -> list[Group]:
+        """Everything that has come, to be sent now, whether its group is complete or not."""
+        groups = list(self._waiting.values())
+        for group in groups:
+            self._close(group)
+            if not group.complete:
+                others = group.split()
+                self._group_of.update(dict.fromkeys(others.entries, others))
+        return [self._take(group) for group in groups]
+
+    def _close(self, group: Group) -> None:
+        if group.open:
+            group.open = False
+            self._open = {device: other for device, other in self._open.items() if other is not group}
+
+    def _take(self, group: Group) -> Group:
+        group.arrived.clear()
+        group.times_sent += 1
+        del self._waiting[group.name]
+        return group
