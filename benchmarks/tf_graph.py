@@ -34,7 +34,8 @@ import hvd_quant.tensorflow as hq
 from benchmarks.step_time.report import machine, print_table
 from hvd_quant import QSGD
 from hvd_quant.codec import native
-from hvd_quant.exchange import control
+from hvd_quant.reducer import control
+from hvd_quant.reducer.state import TrainingState
 from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.steps import Steps
 
@@ -67,10 +68,9 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
     x = np.random.default_rng(0).standard_normal(count, np.float32)
     out = np.empty_like(x)
     fingerprint, use = 0, np.array(0)
-    came = np.zeros(0, np.int32)  # an allgather does not tell how many bytes each rank has sent
     reduced = np.array(control.values(fingerprint, 0))  # by one rank
     steps = Steps(
-        Progress(scheme),
+        Progress(TrainingState(scheme, 0)),
         "0",
         "gradient",
         ["float32"],
@@ -81,20 +81,19 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
         size=1,
         seed=0,
         fingerprint=fingerprint,
-        error_feedback=False,
     )
 
     def direct() -> list[np.ndarray]:
-        message, _, bits = steps.send(x, use)
-        return steps.receive(message, came, reduced, bits)
+        message, sizes, bits = steps.send(x, use)
+        return steps.receive(message, sizes, reduced, bits)
 
     @tf.function
-    def graph(x: tf.Tensor, use: tf.Tensor, came: tf.Tensor, reduced: tf.Tensor) -> tf.Tensor:
-        types = [tf.uint8, tf.int32, tf.int32]
-        message, _, bits = tf.numpy_function(steps.send, [x, use], types, stateful=False)
-        return tf.numpy_function(steps.receive, [message, came, reduced, bits], [tf.float32], stateful=False)
+    def graph(x: tf.Tensor, use: tf.Tensor, reduced: tf.Tensor) -> tf.Tensor:
+        types = [tf.uint8, tf.int64, tf.int32]
+        message, sizes, bits = tf.numpy_function(steps.send, [x, use], types, stateful=False)
+        return tf.numpy_function(steps.receive, [message, sizes, reduced, bits], [tf.float32], stateful=False)
 
-    tensors = [tf.constant(array) for array in (x, use, came, reduced)]
+    tensors = [tf.constant(array) for array in (x, use, reduced)]
     (decoded,) = direct()
     if not np.array_equal(graph(*tensors)[0], decoded):
         raise RuntimeError("the graph has decoded something else than the same calls on NumPy arrays")

@@ -14,13 +14,17 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 _SECONDS = 60  # Horovod's default
 _LIBRARIES = ("horovod", "hvd_quant", "torch", "tensorflow", "keras", "tf_keras")
 _NAMED_AT_MOST = 5  # of many things in a message
 _THREAD = "hvd_quant stall"
+
+T = TypeVar("T")
 
 logger = logging.getLogger("hvd_quant")
 
@@ -42,25 +46,29 @@ def _integer(variable: str, default: int) -> int:
     return int(number[0]) if number else 0
 
 
-class StallCheck:
+class StallCheck(Generic[T]):
     """Watches operations in flight from a daemon thread, and logs a warning when one has been for too long.
 
     Args:
-        in_flight: what is in flight at the moment, as keys that no later operation has.
-        describe: told those that have been in flight for too long, the lines that say what they are; the
-            first says which rank waits.
+        in_flight: told what is watched, what is in flight at the moment, as keys that no later operation has.
+        describe: told those that have been in flight for too long, and what is watched, the lines that say
+            what they are; the first says which rank waits.
     """
 
     def __init__(
-        self, in_flight: Callable[[], Iterable[Hashable]], describe: Callable[[list[Hashable]], list[str]]
+        self,
+        in_flight: Callable[[list[T]], Iterable[Hashable]],
+        describe: Callable[[list[Hashable], list[T]], list[str]],
     ) -> None:
+        self.watched: weakref.WeakSet[T] = weakref.WeakSet()  # what submits operations
         self._in_flight, self._describe = in_flight, describe
         self._since: dict[Hashable, float] = {}
         self._told: set[Hashable] = set()  # what was in flight when something was said
         self._process = 0  # in which the thread runs: none survives a fork
 
-    def start(self) -> None:
-        """Start watching, unless that has been done, or the user has disabled Horovod's stall check."""
+    def watch(self, one: T) -> None:
+        """Watch what submits operations, unless the user has disabled Horovod's stall check."""
+        self.watched.add(one)
         if self._process == os.getpid() or (seconds := stall_seconds()) is None:
             return
         self._process = os.getpid()
@@ -80,13 +88,13 @@ class StallCheck:
             now: the time, in seconds.
             seconds: that operations may be in flight.
         """
-        self._since = {key: self._since.get(key, now) for key in self._in_flight()}
+        self._since = {key: self._since.get(key, now) for key in self._in_flight(list(self.watched))}
         self._told &= self._since.keys()
         stalled = [key for key, since in self._since.items() if now - since >= seconds]
         if self._told.issuperset(stalled):
             return None
         self._told.update(self._since)
-        first, *lines = self._describe(stalled)
+        first, *lines = self._describe(stalled, list(self.watched))
         return "\n  ".join([f"{first} has waited {seconds:g} s for other ranks.", *lines, *_places()])
 
 

@@ -222,7 +222,7 @@ def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
     import horovod.torch as hvd
 
     from hvd_quant.codec import native
-    from hvd_quant.torch.ranks import Ranks
+    from hvd_quant.reducer.rounds import Rounds
     from hvd_quant.torch.transport import HorovodHandle
 
     spent = dict.fromkeys(("own", "codec", "wire"), 0.0)
@@ -252,7 +252,7 @@ def own_cpu_seconds(library: Horovod | DDP, row: Row, x: torch.Tensor) -> float:
         (hvd, "poll", "wire"),
         (hvd, "synchronize", "wire"),
         (HorovodHandle, "wait", "wire"),
-        (Ranks, "all_announced", "wire"),
+        (Rounds, "all_announced", "wire"),
         (time, "sleep", "wire"),
     ]
     originals = [getattr(owner, name) for owner, name, _ in watched]

@@ -145,3 +145,15 @@ def cut(received: Any, sizes: Sequence[int | None]) -> list[Any]:
     if len(messages) < len(sizes) or start != len(received):
         return [received[:0] for _ in sizes]
     return messages
+
+
+def framed(data: bytes, preamble: bytes = bytes(PREAMBLE_SIZE)) -> np.ndarray:
+    """A message that says its own size, for `cut` to find its end."""
+    size = PREAMBLE_SIZE + SIZE_SIZE + len(data)
+    return np.frombuffer(bytearray(preamble + size.to_bytes(SIZE_SIZE, "little") + data), np.uint8)
+
+
+def unframed(message: np.ndarray) -> tuple[bytes, bytes]:
+    """The data and the preamble of a `framed` message."""
+    text = message.tobytes()
+    return text[PREAMBLE_SIZE + SIZE_SIZE :], text[:PREAMBLE_SIZE]

@@ -91,3 +91,8 @@ class Exchange:
     def ready(self) -> bool:
         """Whether `finish` would not wait for another rank."""
         return self.advance(wait=False) and (self._handle is None or self._handle.ready())
+
+    def abandon(self) -> None:
+        """Let go of the exchange, wherever it is."""
+        if self._handle is not None:
+            self._handle.abandon()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import Topology
@@ -12,8 +13,19 @@ from hvd_quant.schemes import MAX_BITS, MIN_BITS
 _BUCKETS_KEPT = MAX_BITS - MIN_BITS + 1  # of one group of gradients, for schemes that change their bits
 
 
-class Group:
-    """Entries that are to travel together, and those of them that have come.
+class HasEntry(Protocol):
+    """A gradient."""
+
+    @property
+    def entry(self) -> Entry:
+        """Its place in a fused bucket."""
+
+
+T = TypeVar("T", bound=HasEntry)
+
+
+class Group(Generic[T]):
+    """Entries that are to travel together, and the gradients that have come of them.
 
     Args:
         name: the same on all ranks, whatever each of them has in the group: so ranks that disagree meet.
@@ -23,7 +35,7 @@ class Group:
         self.name = name
         self.entries: dict[str, Entry] = {}
         self.nbytes = 0  # of the gradients as they are
-        self.arrived: set[str] = set()
+        self.arrived: dict[str, T] = {}
         self.open = False  # more entries may join
         self.times_sent = 0
         self._splits = 0
@@ -50,9 +62,9 @@ class Group:
         self._bucket = None
         return entries
 
-    def split(self) -> Group:
+    def split(self) -> Group[T]:
         """Keep what has arrived, and return a group of the others."""
-        others = Group(f"{self.name}.{self._splits}")
+        others: Group[T] = Group(f"{self.name}.{self._splits}")
         self._splits += 1
         for entry in self.take_out([key for key in self.entries if key not in self.arrived]):
             others.put(entry)
@@ -70,7 +82,7 @@ class Group:
         return self._bucket
 
 
-class Fusion:
+class Fusion(Generic[T]):
     """Assigns gradients to fused buckets as they come.
 
     Gradients known in advance (`plan`) and those that came in an earlier step have their bucket. Others join
@@ -84,9 +96,9 @@ class Fusion:
 
     def __init__(self, fusion_bytes: int) -> None:
         self.fusion_bytes = fusion_bytes
-        self._group_of: dict[str, Group] = {}
-        self._open: dict[str, Group] = {}  # by device
-        self._waiting: dict[str, Group] = {}  # groups of which some have come, by name, in order
+        self._group_of: dict[str, Group[T]] = {}
+        self._open: dict[str, Group[T]] = {}  # by device
+        self._waiting: dict[str, Group[T]] = {}  # groups of which some have come, by name, in order
         self._groups = 0
 
     def plan(self, entries: Sequence[Entry]) -> None:
@@ -101,11 +113,11 @@ class Fusion:
                 group.put(entry)
                 self._group_of[entry.key] = group
 
-    def _new_group(self) -> Group:
+    def _new_group(self) -> Group[T]:
         self._groups += 1
         return Group(str(self._groups - 1))
 
-    def group_of(self, entry: Entry) -> Group:
+    def group_of(self, entry: Entry) -> Group[T]:
         """The group that the entry belongs to: the open one, from now on, if it is new or on a new device.
 
         An entry that has changed otherwise keeps its place, because changed ones may come in another order on
@@ -128,14 +140,15 @@ class Fusion:
         self._group_of[entry.key] = group
         return group
 
-    def add(self, entry: Entry) -> Group | None:
+    def add(self, gradient: T) -> tuple[Group[T], list[T]] | None:
         """Note that a gradient has come.
 
         Returns:
-            The group that is to be sent now, if there is one.
+            The group that is to be sent now, if there is one, and its gradients in the order of its entries.
         """
+        entry = gradient.entry
         group = self.group_of(entry)
-        group.arrived.add(entry.key)
+        group.arrived[entry.key] = gradient
         self._waiting[group.name] = group
         if group.open and group.nbytes >= self.fusion_bytes:
             self._close(group)
@@ -146,7 +159,7 @@ class Fusion:
         """Whether some gradients have come and not been sent."""
         return bool(self._waiting)
 
-    def flush(self) -> list[Group]:
+    def flush(self) -> list[tuple[Group[T], list[T]]]:
         """Everything that has come, to be sent now, whether its group is complete or not."""
         groups = list(self._waiting.values())
         for group in groups:
@@ -156,13 +169,14 @@ class Fusion:
                 self._group_of.update(dict.fromkeys(others.entries, others))
         return [self._take(group) for group in groups]
 
-    def _close(self, group: Group) -> None:
+    def _close(self, group: Group[T]) -> None:
         if group.open:
             group.open = False
             self._open = {device: other for device, other in self._open.items() if other is not group}
 
-    def _take(self, group: Group) -> Group:
+    def _take(self, group: Group[T]) -> tuple[Group[T], list[T]]:
+        gradients = [group.arrived[key] for key in group.entries]
         group.arrived.clear()
         group.times_sent += 1
         del self._waiting[group.name]
-        return group
+        return group, gradients

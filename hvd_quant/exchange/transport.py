@@ -1,15 +1,15 @@
-"""What the exchanges need from whatever carries bytes between ranks."""
+"""What the exchanges, and the ranks' agreement, need from whatever carries bytes between ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 
 Buffer = Any  # contiguous, one-dimensional, of bytes: a NumPy array, or a tensor on the transport's device
 
 
 class Handle(Protocol):
-    """A collective on its way."""
+    """A collective in flight."""
 
     def ready(self) -> bool:
         """Whether `wait` would return at once. Never blocks."""
@@ -18,8 +18,11 @@ class Handle(Protocol):
         """Wait for the collective and return what each rank has sent, in rank order. To be called once.
 
         Raises:
-            Exception: the transport's own, where a rank has died.
+            Exception: one of the transport's ``errors``, where a rank has died.
         """
+
+    def abandon(self) -> None:
+        """Let go of it: nobody will wait for it, and it may never be over."""
 
 
 class Transport(Protocol):
@@ -46,3 +49,26 @@ class Transport(Protocol):
 
     def alltoall(self, message: Buffer, sizes: Sequence[int], name: str) -> Handle:
         """Send consecutive parts of ``message``, of ``sizes`` bytes, to the ranks in their order."""
+
+
+class CountedTransport(Transport, Protocol):
+    """A transport like Horovod, which counts the operations that a process submits.
+
+    It calls one without a name by that count, so that ranks that have counted differently wait for each other
+    for ever. So whenever user code may run, all ranks must have submitted as many.
+    """
+
+    errors: tuple[type[Exception], ...]  # what it raises where a rank has died, or it has been shut down
+
+    @property
+    def unanswered(self) -> MutableMapping[str, Handle]:
+        """Questions that were asked in vain, by name; of all transports over the same ranks together."""
+
+    def count(self, handle: Handle) -> int:
+        """Operations that this process had submitted with this one."""
+
+    def level(self, others: int, own: int) -> None:
+        """Have this rank's count go up by ``others - own``, if that is positive."""
+
+    def forget_abandoned(self) -> None:
+        """Free the memory of what has been abandoned, and is over by now."""

@@ -21,7 +21,7 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
         f"Importing mpi4py.MPI said: {error}"
     ) from error
 
-from hvd_quant.exchange.control import RankMismatchError
 from hvd_quant.mpi.comm import AVERAGE, QuantizedComm, Request
+from hvd_quant.reducer.mismatch import RankMismatchError
 
 __all__ = ["AVERAGE", "QuantizedComm", "RankMismatchError", "Request"]

@@ -15,12 +15,13 @@ from mpi4py import MPI
 
 from hvd_quant import wire
 from hvd_quant.codec import flat_array, is_tensor, native
-from hvd_quant.exchange import control, cost
+from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import EXCHANGES, Work, choose
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
 from hvd_quant.mpi.transport import MpiTransport
+from hvd_quant.reducer.mismatch import Description, RankMismatchError, differences
 from hvd_quant.schemes import Scheme, check_choice, check_integer
 
 Array = Any  # np.ndarray | torch.Tensor: torch is the caller's to import
@@ -236,7 +237,7 @@ class QuantizedComm:
         }
         described, hosts = zip(*self._comm.allgather((own, host)), strict=True)
         self._topology = Topology(hosts)
-        differences = control.differences(described)
+        found = differences(described)
         if (
             fault is None
             and self.exchange == "hierarchical"
@@ -244,12 +245,12 @@ class QuantizedComm:
             and self._topology.ranks_a_host == 1
         ):
             fault = ValueError(NOT_BY_HOSTS)
-        if differences or fault is not None:
+        if found or fault is not None:
             self._comm.Free()
-        if differences:
-            raise control.RankMismatchError(
+        if found:
+            raise RankMismatchError(
                 "hvd_quant is configured differently on the ranks: "
-                + "; ".join(differences.values())
+                + "; ".join(found.values())
                 + ". Give every rank the same arguments to QuantizedComm, and the same HVD_QUANT_BANDWIDTH."
             ) from fault
         if fault is not None:
@@ -362,7 +363,7 @@ class QuantizedComm:
     # --- one call ---------------------------------------------------------------------------------------
 
     def _exchange(
-        self, values: np.ndarray, out: np.ndarray, factor: int, call: control.Description
+        self, values: np.ndarray, out: np.ndarray, factor: int, call: Description
     ) -> Generator[None, None, None]:
         """Exchange the values of a call and write ``factor`` times their mean; yields while it must wait."""
         number = self._messages
@@ -386,14 +387,14 @@ class QuantizedComm:
             exchange.finish([out], factor)
         except ValueError as error:
             explanation = yield from self._explain(transport, call, error)
-            raise control.RankMismatchError(f"in call {number}, {explanation}") from error
+            raise RankMismatchError(f"in call {number}, {explanation}") from error
         finally:
             self._received_bytes += exchange.received_bytes
             self._wire_bytes += work.encoded_bytes
         self._put_back(bucket)
 
     def _explain(
-        self, transport: MpiTransport, call: control.Description, error: ValueError
+        self, transport: MpiTransport, call: Description, error: ValueError
     ) -> Generator[None, None, str]:
         """Ask all ranks, which have all noticed, what they have called. Patience is limited."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -412,10 +413,10 @@ class QuantizedComm:
                 yield
             answers = handle.wait()
         calls = [json.loads(answer.tobytes()) for answer in answers]
-        if differences := control.differences(calls):
+        if found := differences(calls):
             return (
                 "the ranks' arguments differ: "
-                + "; ".join(differences.values())
+                + "; ".join(found.values())
                 + ". Make the same calls, in the same order, on every rank."
             )
         return f"the ranks' arguments are the same, but not all that they have sent is of use: {error}"

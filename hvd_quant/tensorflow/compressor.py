@@ -2,17 +2,16 @@
 
 Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result; in a
 ``tf.function`` it does so once, when the function is traced. So these two lay out operations: ``compress`` a
-control tensor for Horovod to reduce (see `hvd_quant.exchange.control`), ``decompress`` the exchange of the
+control tensor for Horovod to reduce (see `hvd_quant.reducer.control`), ``decompress`` the exchange of the
 quantized gradient, which runs in every step (`hvd_quant.tensorflow.steps`). Gradients that have been
 compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, travel together.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,17 +19,21 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.compression import Compressor
-from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
 from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
-from hvd_quant.exchange import control, cost
-from hvd_quant.exchange.topology import Topology
-from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
-from hvd_quant.schemes import DQSGD, Scheme, check_integer
-from hvd_quant.tensorflow import device, stall
+from hvd_quant.horovod import HorovodCompressor
+from hvd_quant.reducer import control
+from hvd_quant.reducer.agreement import agree
+from hvd_quant.reducer.mismatch import Description
+from hvd_quant.reducer.options import FUSION_BYTES, Options
+from hvd_quant.reducer.routing import Routing
+from hvd_quant.reducer.state import Residuals, TrainingState
+from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
+from hvd_quant.tensorflow import device, refusals
 from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.stall import check
 from hvd_quant.tensorflow.steps import Steps, call, once_reduced, sizes_type
 
 DTYPES = {
@@ -79,7 +82,7 @@ class Member:
     dtype: tf.DType
 
 
-class QuantizedCompressor(Options, Compressor):
+class QuantizedCompressor(HorovodCompressor, Compressor):
     """The exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
 
     Make it once, outside of what is traced, the same on all ranks. It serves one model: its parts are told
@@ -117,23 +120,16 @@ class QuantizedCompressor(Options, Compressor):
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            scheme,
-            min_numel=min_numel,
-            exchange=exchange,
-            error_feedback=error_feedback,
-            fusion_bytes=fusion_bytes,
-            process_set=process_set,
-            seed=seed,
-        )
-        self._progress = Progress(scheme)
-        stall.watch(self._progress)
-        self._has_begun = False
+        options = Options(scheme, None, min_numel, exchange, error_feedback, fusion_bytes, seed)
+        super().__init__(options, process_set)
+        self._state = TrainingState(scheme, options.seed, Residuals() if error_feedback else None)
+        self._progress = Progress(self._state)
+        check.watch(self._progress)
+        self._router: Routing | None = None  # until all ranks have told where they are
         self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
         self._eager = Trace()
         self._zero: tf.Variable | None = None  # until there is a gradient: the user may set up devices
         self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
-        self._loaded_uses: dict[str, int] = {}
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
@@ -160,7 +156,7 @@ class QuantizedCompressor(Options, Compressor):
         if tensor.dtype not in DTYPES:
             return self._named(trace, tensor), None
         count = tensor.shape.num_elements()
-        if count == 0 or (count is not None and count < self.min_numel):
+        if count == 0 or (count is not None and count < self.options.min_numel):
             self._count_small(trace, count * tensor.dtype.size, count * _SMALL.size)
             return self._named(trace, tf.cast(tensor, _SMALL)), Member(None, 0, tensor.dtype)
 
@@ -172,7 +168,7 @@ class QuantizedCompressor(Options, Compressor):
         index = len(group.tensors)
         fingerprint = control.fingerprint(
             {
-                **self._config(),
+                **self._config(self._router),
                 "name": f"{group.name}.{index}",
                 "shape": str(tensor.shape),
                 "dtype": DTYPES[tensor.dtype],
@@ -238,18 +234,9 @@ class QuantizedCompressor(Options, Compressor):
             over wire bytes. With a schedule of bits also ``bits``, a list of those of each step since the
             compressor was made.
         """
-        progress = self._progress
-        with progress.lock:
-            schedule = {} if progress.schedule is None else {"bits": progress.all_bits()}
-            return {
-                **schedule,
-                "steps": max(self._all_uses().values(), default=0),
-                "messages": progress.messages,
-                "raw_bytes": progress.raw_bytes,
-                "wire_bytes": progress.wire_bytes,
-                "received_bytes": progress.received_bytes,
-                "compression_ratio": progress.raw_bytes / progress.wire_bytes if progress.wire_bytes else 1.0,
-            }
+        with self._progress.lock:
+            self._note_uses()
+            return self._state.stats(in_step=self._progress.in_step)
 
     def reset(self) -> None:
         """Forget the gradients of a step that has failed, but not the noise and the statistics.
@@ -270,12 +257,8 @@ class QuantizedCompressor(Options, Compressor):
             if progress.in_flight:
                 raise RuntimeError("take a compressor's state between steps: gradients are on their way")
             progress.end_step()
-            state: dict[str, Any] = {"seed": self.seed, "uses": self._all_uses()}
-            if progress.schedule is not None:
-                state["schedule"] = progress.schedule.state_dict()
-            if self.error_feedback:
-                state["residuals"] = {key: value.copy() for key, value in progress.residuals.items()}
-            return state
+            self._note_uses()
+            return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken. To be called on every rank, before the first step.
@@ -284,31 +267,13 @@ class QuantizedCompressor(Options, Compressor):
             ValueError: this is no such state.
             RuntimeError: this compressor has been used already.
         """
-        if self._has_begun:
+        if self._router is not None:
             raise RuntimeError("load a compressor's state before its first step")
-        try:
-            seed, uses = state["seed"], dict(state["uses"])
-            check_integer("seed", seed, 0, 2**64 - 1)
-            for name, count in uses.items():
-                check_integer(f"uses of {name}", count, 0, 2**63 - 1)
-            if self.error_feedback:
-                if "residuals" not in state:
-                    raise ValueError("it is of a compressor without error_feedback, and has no residuals")
-                self._progress.load_residuals(state["residuals"])
-            if self._progress.schedule is not None:
-                self._progress.schedule.load_state_dict(state["schedule"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a state of this hvd_quant compressor: {error}") from error
-        self.seed, self._loaded_uses = int(seed), {name: int(count) for name, count in uses.items()}
+        self._state.load_state_dict(state)
+        self.options.seed = self._state.seed
 
     def __hash__(self) -> int:
-        # Horovod's Keras optimizer takes its compressor's hash when it is made, and nothing else that would
-        # tell us of it. Under Keras 3 it never calls compress, and replicas would drift apart in silence.
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_globals.get("__name__") == "horovod._keras" and frame.f_code.co_name == "__init__":
-                _refuse_keras_3(frame.f_locals.get("self"))
-            frame = frame.f_back
+        refusals.refuse_horovods_optimizer_of_keras_3()
         return object.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
@@ -330,17 +295,15 @@ class QuantizedCompressor(Options, Compressor):
     def _count_small(self, trace: Trace, raw_bytes: int, sent_bytes: int) -> None:
         """Note a gradient that is left to Horovod: now, or in every step of what is traced."""
         if trace is self._eager:
-            with self._progress.lock:
-                self._progress.raw_bytes += raw_bytes
-                self._progress.wire_bytes += sent_bytes
+            self._progress.count(raw_bytes, sent_bytes)
         else:
             trace.passed_bytes[0] += raw_bytes
             trace.passed_bytes[1] += sent_bytes
 
     def _check_place(self) -> None:
         if not tf.executing_eagerly():
-            _refuse_xla()
-        elif self.error_feedback or self._progress.schedule is not None:
+            refusals.refuse_xla()
+        elif self.options.error_feedback or self._state.schedule is not None:
             raise RuntimeError(
                 "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
                 "them within a tf.function"
@@ -366,7 +329,7 @@ class QuantizedCompressor(Options, Compressor):
         # every step. And it is to wait for the gradient, as Horovod's allreduce of that would.
         with tf.control_dependencies([tensor]):
             control_tensor = tf.constant(values, tf.float64) + self._zero
-        if self._progress.schedule is not None:
+        if self._state.schedule is not None:
             wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
             square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
             control_tensor = tf.concat([control_tensor[: control.SQUARE], [square]], 0)
@@ -387,8 +350,7 @@ class QuantizedCompressor(Options, Compressor):
             self.process_set.size() if self.process_set.included() else 1,
             (self.seed, self.process_set.ranks),
             group.fingerprints[0],
-            self.error_feedback,
-            self._topology,
+            self._router.topology,
             trace.passed_bytes,
         )
         if trace.last is not None:
@@ -431,27 +393,30 @@ class QuantizedCompressor(Options, Compressor):
     def _algorithm(self, tensors: list[tf.Tensor]) -> str:
         """The exchange's name: a function of what all ranks know when they trace, whenever they do."""
         counts = [tensor.shape.num_elements() for tensor in tensors]
-        if None in counts or self._topology is None:
-            return self.exchange if self.exchange != "auto" else "allgather"
-        scheme = self.scheme.at(self.scheme.max_bits) if isinstance(self.scheme, DQSGD) else self.scheme
+        if None in counts or self._router.topology is None:
+            return self.options.exchange if self.options.exchange != "auto" else "allgather"
+        scheme = self.options.scheme
+        scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
         # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
-        return self._algorithm_for(nbytes, sum(counts), by_hosts=not device.has_gpu())
+        return self._router.algorithm(nbytes, sum(counts), by_hosts=not device.has_gpu())
 
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""
         if name not in self._uses:
-            self._uses[name] = _variable(self._loaded_uses.get(name, 0), tf.int64, "hvd_quant_uses")
+            self._uses[name] = _variable(self._state.uses[name], tf.int64, "hvd_quant_uses")
         return self._uses[name]
 
-    def _all_uses(self) -> dict[str, int]:
-        return {**self._loaded_uses, **{name: int(uses.numpy()) for name, uses in self._uses.items()}}
+    def _note_uses(self) -> None:
+        """Have the state know how often each group has come by now."""
+        for name, uses in self._uses.items():
+            self._state.uses[name] = int(uses.numpy())
 
     # --- agreement between ranks ------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Compare configurations with the other ranks, once."""
-        if self._has_begun:
+        if self._router is not None:
             return
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
@@ -461,23 +426,26 @@ class QuantizedCompressor(Options, Compressor):
                 "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
             )
         host = self._host(hvd, hvd.is_homogeneous())
-        self._link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
+        routing = self._routing(hvd)
         self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope(), self._progress.waiting("the other ranks' first gradients"):
                 told = hvd.allgather_object(
-                    (self._config(), host),
+                    (self._config(routing), host),
                     name="hvd_quant.agreement",
                     process_set=self.process_set,
                 )
-            configs, hosts = zip(*told, strict=True)
-            if any(config != configs[0] for config in configs):
-                raise control.RankMismatchError(control.explain_mismatch(configs, [{}], [[]]))
-            self._locate(Topology(hosts))
-        self._has_begun = True
+            routing.locate(agree(told))
+        self._router = routing
 
-    def _config(self) -> control.Description:
-        return {**super()._config(), "computes on": "GPU" if device.has_gpu() else "CPU"}
+    def _config(self, routing: Routing) -> Description:
+        return {
+            **self.options.describe(),
+            "link": asdict(routing.link),
+            "wire version": wire.VERSION,
+            "compressor": self._number,
+            "computes on": "GPU" if device.has_gpu() else "CPU",
+        }
 
 
 def _variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
@@ -487,38 +455,7 @@ def _variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
         return ResourceVariable(value, trainable=False, dtype=dtype, name=name)
 
 
-def _refuse_xla() -> None:
-    """XLA compiles neither Horovod's operations nor ours; its own message is of little help.
-
-    Raises:
-        RuntimeError: the function that is being traced is to be compiled by XLA.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:  # TensorFlow does not tell what is traced whether it will be compiled
-        function = frame.f_locals.get("self") if frame.f_code.co_filename == _FUNCTION_FILE else None
-        if isinstance(function, Function) and function._jit_compile:
-            raise RuntimeError(
-                "gradients cannot be exchanged in a function that XLA compiles: leave out jit_compile=True "
-                "of the tf.function around it, and pass jit_compile=False to Keras's model.compile()"
-            )
-        frame = frame.f_back
-
-
-_FUNCTION_FILE = Function.__init__.__code__.co_filename
-
-
-def _refuse_keras_3(optimizer: object) -> None:
-    """Raises a RuntimeError if an optimizer is one of Keras 3."""
-    keras = sys.modules.get("keras")
-    if keras is not None and isinstance(optimizer, getattr(keras, "Optimizer", keras.optimizers.Optimizer)):
-        raise RuntimeError(
-            "Horovod's DistributedOptimizer reduces no gradients of Keras 3. Use "
-            "hvd_quant.tensorflow.keras.DistributedOptimizer, which takes the same arguments, or legacy "
-            "Keras: pip install tf_keras, and set TF_USE_LEGACY_KERAS=1"
-        )
-
-
-class QSGDCompressor(QSGDArguments, QuantizedCompressor):
+class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
     """Gradients quantized by QSGD: ``hvd.DistributedGradientTape(tape, compression=QSGDCompressor(bits=4))``.
 
     Args:
@@ -532,7 +469,7 @@ class QSGDCompressor(QSGDArguments, QuantizedCompressor):
     """
 
 
-class NUQSGDCompressor(NUQSGDArguments, QuantizedCompressor):
+class NUQSGDCompressor(QuantizedCompressor, scheme=NUQSGD):
     """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
 
     Args:
@@ -542,7 +479,7 @@ class NUQSGDCompressor(NUQSGDArguments, QuantizedCompressor):
     """
 
 
-class DQSGDCompressor(DQSGDArguments, QuantizedCompressor):
+class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
     """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
 
     A step ends when a gradient comes again. The norm that the next step's bits follow from is that of the

@@ -27,9 +27,9 @@ def can_exchange(steps: Steps) -> bool:
     progress = steps.progress
     return (
         None not in steps.shapes
-        and progress.schedule is None
+        and progress.state.schedule is None
         and progress.scheme_at(0).coding == "packed"
-        and not steps.error_feedback
+        and progress.state.residuals is None
         and steps.algorithm != "hierarchical"
     )
 

@@ -5,40 +5,35 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hvd_quant.schedule import BitSchedule
+from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, Scheme
 from hvd_quant.tensorflow.memory import Memory
 
 
 class Progress:
-    """Statistics, residuals and the schedule of bits. TensorFlow calls it from several threads.
+    """The state of the training, and what is in flight. TensorFlow calls it from several threads.
 
     Args:
-        scheme: what the user asked for.
+        state: of the training.
     """
 
-    def __init__(self, scheme: Scheme | DQSGD) -> None:
+    def __init__(self, state: TrainingState) -> None:
+        self.state = state
         self.lock = threading.RLock()
         self.memory = Memory()  # of the results, by gradient
-        self.residuals: dict[str, np.ndarray] = {}  # of error feedback, flat float32, by gradient
-        self.raw_bytes = self.wire_bytes = self.received_bytes = self.messages = 0
-        self.bits: list[int] = []  # of each step, where there is a schedule
         # What has been sent and not received: groups of gradients, and what was asked; with a number each.
         self.in_flight: dict[str, int] = {}
         self._sent = itertools.count()
-        self._scheme = scheme
-        self.schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
         self._seen: set[str] = set()  # groups that have come in this step
-        self._squares: list[float] = []  # squared norms of the gradients that have come back in this step
 
     def scheme_at(self, bits: int) -> Scheme:
         """The scheme with so many bits; any number where there is no schedule."""
-        return self._scheme.at(bits) if isinstance(self._scheme, DQSGD) else self._scheme
+        scheme = self.state.scheme
+        return scheme.at(bits) if isinstance(scheme, DQSGD) else scheme
 
     def send(self, group: str) -> int:
         """Note that a group is sent; returns the bits of its step, 0 where there is no schedule.
@@ -48,12 +43,12 @@ class Progress:
         """
         with self.lock:
             self.in_flight[f"group {group}"] = next(self._sent)
-            if self.schedule is None:
+            if self.state.schedule is None:
                 return 0
             if group in self._seen:
                 self.end_step()
             self._seen.add(group)
-            return self.schedule.bits
+            return self.state.schedule.bits
 
     def receive(self, group: str) -> None:
         """Note that a group has been received."""
@@ -74,55 +69,54 @@ class Progress:
     def note_square(self, square: float) -> None:
         """Note the squared norm of a gradient that has come back."""
         with self.lock:
-            self._squares.append(square)
+            self.state.note_square(square)
+
+    def count(
+        self, raw_bytes: int = 0, wire_bytes: int = 0, received_bytes: int = 0, messages: int = 0
+    ) -> None:
+        """Add to the statistics."""
+        with self.lock:
+            statistics = self.state.statistics
+            statistics.raw_bytes += raw_bytes
+            statistics.wire_bytes += wire_bytes
+            statistics.received_bytes += received_bytes
+            statistics.messages += messages
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step of the schedule has begun."""
+        return bool(self._seen)
 
     def end_step(self) -> None:
         """The next gradient is of another step, which may have another number of bits."""
         with self.lock:
-            if self.schedule is None or not self._seen:
-                return
-            self.bits.append(self.schedule.bits)
-            self.schedule.advance(*self._squares)
-            self._seen.clear()
-            self._squares.clear()
-
-    def all_bits(self) -> list[int]:
-        """Of each step, the present one included."""
-        return [*self.bits, self.schedule.bits] if self._seen else list(self.bits)
+            if self._seen:
+                self.state.end_step()
+                self._seen.clear()
 
     def forget_step(self) -> None:
         """Leave the present step."""
         with self.lock:
+            self.state.forget_step()
             self._seen.clear()
-            self._squares.clear()
             self.in_flight.clear()
 
-    def residuals_of(self, keys: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]:
-        """What has not been sent yet of these gradients.
+    def residuals_of(self, keys: Sequence[str], counts: Sequence[int]) -> Sequence[np.ndarray]:
+        """What has not been sent yet of these gradients; nothing without error feedback.
 
         Raises:
             ValueError: the ones of these names were of other sizes.
         """
+        residuals = self.state.residuals
+        if residuals is None:
+            return ()
         with self.lock:
             for key, count in zip(keys, counts, strict=True):
-                known = self.residuals.setdefault(key, np.zeros(count, np.float32))
-                if known.size != count:
+                known = residuals.kept.get(key)
+                if known is not None and known.size != count:
                     raise ValueError(
                         f"error_feedback=True has kept {known.size} values of gradient {key}, which has "
                         f"{count} now. One compressor serves one model, and one set of trained "
                         "variables: make another one for another."
                     )
-            return [self.residuals[key] for key in keys]
-
-    def load_residuals(self, residuals: Mapping[str, Any]) -> None:
-        """Take over those of a state.
-
-        Raises:
-            ValueError: they are not finite.
-        """
-        loaded = {key: np.array(value, np.float32).reshape(-1) for key, value in residuals.items()}
-        for key, value in loaded.items():
-            if not np.isfinite(value).all():
-                raise ValueError(f"what it has for gradient {key} is not finite")
-        with self.lock:
-            self.residuals = loaded
+            return [residuals.of(key, count, None) for key, count in zip(keys, counts, strict=True)]

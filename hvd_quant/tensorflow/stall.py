@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable
 
 import horovod.tensorflow as hvd
@@ -10,23 +9,15 @@ import horovod.tensorflow as hvd
 from hvd_quant.stall import StallCheck, enumeration
 from hvd_quant.tensorflow.progress import Progress
 
-_watched: weakref.WeakSet[Progress] = weakref.WeakSet()
 
-
-def watch(progress: Progress) -> None:
-    """Have a warning logged where a compressor waits for other ranks."""
-    _watched.add(progress)
-    _check.start()
-
-
-def in_flight() -> list[Hashable]:
+def in_flight(watched: list[Progress]) -> list[Hashable]:
     """What has been sent and not received: the compressor's number, what it is, and how much came before."""
     if not hvd.is_initialized():
         return []
-    return [(id(one), what, number) for one in list(_watched) for what, number in list(one.in_flight.items())]
+    return [(id(one), what, number) for one in watched for what, number in list(one.in_flight.items())]
 
 
-def describe(keys: list[Hashable]) -> list[str]:
+def describe(keys: list[Hashable], watched: list[Progress]) -> list[str]:
     """The lines that say what these are."""
     waited_for = enumeration(dict.fromkeys(what for _, what, _ in keys))
     return [
@@ -35,4 +26,4 @@ def describe(keys: list[Hashable]) -> list[str]:
     ]
 
 
-_check = StallCheck(in_flight, describe)
+check: StallCheck[Progress] = StallCheck(in_flight, describe)

@@ -16,10 +16,11 @@ import tensorflow as tf
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, cut
-from hvd_quant.exchange import control
 from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Stage, Work
 from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import Topology
+from hvd_quant.reducer import control
+from hvd_quant.reducer.mismatch import RankMismatchError
 from hvd_quant.tensorflow.progress import Progress
 
 _BUCKETS_KEPT = 16  # of a group whose shapes or bits change
@@ -42,7 +43,6 @@ class Steps:
         rank, size: of the process set.
         seed: of the noise; anything that JSON can hold.
         fingerprint: of the first gradient's control tensor.
-        error_feedback: whether what is lost is kept.
         topology: where the ranks are.
         passed_bytes: of gradients that Horovod reduces uncompressed in the same step, as they are and as
             they are sent.
@@ -59,7 +59,6 @@ class Steps:
     size: int
     seed: object
     fingerprint: int
-    error_feedback: bool
     topology: Topology | None = None
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
 
@@ -90,13 +89,11 @@ class Steps:
         bits = self.progress.send(self.name)
         bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
-        residuals = self.progress.residuals_of(self.keys, counts) if self.error_feedback else ()
+        residuals = self.progress.residuals_of(self.keys, counts)
         work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
         message, sizes = self._prepared(self.stages[0], work, ())
-        with self.progress.lock:
-            self.progress.raw_bytes += sum(gradient.nbytes for gradient in gradients) + self.passed_bytes[0]
-            self.progress.wire_bytes += control.NBYTES * len(gradients) + self.passed_bytes[1]
-            self.progress.messages += 1
+        raw_bytes = sum(gradient.nbytes for gradient in gradients)
+        self._count_sent(raw_bytes, 0)
         return message, sizes, np.array(bits, np.int32)
 
     def relay(
@@ -122,9 +119,7 @@ class Steps:
             The message, and its sizes. An empty one, which nobody takes for one, if there is none.
         """
         bucket = self.bucket(self._all_shapes(shapes), int(bits))
-        residuals: Sequence[np.ndarray] = ()
-        if self.error_feedback:
-            residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
+        residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
         parts = self._parts(self.stages[number - 1], received, sizes)
         # Of the values themselves only the memory's kind is looked at.
         work = self._work(bucket, [received], use, residuals)
@@ -138,8 +133,7 @@ class Steps:
     ) -> tuple[np.ndarray, np.ndarray]:
         """A stage's message and sizes, -1 for None."""
         message, sizes = stage.prepare(work, parts)
-        with self.progress.lock:
-            self.progress.wire_bytes += work.encoded_bytes
+        self.progress.count(wire_bytes=work.encoded_bytes)
         return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
 
     def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
@@ -149,10 +143,8 @@ class Steps:
             parts = [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
         else:
             parts = cut(received, [None if size < 0 else size for size in sizes.tolist()])
-        with self.progress.lock:
-            self.progress.received_bytes += sum(
-                part.size for rank, part in enumerate(parts) if rank != self.rank
-            )
+        received_bytes = sum(part.size for rank, part in enumerate(parts) if rank != self.rank)
+        self.progress.count(received_bytes=received_bytes)
         return parts
 
     def receive(
@@ -191,17 +183,20 @@ class Steps:
             for layout, messages in encoded:
                 native.decode_messages(messages, layout, results, factor)
         except ValueError as error:
-            raise control.RankMismatchError(self._explain(bucket, encoded)) from error
+            raise RankMismatchError(self._explain(bucket, encoded)) from error
         self.progress.receive(self.name)
         return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Note a step whose bytes are known beforehand, and were not counted by the others."""
-        with self.progress.lock:
-            self.progress.raw_bytes += raw_bytes + self.passed_bytes[0]
-            self.progress.wire_bytes += encoded_bytes + control.NBYTES * len(self.keys) + self.passed_bytes[1]
-            self.progress.received_bytes += received_bytes
-            self.progress.messages += 1
+        self._count_sent(raw_bytes, encoded_bytes)
+        self.progress.count(received_bytes=received_bytes)
+
+    def _count_sent(self, raw_bytes: int, encoded_bytes: int) -> None:
+        """Note what a step sends, with what Horovod reduces beside it."""
+        raw, sent = self.passed_bytes
+        encoded_bytes += control.NBYTES * len(self.keys)
+        self.progress.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
 
     def check(self, reduced: np.ndarray, fingerprint: int) -> float:
         """The factor of a reduced control tensor; notes the squared norm in it.
@@ -212,11 +207,11 @@ class Steps:
         try:
             factor = control.check(reduced[: control.SQUARE].tolist(), fingerprint, self.size)
         except control.FingerprintMismatch:
-            raise control.RankMismatchError(
+            raise RankMismatchError(
                 f"the ranks have different gradients at place {self.name}: on this rank {self._what()}. "
                 "Every rank must build the same model, in the same order."
             ) from None
-        if self.progress.schedule is not None:
+        if self.progress.state.schedule is not None:
             self.progress.note_square(float(reduced[control.SQUARE]) / factor)
         return factor
 

@@ -1,18 +1,20 @@
-"""A gradient as the compressor keeps it, from step to step and while it is on its way."""
+"""Gradients as torch tensors: how the codecs read and write them, and what is kept of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from hvd_quant.codec import flat_array
-from hvd_quant.exchange import control
-from hvd_quant.exchange.driver import Exchange
+from hvd_quant.codec import flat_array, native, torch_ops
 from hvd_quant.exchange.layout import Entry
 from hvd_quant.exchange.transport import Buffer
+from hvd_quant.reducer import control
+from hvd_quant.reducer.gradient import Gradient
+from hvd_quant.reducer.mismatch import Description
+from hvd_quant.reducer.state import Residuals
 
 DTYPES = {
     torch.float32: "float32",
@@ -22,42 +24,35 @@ DTYPES = {
 }
 
 
-@dataclass(slots=True)
-class Known:
-    """What stays the same about a gradient from step to step.
+class TorchControl(control.Control):
+    """A control tensor that Horovod reduces.
 
-    It is called by its parameter's name, or by its place in the order of arrival.
+    Args:
+        fingerprint: of the rank's configuration and of the gradient.
+        rank: this one.
+        device: of the gradient.
     """
 
-    key: str
-    named: bool
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    entry: Entry
-    description: control.Description
-    fingerprint: int
-    control: torch.Tensor  # what Horovod is to reduce
-    values: np.ndarray  # of the control tensor
-    memory: np.ndarray | None = None  # of the control tensor on a CPU, which Horovod overwrites
-    reduced: list[float] | None = None  # the control tensor as it came back last, but for the squared norm
-    factor: float = 1.0  # in it
+    __slots__ = ("_memory", "_tensor", "_values")
 
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a gradient is what it was last time."""
-        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
+    def __init__(self, fingerprint: int, rank: int, device: torch.device) -> None:
+        super().__init__(fingerprint)
+        self._values = np.array(control.values(fingerprint, rank))
+        memory = self._values.copy()
+        self._tensor = torch.from_numpy(memory).to(device, non_blocking=True)
+        self._memory = memory if device.type == "cpu" else None  # which Horovod overwrites
 
-    def fresh_control(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        """The control tensor, as it was before Horovod reduced it.
+    def fresh(self, gradient: torch.Tensor | None) -> torch.Tensor:
+        """The tensor, as it was before Horovod reduced it.
 
         Args:
             gradient: whose squared norm is to be in it, if any. On a GPU nothing waits for that.
         """
-        if self.memory is None:
-            fresh = self.control.clone()
+        if self._memory is None:
+            fresh = self._tensor.clone()
         else:
-            self.memory[:] = self.values
-            fresh = self.control
+            self._memory[:] = self._values
+            fresh = self._tensor
         if gradient is not None:
             wide = torch.promote_types(gradient.dtype, torch.float32)  # squares of halves overflow
             norm = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
@@ -65,42 +60,111 @@ class Known:
         return fresh
 
 
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A gradient on its way, from ``compress`` to ``decompress``."""
+class TorchGradient(Gradient):
+    """A gradient, in memory of torch's.
 
-    known: Known
-    gradient: torch.Tensor | None
-    stream: torch.cuda.Stream | None = None  # that has written it, on a GPU
-    use: int = 0  # how often the gradient has been exchanged before
-    in_place: bool = False  # whether the mean is to overwrite the gradient
-    result: torch.Tensor | None = None
-    shipment: Shipment | None = None
-    abandoned: bool = False
+    Args:
+        tensor: as it came first.
+        entry, named, description, control: see `Gradient`.
+    """
+
+    __slots__ = ("_in_place", "_result", "_tensor", "kind", "stream")
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        entry: Entry,
+        named: bool,
+        description: Description,
+        control: TorchControl,
+    ) -> None:
+        super().__init__(entry, named, description, control)
+        self.kind = (tensor.shape, tensor.dtype, tensor.device)
+        self._tensor: torch.Tensor | None = None  # while it is in flight
+        self.stream: torch.cuda.Stream | None = None  # that has written it, on a GPU
+        self._in_place = False  # whether the mean is to overwrite the gradient
+        self._result: torch.Tensor | None = None
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a gradient is what it was last time."""
+        shape, dtype, device = self.kind
+        return tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Take this step's values, which are read when they are sent."""
+        self._tensor = tensor
+        self.stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+    @property
+    def codec(self) -> Any:  # type: ignore[override]
+        """For the gradient's device."""
+        return native if self.kind[2].type == "cpu" else torch_ops
+
+    @classmethod
+    def before_reading(cls, gradients: Sequence[TorchGradient]) -> None:  # type: ignore[override]
+        """Have the current stream wait for what gradients come from: autograd may use several streams."""
+        if gradients[0].stream is None:
+            return
+        current = torch.cuda.current_stream(gradients[0]._tensor.device)
+        others = [gradient for gradient in gradients if gradient.stream != current]
+        for stream in {gradient.stream for gradient in others}:
+            current.wait_stream(stream)
+        for gradient in others:  # whose memory is not to be given out again before it has been read here
+            gradient._tensor.record_stream(current)
+
+    def values(self) -> Buffer:
+        """See `Gradient`."""
+        plain = is_plain(self._tensor)
+        # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the caller's.
+        self._in_place = self.named and plain
+        return values_of(self._tensor, plain)
+
+    def out(self, values: Buffer) -> Buffer:
+        """See `Gradient`."""
+        if self._in_place:
+            self._result = self._tensor
+            return values
+        self._result = torch.empty_like(self._tensor, memory_format=torch.contiguous_format)
+        return values_of(self._result, plain=True)
+
+    def scratch(self) -> torch.Tensor:
+        """See `Gradient`."""
+        shape, dtype, device = self.kind
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def buffer_of(self, scratch: torch.Tensor) -> Buffer:
+        """See `Gradient`."""
+        return values_of(scratch, plain=True)
+
+    def replace_result(self, scratch: torch.Tensor) -> None:
+        """See `Gradient`."""
+        self._result.copy_(scratch)
 
     def release(self) -> torch.Tensor | None:
         """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
-        result, self.result, self.gradient, self.shipment = self.result, None, None, None
+        result, self._result, self._tensor, self.stream = self._result, None, None, None
         return result
 
 
-@dataclass(slots=True)
-class Shipment:
-    """Gradients that travel together."""
+class TorchResiduals(Residuals):
+    """Residuals in tensors, on the gradients' devices."""
 
-    exchange: Exchange
-    members: list[Pending]
-    factor: float | None = None  # that the results have been multiplied by, once they are there
+    def of(self, key: str, count: int, like: Buffer) -> Buffer:
+        """See `Residuals`."""
+        return values_of(super().of(key, count, like), plain=True)
+
+    def _zeros(self, count: int, like: Buffer) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.float32, device=_device(like))
+
+    def _beside(self, residual: torch.Tensor, like: Buffer) -> torch.Tensor:
+        return residual.to(_device(like))
+
+    def _flat_copy(self, residual: Any) -> torch.Tensor:
+        return torch.as_tensor(residual, dtype=torch.float32).detach().flatten().clone()
 
 
-def wait_for_streams(members: Sequence[Pending]) -> None:
-    """Have the current stream wait for what gradients come from: autograd may use several streams."""
-    current = torch.cuda.current_stream(members[0].gradient.device)
-    others = [member for member in members if member.stream != current]
-    for stream in {member.stream for member in others}:
-        current.wait_stream(stream)
-    for member in others:  # whose memory is not to be given out again before it has been read here
-        member.gradient.record_stream(current)
+def _device(buffer: Buffer) -> torch.device | str:
+    return "cpu" if isinstance(buffer, np.ndarray) else buffer.device
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -67,6 +67,20 @@ class ParameterNames:
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
         """The pairs, in their order."""
         return list(zip(self._names, self._parameters, strict=True))
+
+    def check_sizes(self, residuals: Mapping[str, torch.Tensor]) -> None:
+        """Check that residuals of a state fit the parameters.
+
+        Raises:
+            ValueError: some do not.
+        """
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        for name, residual in residuals.items():
+            if sizes.get(name) != residual.numel():
+                raise ValueError(
+                    f"the state has residuals of {residual.numel()} values for parameter {name!r}, which has "
+                    f"{sizes.get(name, 0)}"
+                )
 
     def watch(self) -> None:
         """Note which gradient autograd has just computed; Horovod's own hook runs right after ours."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -15,48 +14,62 @@ from horovod.torch import mpi_ops
 from hvd_quant.codec.message import cut
 from hvd_quant.exchange.transport import Buffer
 
-POLL_SECONDS = 1e-3  # between two looks at what is waited for, as in Horovod itself
 
-
-class Collective:
-    """An operation of Horovod's on its way.
+class HorovodHandle:
+    """An operation of Horovod's in flight; see `hvd_quant.exchange.transport.Handle`.
 
     After ``hvd.shutdown()`` and ``hvd.init()`` Horovod numbers its operations from 1 again, so that one from
     before is over for good: its number may be another's.
 
     Args:
-        handle: Horovod's number of it, just received.
+        number: Horovod's number of it, just received.
+        unpack: makes what each rank has sent of what it has brought.
     """
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
+    def __init__(self, number: int, unpack: Callable[[Any], list[Buffer]]) -> None:
+        self._number, self._unpack = number, unpack
         self._era = mpi_ops._handle_map  # another one after every hvd.init()
 
     @property
-    def handle(self) -> int | None:
+    def number(self) -> int | None:
         """Horovod's number of it; None after another ``hvd.init()``."""
-        return None if self.lost else self._handle
+        return None if self.lost else self._number
 
     @property
     def lost(self) -> bool:
         """Whether Horovod has been initialised since."""
         return self._era is not mpi_ops._handle_map
 
-    def poll(self) -> bool:
-        """Whether it is over, so that `fetch` does not wait."""
-        return self.lost or hvd.poll(self._handle)
+    def ready(self) -> bool:
+        """See `hvd_quant.exchange.transport.Handle`."""
+        return self.lost or hvd.poll(self._number)
 
-    def fetch(self) -> Any:
-        """What it has brought; to be called once.
+    def wait(self) -> list[Buffer]:
+        """See `hvd_quant.exchange.transport.Handle`.
 
         Raises:
             HorovodInternalError: it has failed, or Horovod has been shut down.
         """
         if self.lost:
             raise hvd.HorovodInternalError(
-                "hvd.shutdown() was called while quantized gradients were on their way"
+                "hvd.shutdown() was called while quantized gradients were in flight"
             )
-        return hvd.synchronize(self._handle)
+        return self._unpack(hvd.synchronize(self._number))
+
+    def abandon(self) -> None:
+        """See `hvd_quant.exchange.transport.Handle`."""
+        _abandoned.append(self)
+
+
+_abandoned: list[HorovodHandle] = []  # nobody waits for them, and some may never be over
+# Questions that were asked in vain, by process set. They are not a compressor's own: its number may be what
+# differs.
+_unanswered: dict[int | None, dict[str, HorovodHandle]] = {}
+
+
+def abandoned_numbers() -> set[int | None]:
+    """Horovod's numbers of what nobody waits for."""
+    return {handle.number for handle in list(_abandoned)}
 
 
 class _NoProcessSet:
@@ -78,81 +91,55 @@ def submit_as_many(others: int, own: int) -> None:
             hvd.barrier(process_set=_NoProcessSet)
 
 
-_abandoned: list[Collective] = []  # nobody waits for them, and some may never be over
-
-
-def abandon(collective: Collective) -> None:
-    """Let go of a collective."""
-    _abandoned.append(collective)
-
-
-def abandoned_handles() -> set[int | None]:
-    """Horovod's numbers of what nobody waits for."""
-    return {collective.handle for collective in list(_abandoned)}
-
-
-def forget_abandoned() -> None:
-    """Have Horovod forget those that are over by now: until then it keeps their tensors."""
-    collectives, _abandoned[:] = _abandoned[:], []
-    for collective in collectives:
-        with contextlib.suppress(hvd.HorovodInternalError, ValueError):  # ValueError after hvd.shutdown
-            if collective.poll():
-                collective.fetch()
-            else:
-                _abandoned.append(collective)
-
-
-class HorovodHandle:
-    """See `hvd_quant.exchange.transport.Handle`."""
-
-    def __init__(
-        self, transport: HorovodTransport, handle: int, unpack: Callable[[Any], list[Buffer]]
-    ) -> None:
-        self._transport, self._collective, self._unpack = transport, Collective(handle), unpack
-        transport.underway.add(self._collective)
-
-    def ready(self) -> bool:
-        """See `hvd_quant.exchange.transport.Handle`."""
-        return self._collective.poll()
-
-    def wait(self) -> list[Buffer]:
-        """See `hvd_quant.exchange.transport.Handle`."""
-        while not self.ready():
-            self._transport.while_waiting()
-            time.sleep(POLL_SECONDS)
-        self._transport.underway.discard(self._collective)
-        return self._unpack(self._collective.fetch())
-
-
 class HorovodTransport:
-    """See `hvd_quant.exchange.transport.Transport`. Buffers are NumPy arrays, or tensors on a GPU.
+    """See `hvd_quant.exchange.transport.CountedTransport`. Buffers are NumPy arrays, or tensors on a GPU.
 
     Args:
         process_set: the ranks that take part.
-        while_waiting: called again and again while a collective is waited for; may raise an exception.
     """
 
-    def __init__(self, process_set: hvd.ProcessSet, while_waiting: Callable[[], object]) -> None:
-        self._process_set, self.while_waiting = process_set, while_waiting
+    errors = (hvd.HorovodInternalError, ValueError)  # ValueError after hvd.shutdown()
+
+    def __init__(self, process_set: hvd.ProcessSet) -> None:
+        self._process_set = process_set
         self.rank, self.size = process_set.rank(), process_set.size()
-        self.underway: set[Collective] = set()
 
     def allgather(self, message: Buffer, sizes: Sequence[int | None], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""
-        handle = hvd.allgather_async(_tensor(message), name, self._process_set)
-        return HorovodHandle(self, handle, lambda out: _split(out, sizes))
+        number = hvd.allgather_async(_tensor(message), name, self._process_set)
+        return HorovodHandle(number, lambda out: _split(out, sizes))
 
     def alltoall(self, message: Buffer, sizes: Sequence[int], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""
         splits = torch.tensor(sizes, dtype=torch.int32)
-        handle = hvd.alltoall_async(_tensor(message), splits, name, self._process_set)
-        return HorovodHandle(self, handle, lambda out: _split(out[0], out[1].tolist()))
+        number = hvd.alltoall_async(_tensor(message), splits, name, self._process_set)
+        return HorovodHandle(number, lambda out: _split(out[0], out[1].tolist()))
 
-    def abandon(self) -> None:
-        """Let go of everything that is under way."""
-        for collective in self.underway:
-            abandon(collective)
-        self.underway.clear()
+    @property
+    def unanswered(self) -> MutableMapping[str, HorovodHandle]:
+        """See `hvd_quant.exchange.transport.CountedTransport`."""
+        questions = _unanswered.setdefault(self._process_set.process_set_id, {})
+        for name in [name for name, handle in questions.items() if handle.lost]:
+            del questions[name]
+        return questions
+
+    def count(self, handle: HorovodHandle) -> int:
+        """See `hvd_quant.exchange.transport.CountedTransport`."""
+        return handle.number or 0
+
+    def level(self, others: int, own: int) -> None:
+        """See `hvd_quant.exchange.transport.CountedTransport`."""
+        submit_as_many(others, own)
+
+    def forget_abandoned(self) -> None:
+        """See `hvd_quant.exchange.transport.CountedTransport`: until then Horovod keeps their tensors."""
+        handles, _abandoned[:] = _abandoned[:], []
+        for handle in handles:
+            with contextlib.suppress(*self.errors):
+                if handle.ready():
+                    handle.wait()
+                else:
+                    _abandoned.append(handle)
 
 
 def _split(received: torch.Tensor, sizes: Sequence[int | None]) -> list[Buffer]:

@@ -78,7 +78,7 @@ def check_only_the_last_rank_differs():
 
 @pytest.mark.ranks_differ
 def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()  # on every rank: they are numbered
     compression = first_and_rest(hvd.Compression.fp16, compressor)
@@ -87,7 +87,7 @@ def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
 
 
 def check_other_number_of_compressors(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 5.0)
     if hvd.rank() == 0:
         extra = hq.QSGDCompressor()
     model = mlp()
@@ -179,7 +179,7 @@ def check_reset_while_a_gradient_is_on_its_way():
 
 @pytest.mark.ranks_differ
 def check_reset_on_one_rank_only(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 5.0)
     compressor = hq.QSGDCompressor()
     hvd.allreduce(own_randn(5000), compression=compressor, name="before")
     if hvd.rank() == 0:
@@ -198,7 +198,7 @@ def check_reset_on_one_rank_only(monkeypatch):
 @pytest.mark.parametrize("named", [True, False])
 def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, named, monkeypatch):
     """They get an error, do not wait for what it will not send, and do not use a mean that it does not."""
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
     model = mlp()
     compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=fusion_bytes)
     optimizer = (optimizer_of if named else stock_optimizer_of)(model, compressor)
@@ -223,7 +223,7 @@ def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, name
 @pytest.mark.ranks_differ
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def check_a_rank_that_waited_in_vain_leaves_a_step_that_others_finish(exchange, monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor(exchange=exchange, min_numel=0, fusion_bytes=0)
     optimizer = optimizer_of(model, compressor)
@@ -232,8 +232,8 @@ def check_a_rank_that_waited_in_vain_leaves_a_step_that_others_finish(exchange, 
     backward(model)
     if hvd.rank() == 0:
         # Until the others agree with what it has told: now they wait for what it will not send.
-        ranks = compressor._ranks
-        while ranks.proposed and not ranks._proposal.poll():
+        agreement = compressor._reducer.agreement
+        while agreement.proposed and not agreement._proposal.ready():
             time.sleep(0.01)
     else:
         assert "rank 0 left this step" in str(error_of(optimizer.step))
@@ -342,7 +342,7 @@ def check_two_stock_optimizers_and_one_compressor(exchange):
 
 def check_a_rank_that_is_late_and_differs(monkeypatch):
     """The others have waited for it in vain, and gone on."""
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 3.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 3.0)
     model = mlp()
     optimizer = optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8)))
     if hvd.rank() == 0:
@@ -353,7 +353,7 @@ def check_a_rank_that_is_late_and_differs(monkeypatch):
 
 def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient(monkeypatch):
     """What these have handed to Horovod must not stay there and be taken for a later step's."""
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
 
     def make(bits):
         torch.manual_seed(1)
@@ -383,7 +383,7 @@ def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient
 
 
 def check_a_rank_that_is_late(monkeypatch):
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()
     optimizer = optimizer_of(model, compressor)
@@ -441,7 +441,7 @@ def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkey
 
     It must be in the first two steps, in which everything is sent when a result is asked for.
     """
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
     compressors = [hq.QSGDCompressor(fusion_bytes=0) for _ in range(2)]
     for order in ([0, 1], [0, 1], first_and_rest([0, 1], [1, 0]), first_and_rest([0, 1], [1, 0])):
         sent = []
@@ -457,7 +457,7 @@ def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkey
 
 def check_a_question_asked_in_vain_does_not_spoil_the_next_error(monkeypatch):
     """Of another compressor, as after giving up the first."""
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
     for late in (True, False, False):
         compressor = hq.QSGDCompressor()
         control, context = compressor.compress(own_randn(first_and_rest(5000, 6000)))

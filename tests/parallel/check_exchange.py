@@ -21,7 +21,7 @@ from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
 from hvd_quant import QSGD
-from hvd_quant.exchange.algorithms import Exchange
+from hvd_quant.exchange.driver import Exchange
 
 SCHEME = QSGD(bits=8)
 

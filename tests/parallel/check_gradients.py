@@ -397,7 +397,8 @@ def check_nothing_piles_up():
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
-        sizes.append((len(mpi_ops._handle_map), len(compressor._pending), len(compressor._uses)))
+        in_flight = compressor._reducer.in_flight
+        sizes.append((len(mpi_ops._handle_map), len(in_flight), len(compressor._state.uses)))
     assert sizes[2:] == sizes[2:3] * 18
 
 
@@ -418,7 +419,7 @@ def check_reset_after_an_abandoned_step():
                 recover(compressor, optimizer)
             else:
                 optimizer.step()
-        assert not compressor._pending
+        assert not compressor._reducer.in_flight
         assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 

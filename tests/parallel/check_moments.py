@@ -195,7 +195,7 @@ def check_ranks_with_other_gradients(exchange, fusion_bytes, min_numel):
 )
 def check_tensors_that_travel_in_different_ways(first, rest, says, name, before, monkeypatch):
     """One by Horovod, one quantized: Horovod's own error, without waiting in vain, and training goes on."""
-    monkeypatch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 1000.0)  # above the test's own time
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1000.0)  # above the test's own time
     compressor = hq.QSGDCompressor()
     for _ in range(before):
         hvd.allreduce(own_randn(5000), compression=compressor, name=name)
@@ -228,7 +228,7 @@ def check_a_state_that_one_rank_loads(exchange):
     if hvd.rank() == 1:
         compressor.load_state_dict(compressor.state_dict())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvd_quant.torch.ranks.PATIENCE_SECONDS", 3.0)
+        patch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 3.0)
         assert isinstance(error_of(step), hq.RankMismatchError)
     recover(compressor, optimizer)
     for _ in range(3):
@@ -248,6 +248,7 @@ def check_who_waits_says_so():
 
     def watch():
         check = StallCheck(stall.in_flight, stall.describe)
+        check.watched = stall.check.watched
         try:
             while (text := check.look(time.monotonic(), 0.5)) is None:
                 time.sleep(0.1)

@@ -109,6 +109,7 @@ def check_who_waits_says_so():
     step = Mlp().step_function(hq.QSGDCompressor(min_numel=0))
     step(tf.constant(0))
     check = StallCheck(stall.in_flight, stall.describe)
+    check.watched = stall.check.watched
 
     def watch():
         while (text := check.look(time.monotonic(), 0.5)) is None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_quant.exchange import control
+from hvd_quant.reducer import control
 
 fingerprints = st.integers(0, 2**control.FINGERPRINT_BITS - 1)
 

@@ -1,6 +1,7 @@
 """Which gradients travel together, and how they are cut into chunks."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +19,23 @@ def entry(key, count=100, **fields):
     return Entry(key, count, "float32", fields.pop("scheme", QSGD()), **fields)
 
 
+def gradient(one):
+    return SimpleNamespace(entry=one)
+
+
+def keys(ready):
+    group, gradients = ready
+    assert list(group.entries) == [gradient.entry.key for gradient in gradients]
+    return list(group.entries)
+
+
 def add(fusion, one):
-    group = fusion.add(one)
-    return [list(group.entries)] if group is not None else []
+    ready = fusion.add(gradient(one))
+    return [keys(ready)] if ready is not None else []
 
 
 def flush(fusion):
-    return [list(group.entries) for group in fusion.flush()]
+    return [keys(ready) for ready in fusion.flush()]
 
 
 def test_planned_buckets_are_sent_with_their_last_gradient_in_any_order():
@@ -89,8 +100,8 @@ def test_names_of_buckets_do_not_depend_on_what_has_come():
         fusion.plan([entry(key) for key in "abcd"])
         found = []
         for step in (first, second):
-            groups = [fusion.add(entry(key)) for key in step]
-            found.append([group.name for group in [*filter(None, groups), *fusion.flush()]])
+            ready = [fusion.add(gradient(entry(key))) for key in step]
+            found.append([group.name for group, _ in [*filter(None, ready), *fusion.flush()]])
         return found
 
     assert names("ab", "cd") == names("a", "bcd") == [["0"], ["0.0"]]

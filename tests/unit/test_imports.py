@@ -14,10 +14,11 @@ PACKAGE = Path(hvd_quant.__file__).parent
 FRAMEWORKS = ("torch", "tensorflow", "horovod", "mpi4py", "keras")
 # From the bottom up. What stands on one line may not import from each other, but for the codec's own parts.
 FLOORS = [
-    ["schemes", "schedule", "overrides", "wire", "version", "stall"],
+    ["schemes", "schedule", "wire", "version", "stall"],
     ["codec"],
     ["exchange"],
-    ["plug"],
+    ["reducer"],
+    ["horovod"],
     ["torch", "tensorflow", "mpi"],
     ["cli"],
 ]
@@ -27,7 +28,7 @@ ALLOWED = {
     "codec/nvrtc.py": {"torch"},
     "codec/torch_ops.py": {"torch"},
     "codec/tf_ops.py": {"tensorflow"},
-    "plug.py": {"horovod"},
+    "horovod.py": {"horovod"},
     "torch": {"torch", "horovod"},
     "tensorflow": {"tensorflow", "keras", "horovod"},
     "mpi": {"mpi4py"},

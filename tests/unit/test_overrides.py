@@ -3,7 +3,7 @@
 import pytest
 
 from hvd_quant import DQSGD, NUQSGD, QSGD
-from hvd_quant.overrides import Overrides
+from hvd_quant.reducer.overrides import Overrides
 
 NAMES = ["embed.weight", "layer.0.weight", "layer.0.bias", "head.bias"]
 YAML = """

@@ -12,7 +12,7 @@ from hvd_quant.stall import StallCheck, enumeration, stall_seconds
 class Operations:
     def __init__(self):
         self.now = []
-        self.check = StallCheck(lambda: self.now, lambda keys: ["rank 1 of 3", f"operations {keys}"])
+        self.check = StallCheck(lambda _: self.now, lambda keys, _: ["rank 1 of 3", f"operations {keys}"])
 
     def look(self, seconds):
         return self.check.look(seconds, 60.0)
@@ -52,7 +52,7 @@ def test_the_line_that_waits_is_said(monkeypatch):
     def wait_for_others():
         waiting.set()
         with contextlib.suppress(TypeError):  # a bool has no keys
-            StallCheck(event.wait, lambda _: []).look(0.0, 60.0)  # a wait within hvd_quant
+            StallCheck(lambda _: event.wait(), lambda *_: []).look(0.0, 60.0)  # a wait within hvd_quant
 
     thread = threading.Thread(target=wait_for_others, name="training")
     thread.start()

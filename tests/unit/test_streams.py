@@ -7,12 +7,12 @@ import pytest
 import torch
 from launch import need
 
-from hvd_quant.codec import cuda, native, torch_ops
+from hvd_quant.codec import cuda
 
 need("torch")
 
 import hvd_quant.torch as hq  # noqa: E402 (where Horovod has been built)
-from hvd_quant.torch.gradient import wait_for_streams  # noqa: E402
+from hvd_quant.torch.gradient import TorchGradient  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 
@@ -49,11 +49,11 @@ def test_a_bucket_waits_for_the_streams_of_its_gradients(current):
     here, other, another = (Stream(number) for number in (1, 2, 3))
     current(here)
     members = [
-        SimpleNamespace(gradient=Gradient(), stream=stream) for stream in (here, other, other, another)
+        SimpleNamespace(_tensor=Gradient(), stream=stream) for stream in (here, other, other, another)
     ]
-    wait_for_streams(members)
+    TorchGradient.before_reading(members)
     assert sorted(here.waited_for) == [2, 3]
-    assert [member.gradient.read_on for member in members] == [[], [1], [1], [1]]
+    assert [member._tensor.read_on for member in members] == [[], [1], [1], [1]]
     assert other.waited_for == another.waited_for == []
 
 
@@ -68,21 +68,22 @@ def test_constants_are_of_a_stream(current, monkeypatch):
 
 
 class Exchange:
-    def __init__(self, codec):
-        self.work, self.looks = SimpleNamespace(codec=codec), 0
+    def __init__(self):
+        self.looks = 0
 
     def advance(self, *, wait):
         self.looks += 1
         return False
 
 
-@pytest.mark.parametrize("gradient", [Gradient(), torch.zeros(3)], ids=["gpu", "cpu"])
-def test_hooks_take_no_exchange_on(gradient):
+def test_hooks_take_no_exchange_on():
     """Not those on a GPU, for which they would wait, nor those on a CPU, which may be there on some ranks."""
-    compressor = hq.QSGDCompressor()
-    compressor._fusion = SimpleNamespace(add=lambda entry: None)
-    on_gpu, on_cpu = compressor._underway = [Exchange(torch_ops), Exchange(native)]
-    compressor._take(SimpleNamespace(known=SimpleNamespace(key="a", entry=None), gradient=gradient, use=0))
-    assert (on_gpu.looks, on_cpu.looks) == (0, 0)
-    compressor._advance(wait=False)
-    assert (on_gpu.looks, on_cpu.looks) == (1, 1)
+    reducer = hq.QSGDCompressor()._reducer
+    reducer._sending._fusion = SimpleNamespace(add=lambda gradient: None)
+    (exchange,) = reducer._sending._underway = [Exchange()]
+    gradient = SimpleNamespace(entry=SimpleNamespace(key="a"), hold=lambda tensor: None)
+    reducer.submit(gradient, torch.zeros(3))
+    reducer.fill_slots()
+    assert exchange.looks == 0
+    reducer._sending.advance()
+    assert exchange.looks == 1

@@ -164,7 +164,6 @@ def test_state():
     for bad in (
         {},
         {"seed": 1},
-        {"seed": 1, "uses": {}},
         {"seed": "x", "uses": {}, "least_use": 0},
         None,
         {"seed": 1, "uses": 3, "least_use": 0},

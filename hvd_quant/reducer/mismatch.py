@@ -1,36 +1,9 @@
-"""The control tensor: the few numbers that Horovod itself reduces in place of a gradient.
-
-The gradient's payload travels by an exchange of ours, which knows neither the reduction that the user asked
-for nor whether the ranks agree. The control tensor tells both. Horovod reduces it under the parameter's own
-name, exactly as it would have reduced the gradient.
-
-Each rank r of n contributes the float64 vector c_r = [1, f, f^2, w_r, g_r], where f < 2^26 is a fingerprint
-of the rank's configuration and of the tensor, w_r a large number of that rank's own, and g_r the squared norm
-of its gradient, where some scheme asks for it, or 0. Any linear reduction
-(Average, Sum, predivide, pre- and postscale) gives sum_r k c_r / n with a factor k of its own, 1 for Average
-and n for Sum, hence:
-
-- its first entry is k, by which the decoded mean is to be multiplied;
-- its fourth entry is k times the mean of the w_r. These dominate the vectors, unless a g_r is as large, and
-  differ from rank to rank, so for reductions that are not linear (Adasum, Min, Max, Product), or that took
-  place over other ranks than we believe, it is something else;
-- its last entry is k times the mean of the g_r;
-- mean and mean square of f are f and f^2 only if all ranks have the same f. If they have not, no rank finds
-  its own, so that every rank notices.
-"""
+"""Differences between ranks, as errors that name them in the same words on every rank."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
-
-FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or nearly
-SIZE = 5
-SQUARE = 4  # where the squared norm is
-NBYTES = 8 * SIZE
 
 _NAMED_AT_MOST = 5  # different parameters in a message
 
@@ -47,64 +20,6 @@ class UnsupportedReductionError(RuntimeError):
     """Horovod was asked for a reduction that quantized gradients cannot be given."""
 
     __init__ = Exception.__init__
-
-
-class FingerprintMismatch(Exception):  # noqa: N818  it is caught and turned into a RankMismatchError
-    """The reduced control tensor shows that some rank's fingerprint differs."""
-
-
-def fingerprint(description: Description) -> int:
-    """A hash of a description, of FINGERPRINT_BITS bits. Every process computes the same."""
-    text = json.dumps(description, sort_keys=True)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**FINGERPRINT_BITS
-
-
-def _weight(rank: int) -> float:
-    """w_r: from 2^60 to 2^61, in steps of 2^40, so that sums over the ranks are exact."""
-    digest = hashlib.blake2b(rank.to_bytes(8, "little"), digest_size=8).digest()
-    return 2.0**60 + 2.0**40 * (int.from_bytes(digest, "little") % 2**20)
-
-
-@functools.cache
-def _mean_weight(size: int) -> float:
-    return sum(map(_weight, range(size))) / size
-
-
-def values(own: int, rank: int) -> list[float]:
-    """What rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
-    return [1.0, float(own), float(own) ** 2, _weight(rank), 0.0]
-
-
-def check(reduced: Sequence[float], own: int, size: int) -> float:
-    """The factor for the decoded mean.
-
-    Args:
-        reduced: the SIZE values that came back. Fewer are no reduction, but a reduce-scatter's.
-        own: this rank's fingerprint.
-        size: the number of ranks that took part in the exchange.
-
-    Raises:
-        UnsupportedReductionError: no linear reduction over ``size`` ranks gives these values.
-        FingerprintMismatch: the ranks' fingerprints differ.
-    """
-
-    def close(value: float, expected: float) -> bool:
-        return math.isclose(value, expected, rel_tol=1e-12 * max(1, size))
-
-    factor, mean, mean_square, weight = reduced[:SQUARE] if len(reduced) >= SQUARE else [math.nan] * SQUARE
-    if not math.isfinite(factor) or factor == 0.0 or not close(weight, factor * _mean_weight(size)):
-        raise UnsupportedReductionError(
-            "Horovod applied a reduction that quantized gradients do not support. Use op=Average or op=Sum "
-            "(not Adasum, Min, Max or Product, and no reducescatter), over the same "
-            f"{size} ranks as the compressor: an optimizer with a process_set needs a compressor with the "
-            "same process_set, and hvd.join() cannot be used, "
-            "so give every rank equally many steps."
-        )
-    if not (close(mean, factor * own) and close(mean_square, factor * own**2)):
-        raise FingerprintMismatch
-    nearest = round(factor)  # Sum and Average are exact, though Horovod's scaling may have rounded
-    return float(nearest) if nearest and close(factor, nearest) else factor
 
 
 def explain_mismatch(

@@ -1,0 +1,128 @@
+"""What the compressors for Horovod's frameworks share: process sets, hosts, and how they are made."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+from horovod.common.process_sets import ProcessSet
+
+from hvd_quant.exchange import cost
+from hvd_quant.exchange.topology import NOT_BY_HOSTS
+from hvd_quant.reducer.options import Options
+from hvd_quant.reducer.routing import Routing
+from hvd_quant.schemes import DQSGD, Scheme, rounding_for
+
+_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+
+class HorovodCompressor:
+    """A compressor of either framework. Those that are named after a scheme take its arguments:
+
+        >>> class QSGDCompressor(QuantizedCompressor, scheme=QSGD): ...
+
+    Args:
+        options: what the user asked for.
+        process_set: the ranks that take part.
+
+    Raises:
+        TypeError, ValueError: ``process_set`` is none that Horovod knows.
+    """
+
+    def __init_subclass__(cls, scheme: type[Scheme | DQSGD] | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if scheme is not None:
+            cls.__init__ = _init_by_scheme(cls, scheme)  # type: ignore[method-assign]
+
+    def __init__(self, options: Options, process_set: ProcessSet) -> None:
+        if not isinstance(process_set, ProcessSet):
+            raise TypeError(f"process_set must be a ProcessSet of Horovod, not {process_set!r}")
+        if process_set.process_set_id is None:
+            raise ValueError(
+                "Horovod does not know this process_set yet: hand it to hvd.init(process_sets=...) or to "
+                "hvd.add_process_set before making the compressor"
+            )
+        self.options = options
+        self.process_set = process_set
+        self.in_use = False  # by an optimizer of ours
+        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
+        # need not make its compressors, so each set counts its own.
+        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+
+    def __getattr__(self, name: str) -> Any:
+        """The options, each by its name."""
+        if name in _OPTIONS:
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def check_free(self, process_set: ProcessSet) -> None:
+        """Check that an optimizer of ours with this process set can have the compressor.
+
+        Raises:
+            ValueError: it has another process set, or another optimizer.
+        """
+        if self.process_set.process_set_id != process_set.process_set_id:
+            raise ValueError("give the compressor and the optimizer the same process_set")
+        if self.in_use:
+            raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
+
+    def _routing(self, hvd: ModuleType) -> Routing:
+        """What decides on the exchange, before the ranks have told where they are."""
+        link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
+        return Routing(self.options.exchange, self.process_set.size(), link)
+
+    def _host(self, hvd: ModuleType, alike: bool) -> int:
+        """What to tell the other ranks of this one's host.
+
+        Args:
+            hvd: ``horovod.torch``, or another of Horovod's modules.
+            alike: whether all hosts have equally many ranks, by Horovod's word.
+
+        Raises:
+            ValueError: the exchange that the user asked for is none for these hosts; on every rank.
+        """
+        by_hosts = alike and hvd.local_size() > 1 and hvd.cross_size() > 1
+        # Of all ranks this is known without asking them: one that came late would leave the others waiting.
+        everyone = self.process_set.process_set_id == 0
+        if self.options.exchange == "hierarchical" and everyone and hvd.size() > 1 and not by_hosts:
+            raise ValueError(NOT_BY_HOSTS)
+        # Where hosts have unequally many ranks, Horovod's number is none of the host.
+        return hvd.cross_rank() if alike else -1 - hvd.rank()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a compressor belongs to its process, and cannot be copied or pickled: make a new one, and hand "
+            "it the state_dict() of the old one"
+        )
+
+
+_OPTIONS = frozenset(one.name for one in fields(Options))
+
+
+def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., None]:
+    """An ``__init__`` that takes a scheme's arguments, and hands on a compressor's options."""
+    arguments = [
+        inspect.Parameter(one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=one.default)
+        for one in fields(scheme)
+    ]
+    # By default it depends on whether there is error feedback.
+    arguments = [one.replace(default=None) if one.name == "rounding" else one for one in arguments]
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    rest = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
+    signature = inspect.Signature([own, *arguments, rest])
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        given = signature.bind(self, *args, **options).arguments
+        options = given.pop("options", {})
+        del given["self"]
+        given["rounding"] = rounding_for(given.get("rounding"), options.get("error_feedback") is True)
+        super(cls, self).__init__(scheme(**given), **options)
+
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    init.__name__, init.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
+    return init

@@ -1,0 +1,97 @@
+"""The options of compressors: checked, kept, and described for ranks to compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from hvd_quant.codec import native
+from hvd_quant.exchange import cost
+from hvd_quant.exchange.algorithms import EXCHANGES
+from hvd_quant.reducer.mismatch import Description
+from hvd_quant.reducer.overrides import Overrides
+from hvd_quant.schemes import DQSGD, Scheme, check_choice, check_integer
+
+FUSION_BYTES = 8 << 20
+
+
+@dataclass
+class Options:
+    """What a user has asked for.
+
+    Args:
+        scheme: how gradients are quantized.
+        overrides: which of them are quantized otherwise, or not at all; see `Overrides`.
+        min_numel: gradients of fewer values stay uncompressed.
+        exchange: one of `EXCHANGES`.
+        error_feedback: whether what quantization loses is kept, and added to the next gradient.
+        fusion_bytes: gradients travel together in fused buckets of about so many bytes; 0 for each alone.
+        seed: of the rounding noise.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its type, or not in its range; or a variable of the
+            environment is not.
+    """
+
+    scheme: Scheme | DQSGD
+    overrides: Overrides | Mapping[str, Scheme | None] | str | os.PathLike | None = None
+    min_numel: int = 1024
+    exchange: str = "auto"
+    error_feedback: bool = False
+    fusion_bytes: int = FUSION_BYTES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.overrides = Overrides(self.overrides, self.scheme.rounding)
+        check_integer("min_numel", self.min_numel, 0, 2**63 - 1)
+        check_choice("exchange", self.exchange, EXCHANGES)
+        if not isinstance(self.error_feedback, bool):
+            raise TypeError(f"error_feedback must be True or False, not {self.error_feedback!r}")
+        if "nearest" in self._roundings and not self.error_feedback:
+            raise ValueError(
+                'rounding="nearest" is biased, and needs error_feedback=True, which makes up for that'
+            )
+        check_integer("fusion_bytes", self.fusion_bytes, 0, 2**63 - 1)
+        check_integer("seed", self.seed, 0, 2**64 - 1)
+        native.threads()  # this and the next check what the environment says
+        cost.stated_bandwidth()
+        self.min_numel, self.fusion_bytes = int(self.min_numel), int(self.fusion_bytes)
+        self.seed = int(self.seed)
+
+    @property
+    def _roundings(self) -> set[str]:
+        schemes = [self.scheme, *(scheme for _, scheme in self.overrides if scheme is not None)]
+        return {scheme.rounding for scheme in schemes}
+
+    @property
+    def needs_names(self) -> bool:
+        """Whether gradients must be told apart from step to step."""
+        return self.error_feedback or bool(self.overrides)
+
+    def scheme_of(self, name: str | None, count: int, present: Scheme) -> Scheme | None:
+        """A gradient's scheme; None if it stays uncompressed.
+
+        Args:
+            name: None if it is not known.
+            count: of its values.
+            present: what the user's scheme is in this step.
+        """
+        if count < self.min_numel:
+            return None
+        return self.overrides.scheme(name, present) if self.overrides and name is not None else present
+
+    def describe(self) -> Description:
+        """What must be the same on all ranks."""
+        # With correlated rounding ranks share their noise.
+        seed = {"seed": self.seed} if "correlated" in self._roundings else {}
+        return {
+            "scheme": type(self.scheme).__name__,
+            **asdict(self.scheme),
+            "min_numel": self.min_numel,
+            "exchange": self.exchange,
+            "error_feedback": self.error_feedback,
+            "fusion_bytes": self.fusion_bytes,
+            "overrides": [[pattern, str(scheme)] for pattern, scheme in self.overrides],
+            **seed,
+        }

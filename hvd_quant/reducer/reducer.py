@@ -1,0 +1,356 @@
+"""The sequence that every gradient goes through: submitted, sent, announced, received.
+
+A front end calls `begin` before the first gradient of a generation, then `submit` for each, and `finish` for
+each result. The ranks agree on what they have before anything is sent, and on what they have sent before any
+result is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from hvd_quant import wire
+from hvd_quant.exchange.layout import Entry
+from hvd_quant.exchange.transport import CountedTransport
+from hvd_quant.reducer import control
+from hvd_quant.reducer.agreement import Agreement
+from hvd_quant.reducer.gradient import DTYPES, Gradient, Parameter, State
+from hvd_quant.reducer.mismatch import (
+    Description,
+    RankMismatchError,
+    UnsupportedReductionError,
+    explain_mismatch,
+)
+from hvd_quant.reducer.options import Options
+from hvd_quant.reducer.rounds import RoundLeft, Rounds
+from hvd_quant.reducer.routing import Routing
+from hvd_quant.reducer.sending import Sending
+from hvd_quant.reducer.state import TrainingState
+from hvd_quant.reducer.waiting import wait_for
+from hvd_quant.stall import enumeration
+
+
+class Reducer:
+    """Exchanges a compressor's gradients. Its caller holds `lock`.
+
+    Args:
+        options: what the user asked for.
+        state: of the training.
+        number: the compressor's, in its process.
+        ranks: of its process set.
+    """
+
+    def __init__(self, options: Options, state: TrainingState, number: int, ranks: Any) -> None:
+        self.lock = threading.RLock()  # autograd calls hooks from a thread for every device
+        self.state = state
+        self.agreement = Agreement(number)
+        self.known: dict[str, Gradient] = {}  # of this generation
+        self.in_flight: dict[str, Gradient] = {}
+        self._options = options
+        self._rounds = Rounds(self.agreement)
+        self._sending = Sending(state, self.agreement, self._rounds, ranks, options.fusion_bytes)
+        self._transport: CountedTransport | None = None  # until there is a gradient, and again after reset
+        self._routing: Routing | None = None
+        self._parameters: dict[str, list[Any]] = {}
+        # Hooks of backward must not submit more operations on some ranks than on others. So until a first
+        # result is asked for, when all ranks are known to agree, they submit nothing.
+        self._held: list[Gradient] | None = None
+
+    # --- what front ends call ---------------------------------------------------------------------------
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the present generation has begun."""
+        return self._transport is not None
+
+    @property
+    def rank(self) -> int:
+        """The own rank, in the present generation."""
+        return self._transport.rank
+
+    def begin(
+        self,
+        transport: CountedTransport,
+        routing: Routing,
+        host: int,
+        parameters: Mapping[str, Parameter] | None,
+    ) -> None:
+        """Begin a generation: lay out the parameters, and compare notes with the other ranks.
+
+        Args:
+            transport: between the ranks.
+            routing: decides on the exchange's algorithm.
+            host: a number that ranks of the same host have in common.
+            parameters: by name, in their order; None if names are not known.
+
+        Raises:
+            RankMismatchError: the ranks are configured differently.
+            ValueError: the options need names, or are none for the ranks' hosts.
+        """
+        if parameters is None and self._options.needs_names:
+            raise ValueError(
+                "error_feedback and overrides need the parameters' names: pass the compressor "
+                "named_parameters=model.named_parameters(), or use hvd_quant.torch.DistributedOptimizer, "
+                "which does so"
+            )
+        parameters = parameters or {}
+        self._routing = routing
+        self._parameters = {name: parameter.describe() for name, parameter in parameters.items()}
+        # Their order is in it, too: it is that of the fused buckets.
+        own = control.fingerprint({**self.config(), "parameters": list(self._parameters.items())})
+        self.agreement.propose(transport, own, host, self.state.progress())
+        self._rounds.begin(transport)
+        # Frozen ones apart: they may be trained later.
+        expected = [self._entries(parameters, trained=trained) for trained in (True, False)]
+        self._sending.begin(transport, routing, expected)
+        self._transport, self._held = transport, []
+        # In vain, if some rank does not run this code, or comes late. Then Horovod gets its control tensors
+        # all the same: if that rank is configured differently, too, these show it.
+        wait_for(lambda: self._agreed(ask=True))
+
+    def _entries(self, parameters: Mapping[str, Parameter], *, trained: bool) -> list[Entry]:
+        """Those that will be exchanged, in about the order in which backward computes them."""
+        entries = []
+        for name, one in reversed(parameters.items()):
+            if one.trained == trained and one.dtype in DTYPES:
+                scheme = self.scheme_of(name, one.count)
+                if scheme is not None:
+                    entries.append(Entry(name, one.count, one.dtype, scheme, one.device))
+        return entries
+
+    def scheme_of(self, name: str | None, count: int) -> Any:
+        """How a gradient is quantized in this step; None if it is not."""
+        return self._options.scheme_of(name, count, self.state.present_scheme)
+
+    def count(self) -> None:
+        """Note that a gradient has come, whether it will be submitted or not."""
+        slots = self._rounds.slots
+        slots.gradients += 1
+        if slots.gradients == 1 and not self._rounds.settled:
+            # What is raised is raised again when a result is asked for.
+            with contextlib.suppress(ValueError, *self.agreement.transport.errors):
+                wait_for(self._rounds.all_announced)  # which says when hooks submit
+
+    def submit(self, gradient: Gradient, tensor: Any) -> None:
+        """Take a gradient for the exchange.
+
+        Args:
+            gradient: which it is.
+            tensor: its values, in the front end's terms.
+
+        Raises:
+            RuntimeError: it was submitted before, and is still in flight.
+        """
+        key = gradient.entry.key
+        if key in self.in_flight:
+            raise RuntimeError(
+                f"gradient {key!r} was submitted again while it is in flight. If a step was left between "
+                "backward and step, call the compressor's reset() first, on every rank."
+            )
+        self.in_flight[key] = gradient
+        gradient.hold(tensor)
+        if self._held is not None:
+            gradient.state = State.SUBMITTED
+            self._held.append(gradient)
+        else:
+            self._sending.add(gradient)
+
+    def fill_slots(self) -> None:
+        """Submit as many messages as all ranks do after so many gradients.
+
+        Where none is ready, because this rank has other gradients than others, or in another order, it
+        submits an operation that counts, and does nothing.
+        """
+        slots = self._rounds.slots
+        while slots.due():
+            if not self._sending.send_next():
+                slots.skipped += 1
+                self._transport.level(1, 0)
+
+    def finish(self, gradient: Gradient, reduced: list[float]) -> None:
+        """Wait for a gradient's result.
+
+        Args:
+            gradient: as it was submitted.
+            reduced: its control tensor, as it came back.
+
+        Raises:
+            RankMismatchError: the ranks are configured differently, disagree about what they sent, or some
+                have called `reset`.
+            UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
+            RuntimeError: `reset` was called since the gradient was submitted.
+        """
+        if gradient.state is State.ABANDONED:
+            raise RuntimeError(
+                f"reset() was called while gradient {gradient.key!r} was in flight: clear the optimizer's "
+                "state too, by optimizer.load_state_dict(optimizer.state_dict())"
+            )
+        sending = self._sending
+        try:
+            if self._held is not None:
+                self._send_held(gradient, reduced)
+            if sending.in_round:
+                sending.end_round()
+            factor = gradient.control.factor(reduced, self._transport.size)
+            if sending.announced:
+                sending.receive_round(factor)
+        except control.FingerprintMismatch:
+            raise self._mismatch([gradient]) from None
+        except RoundLeft as error:
+            self.clear()
+            raise RankMismatchError(str(error)) from None
+        except ValueError as error:
+            announced = [one for sent in sending.announced for one in sent.gradients]
+            raise self._mismatch(announced) from error
+        except UnsupportedReductionError:
+            self._go_on_for_others()
+            self.clear()
+            raise
+        if factor != gradient.sent.factor:
+            sending.decode_again(gradient, factor)
+        del self.in_flight[gradient.entry.key]
+        gradient.state, gradient.sent = State.IDLE, None
+        if self.state.schedule is not None:
+            self.state.note_square(reduced[control.SQUARE] / factor)
+            if not self.in_flight:
+                self.state.end_step()
+
+    def reset(self) -> None:
+        """Forget what is in flight; tell the others, who may wait for what this rank will not send."""
+        self.agreement.drop_proposal()  # if all have answered it, there is a round to leave
+        if self._sending.announced:
+            self._go_on_for_others()
+        elif (self._rounds.slots.gradients or self.in_flight) and not self.agreement.proposed:
+            with contextlib.suppress(ValueError, *self.agreement.transport.errors):
+                self._rounds.leave()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is in flight. The next gradient begins a new generation."""
+        for gradient in self.in_flight.values():
+            gradient.state, gradient.sent = State.ABANDONED, None
+            gradient.release()
+        self.in_flight.clear()
+        self.known.clear()
+        self._held = None
+        self.state.forget_step()
+        self._sending.clear()
+        self._rounds.drop()
+        self._transport = None
+
+    # --- agreement --------------------------------------------------------------------------------------
+
+    def config(self) -> Description:
+        """What must be the same on all ranks."""
+        return {
+            **self._options.describe(),
+            "link": asdict(self._routing.link),
+            "wire version": wire.VERSION,
+            "compressor": self.agreement.number,
+        }
+
+    def fingerprint(self, description: Description) -> int:
+        """The fingerprint of a gradient's control tensor."""
+        return control.fingerprint({**self.config(), "resets": self.agreement.resets, **description})
+
+    def _state(self) -> Description:
+        """The configuration, and what may come to differ later."""
+        return {
+            **self.config(),
+            "schedule": self.state.schedule_state(),
+            "resets": self.agreement.resets,
+        }
+
+    def _agreed(self, *, ask: bool = False) -> bool:
+        """Whether all ranks have told what they have.
+
+        Args:
+            ask: what the difference is, if there is one. Otherwise, as when this rank has gone on because
+                some other was late, all will find out by what they reduce.
+        """
+        if not self.agreement.proposed:
+            return True
+        try:
+            same = self.agreement.agree()
+            if same is None:
+                return False
+            if not same and ask:
+                message = self._explain(self.agreement.name("disagreement"), [], self._state())
+                if message is not None:
+                    raise RankMismatchError(message)
+            self._routing.locate(self.agreement.topology)
+        except Exception:
+            self.clear()
+            raise
+        if same:
+            self.state.catch_up(self.agreement.progress)
+            for gradient in self._held or ():  # their scheme may be another one now
+                scheme = self.scheme_of(gradient.key if gradient.named else None, gradient.entry.count)
+                gradient.entry = replace(gradient.entry, scheme=scheme)
+        return True
+
+    def _send_held(self, gradient: Gradient, reduced: list[float]) -> None:
+        """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
+
+        def agreed() -> bool:
+            if self._agreed():
+                return True
+            with contextlib.suppress(UnsupportedReductionError):
+                gradient.control.factor(reduced, self._transport.size)  # ranks that differ need not agree
+            return False
+
+        if not wait_for(agreed):
+            raise ValueError("not all ranks have told their configuration")
+        held, self._held = self._held, None
+        for one in held:
+            self._sending.add(one)
+        self._rounds.slots.completed.clear()  # not in hooks
+
+    def _mismatch(self, gradients: list[Gradient]) -> RankMismatchError:
+        """What to raise on a difference that was noticed at these gradients, by all ranks."""
+        descriptions = [one.description for one in gradients]
+        state = self._state()
+        self.agreement.drop_proposal()
+        message = self._explain("hvd_quant.mismatch", descriptions, state)
+        if message is None:
+            self._go_on_for_others()
+            message = (
+                "the ranks are configured differently, or have sent different gradients, and did not all "
+                f"answer when asked for theirs. This one has {state}, and noticed it at {descriptions}."
+            )
+        self.clear()
+        return RankMismatchError(message)
+
+    def _explain(self, question: str, gradients: list[Description], state: Description) -> str | None:
+        """Ask all ranks what they have: None, if they do not all answer, because one has died, say."""
+        answers = self.agreement.ask(question, [state, self._parameters, gradients], self._sending.advance)
+        return explain_mismatch(*zip(*answers, strict=True)) if answers else None
+
+    def _go_on_for_others(self) -> None:
+        """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""
+
+        def there() -> bool:
+            self._rounds.all_announced()  # raises an exception if they do not
+            return self._sending.advance()
+
+        with contextlib.suppress(ValueError, *self.agreement.transport.errors):
+            wait_for(there)
+
+    # --- what the stall check says ----------------------------------------------------------------------
+
+    def describe_in_flight(self) -> str | None:
+        """What gradients are in flight, in a sentence; None if there are none.
+
+        For the stall check, from another thread while this one waits, so that it takes no lock.
+        """
+        first = "Not all ranks have submitted their first gradient. " if self.agreement.proposed else ""
+        if not (keys := list(self.in_flight)):
+            return first or None
+        state = (
+            "results have been asked for" if self._sending.announced else "no result has been asked for yet"
+        )
+        return f"{first}Gradients in flight: {enumeration(keys)}; {state}."

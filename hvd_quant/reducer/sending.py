@@ -1,0 +1,204 @@
+"""Fused buckets in flight: from the gradients that come to the means that are written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hvd_quant.exchange.algorithms import Work
+from hvd_quant.exchange.driver import Exchange
+from hvd_quant.exchange.fusion import Fusion, Group
+from hvd_quant.exchange.layout import Entry, FusedBucket, digest
+from hvd_quant.exchange.transport import Transport
+from hvd_quant.reducer import waiting
+from hvd_quant.reducer.agreement import Agreement
+from hvd_quant.reducer.gradient import Gradient, State
+from hvd_quant.reducer.rounds import Rounds
+from hvd_quant.reducer.routing import Routing
+from hvd_quant.reducer.state import TrainingState
+
+
+@dataclass(slots=True)
+class SentBucket:
+    """Gradients that travel together."""
+
+    exchange: Exchange
+    gradients: list[Gradient]
+    factor: float | None = None  # that the results have been multiplied by, once they are there
+
+
+class Sending:
+    """Sends the gradients of a rank, as soon as their fused buckets are complete and there is a slot.
+
+    Args:
+        state: of the training.
+        agreement: between the ranks.
+        rounds: of this rank.
+        ranks: of the process set: sets side by side must not share their noise.
+        fusion_bytes: of a fused bucket.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        agreement: Agreement,
+        rounds: Rounds,
+        ranks: Sequence[int],
+        fusion_bytes: int,
+    ) -> None:
+        self._state, self._agreement, self._rounds = state, agreement, rounds
+        self._ranks = ranks
+        self._transport: Transport | None = None
+        self._routing: Routing | None = None
+        self._fusion: Fusion[Gradient] = Fusion(fusion_bytes)
+        self._ready: deque[tuple[Group[Gradient], list[Gradient]]] = deque()  # for the next slots
+        self._underway: list[Exchange] = []  # not yet at their last collective
+        # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
+        self._sent: list[SentBucket] = []  # in this round
+        self.announced: list[SentBucket] = []  # in the round of which the results are waited for
+
+    def begin(self, transport: Transport, routing: Routing, expected: Sequence[Sequence[Entry]]) -> None:
+        """Begin a generation.
+
+        Args:
+            transport: between the ranks.
+            routing: decides on the exchange's algorithm.
+            expected: gradients that will come, in lists that are fused each for itself.
+        """
+        self._transport, self._routing = transport, routing
+        for entries in expected:
+            self._fusion.plan(entries)
+
+    def add(self, gradient: Gradient) -> None:
+        """Have a gradient travel, in the next slot after its fused bucket is complete."""
+        gradient.use = self._state.use(gradient.entry.key)
+        gradient.state = State.GROUPED
+        if (ready := self._fusion.add(gradient)) is not None:
+            self._ready.append(ready)
+            self._rounds.slots.completed.append(self._rounds.slots.gradients)
+
+    def send_next(self) -> bool:
+        """Send a fused bucket, if one is ready; returns whether there was one."""
+        if self._ready:
+            self._send(*self._ready.popleft())
+            return True
+        return False
+
+    @property
+    def in_round(self) -> bool:
+        """Whether gradients have come since the last round."""
+        return bool(self._sent or self._ready or self._fusion.waiting)
+
+    def end_round(self) -> None:
+        """Send everything that has come, for nothing more will before a result is used, and tell what it was.
+
+        If the ranks have not sent the same, some of it will never arrive: who waits for that must learn it.
+        """
+        self._ready.extend(self._fusion.flush())
+        while self.send_next():
+            pass
+        self.announced, self._sent = self._sent, []
+        exchanges = [sent.exchange for sent in self.announced]
+        # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
+        rows = sorted((one.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges)
+        self._rounds.announce(digest(rows))
+        for sent in self.announced:
+            for gradient in sent.gradients:
+                gradient.state = State.ANNOUNCED
+
+    def _send(self, group: Group[Gradient], gradients: list[Gradient]) -> None:
+        """Encode a fused bucket and start its exchange."""
+        bucket = self._bucket(group)
+        first = gradients[0]
+        first.before_reading(gradients)
+        values = [gradient.values() for gradient in gradients]
+        residuals = []
+        if (kept := self._state.residuals) is not None:
+            pairs = zip(bucket.entries, values, strict=True)
+            residuals = [kept.of(entry.key, entry.count, like) for entry, like in pairs]
+        uses = np.array([gradient.use for gradient in gradients], np.uint64)
+        work = Work(bucket, values, uses, first.codec, residuals, bucket.buffers)
+        algorithm = self._routing.algorithm(bucket.whole.size, bucket.whole.count)
+        # Horovod remembers collectives by their names, and then does not notice that a rank has called
+        # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
+        name = self._agreement.name(f"{group.name}.{group.times_sent}")
+        sent = SentBucket(Exchange(work, algorithm, self._transport, name), gradients)
+        self._state.statistics.messages += 1
+        for gradient in gradients:
+            gradient.sent, gradient.state = sent, State.SENT
+        self._underway.append(sent.exchange)
+        self._sent.append(sent)
+
+    def _bucket(self, group: Group[Gradient]) -> FusedBucket:
+        seed = (self._state.seed, self._ranks)
+        return group.bucket(self._transport.size, self._transport.rank, seed, self._routing.topology)
+
+    # --- what is in flight ------------------------------------------------------------------------------
+
+    def advance(self) -> bool:
+        """Take exchanges on as far as they get without waiting; are all at their last collective?
+
+        All of them side by side: they may have begun in another order on every rank, and one's second
+        collective may wait for a rank that waits for another's. Not in hooks of backward, where it would
+        depend on the others' progress how much this rank has submitted. And what an exchange on a GPU does
+        between its collectives waits for that.
+        """
+        self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
+        return not self._underway
+
+    def receive_round(self, factor: float) -> None:
+        """Write the means of everything that the round has sent, as it arrives.
+
+        No result is used before the ranks are known to have sent the same: a rank that found nothing wrong
+        would go on, and wait for others that have stopped.
+
+        Args:
+            factor: of the first gradient that was asked for; nearly always that of all.
+
+        Raises:
+            RoundMismatch, ValueError: they have not sent the same.
+        """
+        # To their last collectives first, in the order in which Horovod carries them out.
+        self._wait(self.advance)
+        statistics = self._state.statistics
+        for sent in self.announced:
+            exchange = sent.exchange
+            self._wait(exchange.ready)
+            pairs = zip(sent.gradients, exchange.work.values, strict=True)
+            exchange.finish([gradient.out(values) for gradient, values in pairs], factor)
+            statistics.received_bytes += exchange.received_bytes
+            statistics.wire_bytes += exchange.work.encoded_bytes
+            sent.factor = factor
+            for gradient in sent.gradients:
+                gradient.state = State.RECEIVED
+        # All results are there, but some rank may wait for more. Or it has not come so far, and waits for us
+        # elsewhere: then what it says is looked at in the next round.
+        waiting.wait_for(self._rounds.all_announced)
+        self.announced = []
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._rounds.all_announced()
+            waiting.pause()
+
+    @staticmethod
+    def decode_again(gradient: Gradient, factor: float) -> None:
+        """Write the mean of one gradient whose factor is not that of those it travelled with."""
+        sent = gradient.sent
+        results = [one.scratch() for one in sent.gradients]
+        out = [one.buffer_of(result) for one, result in zip(sent.gradients, results, strict=True)]
+        sent.exchange.finish(out, factor)
+        gradient.replace_result(results[sent.gradients.index(gradient)])
+
+    def clear(self) -> None:
+        """Forget what is in flight."""
+        for sent in (*self._sent, *self.announced):
+            sent.exchange.abandon()
+        self._ready.clear()
+        self._underway.clear()
+        self._sent.clear()
+        self.announced = []
+        self._fusion = Fusion(self._fusion.fusion_bytes)

@@ -1,0 +1,214 @@
+"""What a compressor knows of the training so far: noise, schedule of bits, residuals, statistics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvd_quant.exchange.layout import digest
+from hvd_quant.exchange.transport import Buffer
+from hvd_quant.schedule import BitSchedule
+from hvd_quant.schemes import DQSGD, Scheme, check_integer
+
+
+@dataclass
+class Statistics:
+    """What this rank has contributed so far.
+
+    Args:
+        messages: fused buckets that were sent.
+        raw_bytes: the gradients as they were.
+        wire_bytes: what they were encoded into: messages, control tensors, uncompressed gradients.
+        received_bytes: what came from other ranks by our own exchanges.
+    """
+
+    messages: int = 0
+    raw_bytes: int = 0
+    wire_bytes: int = 0
+    received_bytes: int = 0
+
+    def report(self) -> dict[str, Any]:
+        """As ``stats()`` returns it."""
+        ratio = self.raw_bytes / self.wire_bytes if self.wire_bytes else 1.0
+        return {**vars(self), "compression_ratio": ratio}
+
+
+class Residuals:
+    """What error feedback keeps: what has not been sent of each gradient, flat float32.
+
+    Of NumPy arrays; a framework with arrays of its own overrides the three methods at the end.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def of(self, key: str, count: int, like: Any) -> Buffer:
+        """A gradient's, on its device; of nothing, if there are none, or those of another size."""
+        residual = self.kept.get(key)
+        if residual is None or len(residual) != count:
+            residual = self._zeros(count, like)
+        self.kept[key] = residual = self._beside(residual, like)
+        return residual
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all."""
+        return {key: self._flat_copy(residual) for key, residual in self.kept.items()}
+
+    def load(self, residuals: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a state, ready to be kept.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        loaded = {key: self._flat_copy(residual) for key, residual in residuals.items()}
+        for key, residual in loaded.items():
+            if len(residual) and not abs(residual).max() < float("inf"):  # nor NaN
+                raise ValueError(f"what it has for parameter {key!r} is not finite")
+        return loaded
+
+    def _zeros(self, count: int, like: Any) -> Any:
+        return np.zeros(count, np.float32)
+
+    def _beside(self, residual: Any, like: Any) -> Any:
+        return residual
+
+    def _flat_copy(self, residual: Any) -> Any:
+        return np.array(residual, np.float32).reshape(-1)
+
+
+class TrainingState:
+    """How far a compressor has come.
+
+    Args:
+        scheme: what the user asked for.
+        seed: of the rounding noise.
+        residuals: of error feedback; None without it.
+    """
+
+    def __init__(self, scheme: Scheme | DQSGD, seed: int, residuals: Residuals | None = None) -> None:
+        self.scheme, self.seed, self.residuals = scheme, seed, residuals
+        self.uses: Counter[str] = Counter()  # how often each gradient has come; part of the noise's key
+        self.least_use = 0  # what every gradient has come, at least
+        self.statistics = Statistics()
+        self.schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
+        self.present_scheme: Scheme = self._scheme()
+        self._squares: list[float] = []  # squared norms of the gradients that have come back in this step
+        self._bits: list[int] = []  # of each step
+
+    # --- uses -------------------------------------------------------------------------------------------
+
+    def use(self, key: str) -> int:
+        """How often a gradient has come before; counts this time."""
+        use = max(self.uses[key], self.least_use)
+        self.uses[key] = use + 1
+        return use
+
+    def most_uses(self) -> int:
+        """How often the gradient that came most often has come."""
+        return max([self.least_use, *self.uses.values()])
+
+    # --- schedule of bits -------------------------------------------------------------------------------
+
+    def _scheme(self) -> Scheme:
+        return self.scheme if self.schedule is None else self.scheme.at(self.schedule.bits)
+
+    def note_square(self, square: float) -> None:
+        """Note the squared norm of a gradient that has come back."""
+        self._squares.append(square)
+
+    def end_step(self) -> None:
+        """The next gradient is of another step, which may have another number of bits."""
+        self._bits.append(self.schedule.bits)
+        self.schedule.advance(*self._squares)
+        self._squares.clear()
+        if self.schedule.bits != self.present_scheme.bits:
+            self.present_scheme = self._scheme()
+
+    def forget_step(self) -> None:
+        """Leave the present step."""
+        self._squares.clear()
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The schedule, as ranks compare it."""
+        return self.schedule.state_dict() if self.schedule is not None else None
+
+    # --- between ranks ----------------------------------------------------------------------------------
+
+    def progress(self) -> list[int]:
+        """How far this rank has come, as many int64 with every configuration."""
+        uses = digest(sorted(self.uses.items()), self.least_use)
+        schedule = self.schedule.to_integers() if self.schedule is not None else [0] * BitSchedule.INTEGERS
+        return [int.from_bytes(uses, "little", signed=True), self.most_uses(), *schedule]
+
+    def catch_up(self, progress: Sequence[Sequence[int]]) -> None:
+        """Go on from where the rank is that has come furthest, if they differ.
+
+        After a step that was left, or a state that some have loaded, they need not have come equally far.
+        What all have told decides, not what this rank has: it may have loaded a state since it told.
+        """
+        if all(told == progress[0] for told in progress):
+            return
+        self.least_use = max(most_uses for _, most_uses, *_ in progress)
+        self.uses.clear()
+        if self.schedule is not None:
+            self.schedule.load_integers(max(schedule for _, _, *schedule in progress))
+            self.present_scheme = self._scheme()
+
+    # --- what users see ---------------------------------------------------------------------------------
+
+    def stats(self, *, in_step: bool = False) -> dict[str, Any]:
+        """What ``stats()`` of the front ends returns.
+
+        Args:
+            in_step: whether gradients of a step have come that has not ended yet.
+        """
+        bits = {}
+        if self.schedule is not None:
+            bits = {"bits": [*self._bits, self.schedule.bits] if in_step else list(self._bits)}
+        return {**bits, "steps": self.most_uses(), **self.statistics.report()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals."""
+        state: dict[str, Any] = {"seed": self.seed, "uses": dict(self.uses), "least_use": self.least_use}
+        if self.schedule is not None:
+            state["schedule"] = self.schedule.state_dict()
+        if self.residuals is not None:
+            state["residuals"] = self.residuals.state_dict()
+        return state
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], check: Callable[[Mapping[str, Any]], object] = lambda residuals: None
+    ) -> None:
+        """Continue where `state_dict` was taken.
+
+        Args:
+            state: of a compressor with the same scheme.
+            check: told the residuals; raises ValueError if they do not fit the parameters.
+
+        Raises:
+            ValueError: this is no such state.
+        """
+        try:
+            seed, uses, least_use = state["seed"], Counter(state["uses"]), state.get("least_use", 0)
+            check_integer("seed", seed, 0, 2**64 - 1)
+            for key, count in {**uses, "any gradient": least_use}.items():
+                check_integer(f"uses of {key}", count, 0, 2**63 - 1)
+            if self.residuals is not None:
+                if "residuals" not in state:
+                    raise ValueError("it is of a compressor without error_feedback, and has no residuals")
+                residuals = self.residuals.load(state["residuals"])
+                check(residuals)
+            if self.schedule is not None:
+                self.schedule.load_state_dict(state["schedule"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a state of this hvd_quant compressor: {error}") from error
+        if self.residuals is not None:
+            self.residuals.kept = residuals
+        self.seed, self.least_use = int(seed), int(least_use)
+        self.uses = Counter({key: int(count) for key, count in uses.items()})
+        self.present_scheme = self._scheme()
+        self._squares.clear()
