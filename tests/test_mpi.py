@@ -29,8 +29,8 @@ def mpirun(ranks, *arguments, **environment):
 @pytest.mark.parametrize(
     ("ranks", "files", "options", "environment"),
     [
-        (2, ["check_allreduce", "check_errors", "check_torch", "check_horovod"], [], {}),
-        (3, ["check_allreduce", "check_errors"], [], {}),
+        (2, ["check_allreduce", "check_errors", "check_options", "check_torch", "check_horovod"], [], {}),
+        (3, ["check_allreduce", "check_errors", "check_options"], [], {}),
         (4, ["check_allreduce", "check_errors"], [], {}),
         (8, ["check_allreduce", "check_errors"], SOME, {}),
         (4, ["check_allreduce"], BY_HOSTS, {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}),

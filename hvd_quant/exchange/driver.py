@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Work
+from hvd_quant.exchange.algorithms import Algorithm, Encoded, Work
 from hvd_quant.exchange.transport import Buffer, Handle, Transport
 
 
@@ -15,35 +15,35 @@ class Exchange:
 
     Args:
         work: what is exchanged.
-        algorithm: the exchange's name.
+        algorithm: what is done.
         transport: between the ranks.
         name: the same on all ranks, and no other exchange's at the same time.
     """
 
-    def __init__(self, work: Work, algorithm: str, transport: Transport, name: str) -> None:
+    def __init__(self, work: Work, algorithm: Algorithm, transport: Transport, name: str) -> None:
         self.work, self.algorithm, self.name = work, algorithm, name
         self.received_bytes = 0  # from other ranks
-        self._algorithm, self._transport = ALGORITHMS[algorithm], transport
+        self._transport = transport
         self._failure: ValueError | None = None
         self._encoded: Encoded = []
         self._stage = 0
-        self._handle: Handle | None = self._start(*self._algorithm.stages[0].prepare(work, ()))
+        self._handle: Handle | None = self._start(*self.algorithm.stages[0].prepare(work, ()))
 
     @property
     def stages_left(self) -> int:
         """Collectives to be started."""
-        return 0 if self._handle is None else len(self._algorithm.stages) - self._stage - 1
+        return 0 if self._handle is None else len(self.algorithm.stages) - self._stage - 1
 
     def _start(self, message: Buffer, sizes: Sequence[int | None]) -> Handle:
-        stage = self._algorithm.stages[self._stage]
-        name = self.name if len(self._algorithm.stages) == 1 else f"{self.name}.{stage.name}"
+        stage = self.algorithm.stages[self._stage]
+        name = self.name if len(self.algorithm.stages) == 1 else f"{self.name}.{stage.name}"
         return getattr(self._transport, stage.collective)(message, sizes, name)
 
     def _next_stage(self) -> None:
         parts, rank = self._receive(), self.work.bucket.rank
         self._stage += 1
         try:
-            message, sizes = self._algorithm.stages[self._stage].prepare(self.work, parts)
+            message, sizes = self.algorithm.stages[self._stage].prepare(self.work, parts)
         except ValueError as error:
             self._failure = self._failure or error
             message, sizes = parts[rank][:0], [0] * len(parts)  # nobody takes an empty message for a mean
@@ -82,7 +82,7 @@ class Exchange:
         """
         self.advance(wait=True)
         if self._handle is not None:
-            self._encoded = self._algorithm.encoded(self.work.bucket, self._receive())
+            self._encoded = self.algorithm.encoded(self.work.bucket, self._receive())
         if self._failure is not None:
             raise self._failure
         for layout, messages in self._encoded:

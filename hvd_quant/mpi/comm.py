@@ -1,12 +1,11 @@
-"""An MPI communicator whose ``Allreduce`` sends a few bits a value."""
+"""An MPI communicator whose ``Allreduce`` sends a few bits per value."""
 
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+import os
+from collections.abc import Generator, Mapping
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -14,59 +13,27 @@ import numpy as np
 from mpi4py import MPI
 
 from hvd_quant import wire
-from hvd_quant.codec import flat_array, is_tensor, native
+from hvd_quant.codec import native
 from hvd_quant.exchange import cost
-from hvd_quant.exchange.algorithms import EXCHANGES, Work, choose
+from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.algorithms.uncompressed import CODEC, UNCOMPRESSED
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.layout import Entry, FusedBucket
-from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
+from hvd_quant.exchange.topology import Topology
+from hvd_quant.mpi.buckets import IdleBuckets
+from hvd_quant.mpi.explain import explain
+from hvd_quant.mpi.request import Request, barrier, check_mpi, check_not_within, lock, progress, underway
+from hvd_quant.mpi.squares import Squares
 from hvd_quant.mpi.transport import MpiTransport
+from hvd_quant.mpi.values import Array, values_of
 from hvd_quant.reducer.mismatch import Description, RankMismatchError, differences
-from hvd_quant.schemes import Scheme, check_choice, check_integer
+from hvd_quant.reducer.options import Options
+from hvd_quant.reducer.routing import Routing
+from hvd_quant.reducer.state import Residuals, TrainingState
+from hvd_quant.schemes import DQSGD, QSGD, Scheme
 
-Array = Any  # np.ndarray | torch.Tensor: torch is the caller's to import
 AVERAGE = "average"  # MPI has no such op
-_LATENCY = 3e-4  # seconds a collective: nothing is negotiated before it, unlike with Horovod
-# How long to wait for the other ranks to tell what they have called, once the calls turned out to differ.
-_PATIENCE_SECONDS = 60.0
-_IDLE_BYTES = 256 << 20  # of buffers that are kept between calls
-_LAYOUT_BYTES = 1 << 16  # what a fused bucket counts for, however small its buffers are
-
-# Whoever waits takes all calls of the process forward: ranks may wait for them in different orders, and a
-# rank's part in one call must not depend on its waiting for another.
-_underway: list[Request] = []
-_abandoned: list[Any] = []  # what MPI may still read
-_lock = threading.RLock()
-_busy = False  # under the lock, which a signal's handler or a finalizer has, too, if it interrupts its holder
-
-
-def _progress() -> None:
-    global _busy
-    with _lock:
-        if _busy:
-            return
-        _busy = True
-        try:
-            _underway[:] = [request for request in _underway if not request._advance()]
-        finally:
-            _busy = False
-
-
-def _check_not_within() -> None:
-    """Refuse to wait within `_progress`, where nothing would go on."""
-    with _lock:
-        if _busy:
-            raise RuntimeError(
-                "a signal's handler or a finalizer cannot wait for an hvd_quant.mpi call, or make one that "
-                "waits, while it interrupts another: have it set a flag, and call from the main program"
-            )
-
-
-def _meet(comm: MPI.Intracomm) -> None:
-    """A barrier, in which requests go on, before calls in which they would not."""
-    barrier = comm.Ibarrier()
-    while not barrier.Test():
-        _progress()
+_LATENCY = 3e-4  # seconds per collective: nothing is negotiated before it, unlike with Horovod
 
 
 def _host_of(comm: MPI.Intracomm) -> tuple[int, bool]:
@@ -77,95 +44,19 @@ def _host_of(comm: MPI.Intracomm) -> tuple[int, bool]:
     return host, one_host
 
 
-def _check_mpi() -> None:
-    if not MPI.Is_initialized() or MPI.Is_finalized():
-        raise RuntimeError("MPI is not initialised, or no longer: call MPI.Init() first")
-
-
-class Request:
-    """An ``Iallreduce`` on its way; complete it with `Wait`, or with `Test` until that is true.
-
-    Any call here takes all of the process's requests forward. While none is made they may stand still, and
-    with them other ranks that wait for theirs: complete requests before you wait for other ranks by other
-    means, such as a barrier.
-
-    One that is dropped is taken forward none the less, and writes to its receive buffer when it gets there;
-    `QuantizedComm.Free` waits for it, and raises its error.
-    """
-
-    def __init__(self, steps: Iterator[None]) -> None:
-        self._steps: Iterator[None] | None = steps  # which yields while it waits for other ranks
-        self._error: BaseException | None = None
-        self._reported = False  # the error
-
-    @property
-    def _over(self) -> bool:
-        """Whether there is nothing left to wait for, and nothing to tell."""
-        return self._steps is None and (self._error is None or self._reported)
-
-    def _advance(self) -> bool:
-        """As far as it gets without waiting; whether that is the end."""
-        try:
-            if self._steps is not None:
-                next(self._steps)
-        except StopIteration:
-            self._steps = None
-        except BaseException as error:
-            self._steps, self._error = None, error
-            if not isinstance(error, Exception):  # an interrupt, of whatever this request is waited with
-                _abandoned.append(error)  # whose traceback keeps what MPI may still read
-                raise
-        return self._steps is None
-
-    def Test(self) -> bool:  # noqa: N802  as in mpi4py
-        """Whether the result is in the receive buffer. Never waits for another rank.
-
-        Raises:
-            RankMismatchError: the ranks have called with different arguments.
-        """
-        if self._steps is not None:
-            _check_mpi()
-            _progress()
-        if self._steps is None and self._error is not None:
-            self._reported = True
-            raise self._error
-        return self._steps is None
-
-    def Wait(self) -> bool:  # noqa: N802
-        """Wait until the result is in the receive buffer.
-
-        Returns:
-            True, as mpi4py.
-
-        Raises:
-            RankMismatchError: the ranks have called with different arguments.
-            RuntimeError: called by a signal's handler that interrupts another call.
-        """
-        if not self.Test():
-            _check_not_within()
-        while not self.Test():
-            pass  # MPI yields the core by itself, where it is told to
-        return True
-
-    def test(self) -> tuple[bool, None]:
-        """`Test`, with the result that mpi4py's ``test`` has."""
-        return self.Test(), None
-
-    def wait(self) -> None:
-        """`Wait`, with the result that mpi4py's ``wait`` has."""
-        self.Wait()
-
-
 class QuantizedComm:
     """Allreduce with quantized values over the ranks of an MPI communicator.
 
-    Making one is collective, like every call here but `stats`: all ranks do it, in the same order. It has a
-    duplicate of the communicator to itself, so that other traffic on ``comm`` does not matter. Threads may
-    use several of them at once, if MPI was initialised with ``MPI.THREAD_MULTIPLE``, as mpi4py does.
+    Making one is collective, like every call here but `stats` and `state_dict`: all ranks do it, in the same
+    order. It has a duplicate of the communicator to itself: other traffic on ``comm`` does not matter.
+    Threads may use several of them at once, if MPI was initialised with ``MPI.THREAD_MULTIPLE``, as mpi4py
+    does.
 
     Args:
         comm: an intracommunicator. With one rank, values pass as they are.
-        scheme: how values are quantized, e.g. ``hvd_quant.QSGD(bits=4)``.
+        scheme: how values are quantized, e.g. ``hvd_quant.QSGD(bits=4)``, or ``hvd_quant.DQSGD(...)``, of
+            which a step ends when a call's name comes again. Calls without a name share one, so that each of
+            them is a step.
         exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
             a part and sends that to all, which is less to receive from three ranks on, for a second
             rounding; ``"hierarchical"``, the ranks of a host average their values as they are, and the
@@ -173,6 +64,13 @@ class QuantizedComm:
             `hvd_quant.exchange.cost`.
         seed: of the rounding noise, 0 to 2^64 - 1. Each rank and each call draws its own noise from it. Give
             another one to a communicator that reduces what this one has reduced.
+        min_numel: calls of fewer values are not quantized, but reduced in float32.
+        error_feedback: whether each rank keeps, for every name, what quantization has lost of its values, and
+            adds it to the next ones of that name (Karimireddy et al., ICML 2019). It takes a float32 per
+            value of memory, and every call needs a name.
+        overrides: which names are quantized otherwise, or not at all: a mapping of shell patterns to schemes
+            or None, or the path of a YAML or TOML file with one; see `hvd_quant.reducer.overrides.Overrides`.
+            The first pattern that matches holds. Every call needs a name.
 
     Raises:
         RankMismatchError: the ranks have given different arguments, or some rank's ``HVD_QUANT_...``
@@ -184,67 +82,66 @@ class QuantizedComm:
         >>> comm.Allreduce(gradient, mean, op=hvd_quant.mpi.AVERAGE)
     """
 
-    def __init__(self, comm: MPI.Intracomm, scheme: Scheme, *, exchange: str = "auto", seed: int = 0) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        scheme: Scheme | DQSGD,
+        *,
+        exchange: str = "auto",
+        seed: int = 0,
+        min_numel: int = 0,
+        error_feedback: bool = False,
+        overrides: Mapping[str, Scheme | None] | str | os.PathLike | None = None,
+    ) -> None:
         if not isinstance(comm, MPI.Comm):
             raise TypeError(f"comm must be a communicator of mpi4py, not {comm!r}")
-        _check_mpi()
+        check_mpi()
         if comm == MPI.COMM_NULL:
             raise ValueError("comm is MPI.COMM_NULL: this rank is in no communicator, or it has been freed")
         if comm.Is_inter():
             raise ValueError("comm is an intercommunicator; merge its groups first, by comm.Merge()")
-        if not isinstance(scheme, Scheme):
+        if not isinstance(scheme, (Scheme, DQSGD)):
             raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
-        if scheme.rounding == "nearest":
-            raise ValueError(
-                'rounding="nearest" is biased, and is for error feedback, which is not to be had here'
-            )
-        check_choice("exchange", exchange, EXCHANGES)
-        check_integer("seed", seed, 0, 2**64 - 1)
-        _check_not_within()
+        check_not_within()
         self.rank, self.size = comm.rank, comm.size
-        self.scheme = scheme
-        self.exchange = exchange
-        self.seed = int(seed)
-        _meet(comm)
-        host, one_host = _host_of(comm)
         fault = None
         try:
-            native.threads()
-            self._link = cost.link_from_environment(one_host, _LATENCY)
-        except ValueError as error:  # on this rank alone, perhaps
-            fault = error
+            self.options = Options(scheme, overrides, min_numel, exchange, error_feedback, 0, seed)
+        except ValueError as error:
+            if "HVD_QUANT_" not in str(error):
+                raise
+            fault = error  # of the environment: on this rank alone, perhaps
+        barrier(comm)
+        host, one_host = _host_of(comm)
+        if fault is None:
+            self._routing = Routing(exchange, self.size, cost.link_from_environment(one_host, _LATENCY))
         self._comm: MPI.Intracomm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self._idle: dict[Entry, list[FusedBucket]] = {}  # the most recently used ones last
-        self._idle_bytes = 0
-        self._requests: list[Request] = []  # that were not over when last looked at
-        self._raw_bytes = 0
-        self._wire_bytes = 0
-        self._received_bytes = 0
-        self._messages = 0  # calls so far, too: every rank numbers them
         self._agree(fault, host)
+        self._state = TrainingState(
+            scheme, self.options.seed, Residuals() if self.options.error_feedback else None
+        )
+        self._squares = Squares(self._comm, self._state) if isinstance(scheme, DQSGD) else None
+        self._idle = IdleBuckets()
+        self._requests: list[Request] = []  # that were not over when last looked at
 
     def _agree(self, fault: ValueError | None, host: int) -> None:
         """Compare the ranks' arguments, and whether their environments are in order; tell the hosts."""
-        own = {
-            "environment": "in order" if fault is None else str(fault),
-            "scheme": type(self.scheme).__name__,
-            **asdict(self.scheme),
-            "exchange": self.exchange,
-            "seed": self.seed,
-            "link": asdict(self._link) if fault is None else None,
-            "wire version": wire.VERSION,
-        }
+        own: Description = {"environment": str(fault)}
+        if fault is None:
+            own = {
+                "environment": "in order",
+                **self.options.describe(),
+                "seed": self.options.seed,
+                "link": asdict(self._routing.link),
+                "wire version": wire.VERSION,
+            }
         described, hosts = zip(*self._comm.allgather((own, host)), strict=True)
-        self._topology = Topology(hosts)
-        found = differences(described)
-        if (
-            fault is None
-            and self.exchange == "hierarchical"
-            and self.size > 1
-            and self._topology.ranks_a_host == 1
-        ):
-            fault = ValueError(NOT_BY_HOSTS)
+        if not (found := differences(described)) and fault is None:
+            try:
+                self._routing.locate(Topology(hosts))
+            except ValueError as error:
+                fault = error
         if found or fault is not None:
             self._comm.Free()
         if found:
@@ -259,7 +156,11 @@ class QuantizedComm:
     # --- what users call --------------------------------------------------------------------------------
 
     def Allreduce(  # noqa: N802  as in mpi4py
-        self, sendbuf: Array | MPI.InPlace, recvbuf: Array, op: MPI.Op | str = MPI.SUM
+        self,
+        sendbuf: Array | MPI.InPlace,
+        recvbuf: Array,
+        op: MPI.Op | str = MPI.SUM,
+        name: str | None = None,
     ) -> None:
         """Sum or average the ranks' values; afterwards all ranks hold the same bits.
 
@@ -269,6 +170,8 @@ class QuantizedComm:
                 ``recvbuf``. Shape and dtype are the same on all ranks.
             recvbuf: where to; of the same dtype and as many values.
             op: ``MPI.SUM`` or ``hvd_quant.mpi.AVERAGE``.
+            name: of what is reduced, the same on all ranks, by which ``overrides``, ``error_feedback`` and
+                DQ-SGD's steps go.
 
         Sums are computed in float32. What that cannot hold makes its bucket non-finite, as NaN and Inf do.
         After an interrupt (Ctrl-C) within a call, do not go on with the communicator.
@@ -278,75 +181,133 @@ class QuantizedComm:
                 calls are not affected.
             TypeError, ValueError: an argument is refused; nothing has been sent.
         """
-        _check_not_within()
-        self.Iallreduce(sendbuf, recvbuf, op).Wait()
+        check_not_within()
+        self.Iallreduce(sendbuf, recvbuf, op, name).Wait()
 
     def Iallreduce(  # noqa: N802
-        self, sendbuf: Array | MPI.InPlace, recvbuf: Array, op: MPI.Op | str = MPI.SUM
+        self,
+        sendbuf: Array | MPI.InPlace,
+        recvbuf: Array,
+        op: MPI.Op | str = MPI.SUM,
+        name: str | None = None,
     ) -> Request:
         """Begin an `Allreduce`, to be completed by the request's ``Wait`` or ``Test``.
 
-        Several may be under way at once, and be completed in any order, which need not be the same on all
-        ranks. As in MPI, leave both buffers alone until the request is complete.
+        Several may be in flight at once, and be completed in any order, which need not be the same on all
+        ranks. As in MPI, leave both buffers alone until the request is complete. With DQ-SGD, the first call
+        of a step waits until all ranks have begun the calls of the step before.
 
         Raises:
             TypeError, ValueError: an argument is refused; nothing has been sent.
         """
-        _check_mpi()
+        check_mpi()
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this QuantizedComm has been freed; make another one")
         if not isinstance(op, (MPI.Op, str)) or op not in (MPI.SUM, AVERAGE):
             raise ValueError(
                 "op must be MPI.SUM or hvd_quant.mpi.AVERAGE: there is no other of values quantized apart"
             )
-        out, dtype = _values("recvbuf", recvbuf, written=True)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {name!r}")
+        if name is None and self.options.needs_names:
+            raise ValueError("error_feedback and overrides go by names: give every call a name=")
+        out, dtype = values_of("recvbuf", recvbuf, written=True)
         values, shape = out, list(recvbuf.shape)
         if sendbuf is not MPI.IN_PLACE:
-            values, send_dtype = _values("sendbuf", sendbuf, written=False)
+            values, send_dtype = values_of("sendbuf", sendbuf, written=False)
             shape = list(sendbuf.shape)
             if send_dtype != dtype:
                 raise TypeError(f"sendbuf is of {send_dtype} and recvbuf of {dtype}; make them the same")
             if values.size != out.size:
                 raise ValueError(f"sendbuf has {values.size} values, and recvbuf has room for {out.size}")
         op_name = AVERAGE if op == AVERAGE else "MPI.SUM"
-        call = {"op": op_name, "shape": shape, "dtype": dtype}
+        call = {"op": op_name, "shape": shape, "dtype": dtype, **({} if name is None else {"name": name})}
+        if self._squares is not None:
+            check_not_within()
+            self._squares.begin_call(name or "")
         request = Request(self._exchange(values, out, 1 if op_name == AVERAGE else self.size, call))
-        with _lock:
-            self._requests = [*(one for one in self._requests if not one._over), request]
-            if not request._advance():
-                _underway.append(request)
+        with lock:
+            self._requests = [*(one for one in self._requests if not one.over), request]
+            if not request.advance():
+                underway.append(request)
         return request
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """What this rank has contributed so far.
 
         Returns:
+            ``steps``, how often the name that came most often has come, those before a loaded state included;
             ``messages``, calls; ``raw_bytes``, the values as they were; ``wire_bytes``, what they were
             encoded into; ``received_bytes``, what came from other ranks in calls that are complete;
-            ``compression_ratio``, raw over wire bytes.
+            ``compression_ratio``, raw over wire bytes. With DQ-SGD also ``bits``, a list of those of each
+            step since the communicator was made.
         """
-        return {
-            "messages": self._messages,
-            "raw_bytes": self._raw_bytes,
-            "wire_bytes": self._wire_bytes,
-            "received_bytes": self._received_bytes,
-            "compression_ratio": self._raw_bytes / self._wire_bytes if self._wire_bytes else 1.0,
-        }
+        return self._state.stats(in_step=self._squares is not None and self._squares.in_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
+
+        With ``error_feedback`` every rank has a state of its own. To be taken between steps.
+
+        Raises:
+            RuntimeError: calls are in flight.
+        """
+        if any(request.in_flight for request in self._requests):
+            raise RuntimeError("take a communicator's state between steps: calls are in flight")
+        if self._squares is not None:
+            self._squares.end_step()
+        return self._state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Collective.
+
+        Raises:
+            ValueError: some rank's is no such state; on every rank, and nothing is loaded.
+            RankMismatchError: the ranks' states have not come equally far; on every rank.
+            RuntimeError: calls are in flight.
+        """
+        if any(request.in_flight for request in self._requests):
+            raise RuntimeError("load a communicator's state between steps: calls are in flight")
+        check_not_within()
+        before, fault = self._state.state_dict(), None
+        try:
+            self._state.load_state_dict(state)
+        except ValueError as error:
+            fault = error
+        barrier(self._comm)
+        described = self._comm.allgather({"state": str(fault or "in order"), "far": self._state.progress()})
+        found = differences(described)
+        if fault is not None or found:
+            self._state.load_state_dict(before)
+        if fault is not None:
+            raise fault
+        if "state" in found:
+            raise ValueError(f"some rank's state cannot be loaded: {found['state']}")
+        if found:
+            raise RankMismatchError(
+                "the ranks have loaded states that have not come equally far. Load those of the same step."
+            )
+        self.options.seed = self._state.seed
+        self._idle.clear()  # fused buckets know the seed
+        if self._squares is not None:
+            self._squares.forget()
 
     def Free(self) -> None:  # noqa: N802
-        """Wait for what is under way, and free the communicator (not the one it was made from). Collective.
+        """Wait for what is in flight, and free the communicator (not the one it was made from). Collective.
 
         Raises:
             RankMismatchError: of a call that nobody has waited for.
         """
         if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
             return
-        _check_not_within()
-        requests = [request for request in self._requests if not request._over]
-        while any(request._steps is not None for request in requests):
-            _progress()
+        check_not_within()
+        requests = [request for request in self._requests if not request.over]
+        while any(request.in_flight for request in requests):
+            progress()
         self._idle.clear()
-        _meet(self._comm)
+        barrier(self._comm)
+        if self._squares is not None:
+            self._squares.drain()
         self._comm.Free()
         for request in requests:
             request.Wait()  # raises its error, if it has one
@@ -366,112 +327,40 @@ class QuantizedComm:
         self, values: np.ndarray, out: np.ndarray, factor: int, call: Description
     ) -> Generator[None, None, None]:
         """Exchange the values of a call and write ``factor`` times their mean; yields while it must wait."""
-        number = self._messages
-        self._messages += 1
-        self._raw_bytes += values.nbytes
+        state, statistics = self._state, self._state.statistics
+        number, name = statistics.messages, call.get("name")  # every rank numbers its calls
+        use = sum(state.uses.values())  # part of the noise's key
+        state.use(name or "")
+        statistics.messages += 1
+        statistics.raw_bytes += values.nbytes
+        scheme = self.options.scheme_of(name, values.size, state.present_scheme)
+        if self._squares is not None:
+            self._squares.tell(None if scheme is None else values, call["dtype"])
         if self.size == 1:
             out[:] = values
             return
-        entry = Entry(json.dumps(call), values.size, call["dtype"], self.scheme)
-        bucket = self._bucket(entry)
-        whole = bucket.whole
-        link = replace(self._link, ranks_a_host=self._topology.ranks_a_host)
-        algorithm = choose(self.exchange, link, self.size, whole.size, whole.count)
+        entry = Entry(json.dumps(call), values.size, call["dtype"], scheme or QSGD())
+        bucket = self._idle.take(entry) or FusedBucket(
+            [entry], self.size, self.rank, state.seed, self._routing.topology
+        )
         transport = MpiTransport(self._comm, number, bucket.buffers)
-        uses = np.array([number], np.uint64)
-        work = Work(bucket, [values], uses, native, buffers=bucket.buffers)
+        work = Work(bucket, [values], np.array([use], np.uint64), native, buffers=bucket.buffers)
+        if scheme is None:
+            algorithm, work.codec = UNCOMPRESSED, CODEC
+        else:
+            whole = bucket.whole
+            algorithm = ALGORITHMS[self._routing.algorithm(whole.size, whole.count)]
+            if state.residuals is not None:
+                work.residuals = [state.residuals.of(name, values.size, values)]
         exchange = Exchange(work, algorithm, transport, f"call {number}")
         while not exchange.ready():
             yield
         try:
             exchange.finish([out], factor)
         except ValueError as error:
-            explanation = yield from self._explain(transport, call, error)
+            explanation = yield from explain(transport, call, error)
             raise RankMismatchError(f"in call {number}, {explanation}") from error
         finally:
-            self._received_bytes += exchange.received_bytes
-            self._wire_bytes += work.encoded_bytes
-        self._put_back(bucket)
-
-    def _explain(
-        self, transport: MpiTransport, call: Description, error: ValueError
-    ) -> Generator[None, None, str]:
-        """Ask all ranks, which have all noticed, what they have called. Patience is limited."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        answers: list[np.ndarray] = []
-        description = np.frombuffer(json.dumps(call).encode(), np.uint8)
-        # Others may have chosen an exchange of more collectives, of which the others are then empty.
-        for message in [description[:0]] * (3 - transport.collectives) + [description]:
-            handle = transport.allgather(message, [len(message)] * self.size, "mismatch")
-            while not handle.ready():
-                if time.monotonic() > deadline:
-                    _abandoned.append(handle)
-                    return (
-                        f"what the ranks have sent does not fit together ({error}), and they did not all "
-                        f"answer when asked for their arguments. This one has {call}."
-                    )
-                yield
-            answers = handle.wait()
-        calls = [json.loads(answer.tobytes()) for answer in answers]
-        if found := differences(calls):
-            return (
-                "the ranks' arguments differ: "
-                + "; ".join(found.values())
-                + ". Make the same calls, in the same order, on every rank."
-            )
-        return f"the ranks' arguments are the same, but not all that they have sent is of use: {error}"
-
-    def _bucket(self, entry: Entry) -> FusedBucket:
-        """A fused bucket that no other call is using."""
-        if idle := self._idle.get(entry):
-            bucket = idle.pop()
-            self._idle_bytes -= _kept_bytes(bucket)
-            return bucket
-        return FusedBucket([entry], self.size, self.rank, self.seed, self._topology)
-
-    def _put_back(self, bucket: FusedBucket) -> None:
-        """Keep it for later calls, at the cost of those that have not been used for longest."""
-        entry = bucket.entries[0]
-        self._idle[entry] = [*self._idle.pop(entry, ()), bucket]
-        self._idle_bytes += _kept_bytes(bucket)
-        while self._idle_bytes > _IDLE_BYTES and self._idle_bytes > _kept_bytes(bucket):
-            oldest = next(iter(self._idle))
-            self._idle_bytes -= _kept_bytes(self._idle[oldest].pop(0))
-            if not self._idle[oldest]:
-                del self._idle[oldest]
-
-
-def _kept_bytes(bucket: FusedBucket) -> int:
-    return _LAYOUT_BYTES + sum(buffer.nbytes for buffer in bucket.buffers.values())
-
-
-def _values(name: str, buffer: Array, *, written: bool) -> tuple[np.ndarray, str]:
-    """A buffer as the codec reads and writes it, and its dtype.
-
-    Raises:
-        TypeError, ValueError: it is not as `QuantizedComm.Allreduce` says.
-    """
-    tensor = is_tensor(buffer)
-    if not tensor and (not isinstance(buffer, np.ndarray) or isinstance(buffer, np.ma.MaskedArray)):
-        raise TypeError(f"{name} must be a NumPy array or a torch tensor, not {type(buffer).__name__}")
-    if not tensor:
-        buffer = np.asarray(buffer)  # subclasses may copy where arrays do not
-    if tensor and (buffer.device.type != "cpu" or str(buffer.layout) != "torch.strided"):
-        raise TypeError(f"{name} must be a dense tensor on the CPU, not {buffer.layout} on {buffer.device}")
-    dtype = str(buffer.dtype).removeprefix("torch.")
-    if dtype not in native.DTYPES:
-        raise TypeError(
-            f"{name} must be of dtype {', '.join(native.DTYPES)}, in this machine's byte order, not {dtype}"
-        )
-    if tensor:
-        plain = buffer.is_contiguous() and not buffer.is_neg()
-        plain &= buffer.data_ptr() % buffer.element_size() == 0
-    else:
-        plain = buffer.flags.c_contiguous and buffer.flags.aligned
-    if not plain:
-        raise ValueError(f"{name} must be contiguous in C order, and aligned; pass a contiguous copy")
-    if tensor and buffer.grad_fn is not None:
-        raise ValueError(f"{name} is part of an autograd graph, through which nothing flows: detach() it")
-    if written and not tensor and not buffer.flags.writeable:
-        raise ValueError(f"{name} is read-only")
-    return flat_array(buffer), dtype
+            statistics.received_bytes += exchange.received_bytes
+            statistics.wire_bytes += work.encoded_bytes
+        self._idle.put_back(bucket)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvd_quant.exchange.algorithms import Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, Work
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fusion import Fusion, Group
 from hvd_quant.exchange.layout import Entry, FusedBucket, digest
@@ -103,7 +103,7 @@ class Sending:
         self.announced, self._sent = self._sent, []
         exchanges = [sent.exchange for sent in self.announced]
         # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
-        rows = sorted((one.name, one.algorithm, one.work.bucket.digest.hex()) for one in exchanges)
+        rows = sorted((one.name, one.algorithm.name, one.work.bucket.digest.hex()) for one in exchanges)
         self._rounds.announce(digest(rows))
         for sent in self.announced:
             for gradient in sent.gradients:
@@ -121,7 +121,7 @@ class Sending:
             residuals = [kept.of(entry.key, entry.count, like) for entry, like in pairs]
         uses = np.array([gradient.use for gradient in gradients], np.uint64)
         work = Work(bucket, values, uses, first.codec, residuals, bucket.buffers)
-        algorithm = self._routing.algorithm(bucket.whole.size, bucket.whole.count)
+        algorithm = ALGORITHMS[self._routing.algorithm(bucket.whole.size, bucket.whole.count)]
         # Horovod remembers collectives by their names, and then does not notice that a rank has called
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
         name = self._agreement.name(f"{group.name}.{group.times_sent}")

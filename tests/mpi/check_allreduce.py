@@ -22,7 +22,9 @@ from mpi4py import MPI
 
 import hvd_quant
 import hvd_quant.mpi as hm
+from hvd_quant.mpi import buckets as buckets_module
 from hvd_quant.mpi import comm as comm_module
+from hvd_quant.mpi import request as request_module
 from hvd_quant.mpi import transport as transport_module
 
 exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
@@ -321,7 +323,7 @@ def check_stats():
 @exchanges
 def check_nothing_piles_up(exchange, monkeypatch):
     limit = 1 << 20
-    monkeypatch.setattr(comm_module, "_IDLE_BYTES", limit)
+    monkeypatch.setattr(buckets_module, "_IDLE_BYTES", limit)
     comm = hm.QuantizedComm(WORLD, SCHEME, exchange=exchange)
     references = []
     x = own_values(20_000)
@@ -336,12 +338,11 @@ def check_nothing_piles_up(exchange, monkeypatch):
     gc.collect()
     alive = [one for one in references if one() is not None]
     assert len(alive) <= 1  # the latest request
-    assert comm_module._underway == comm_module._abandoned == []
+    assert request_module.underway == request_module.abandoned == []
     assert len(comm._requests) <= 1
-    idle = [bucket for buckets in comm._idle.values() for bucket in buckets]
-    assert comm._idle_bytes == sum(map(comm_module._kept_bytes, idle)) <= limit
+    assert comm._idle.nbytes == sum(map(buckets_module.kept_bytes, comm._idle.all())) <= limit
     # The one in use all the time is among them, with what it has received: it is made once.
-    assert [bucket.entries[0].count for bucket in idle].count(20_000) == 1
+    assert [bucket.entries[0].count for bucket in comm._idle.all()].count(20_000) == 1
     WORLD.Barrier()
     assert not comm._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
     comm.Free()
@@ -356,7 +357,7 @@ def check_memory_is_used_again(exchange):
         seen = []
         for _ in range(3):
             comm.Allreduce(x, out)
-            ((bucket,),) = comm._idle.values()
+            (bucket,) = comm._idle.all()
             seen.append({name: buffer.ctypes.data for name, buffer in bucket.buffers.items()})
     assert seen[0] == seen[1] == seen[2]
     assert sum(name.startswith("received") for name in seen[0]) == (WORLD.size - 1) * (
@@ -422,7 +423,7 @@ def check_auto_takes_what_the_model_takes(monkeypatch):
 
 def recording(function, taken):
     def recorded(work, algorithm, *rest):
-        taken.append(algorithm)
+        taken.append(algorithm.name)
         return function(work, algorithm, *rest)
 
     return recorded

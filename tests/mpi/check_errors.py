@@ -9,6 +9,7 @@ from shared import error_of
 import hvd_quant
 import hvd_quant.mpi as hm
 from hvd_quant.mpi import comm as comm_module
+from hvd_quant.mpi import request as request_module
 
 exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 FIRST, LAST = 0, WORLD.size - 1
@@ -76,7 +77,7 @@ def check_what_interrupts_a_call_cannot_wait_for_another(monkeypatch):
     with hm.QuantizedComm(WORLD, SCHEME) as comm:
         request = comm.Iallreduce(MPI.IN_PLACE, x.copy())
         with monkeypatch.context() as patch:
-            patch.setattr(comm_module, "_busy", True)
+            patch.setattr(request_module, "_busy", True)
             complete = request.Test()
             waits = [comm.Free, lambda: comm.Allreduce(MPI.IN_PLACE, x.copy())]
             waits += [] if complete else [request.Wait]
@@ -117,7 +118,7 @@ def check_different_calls_are_named_on_every_rank_and_the_next_one_works(exchang
         assert not comm._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
     assert same_everywhere(good)
     assert not x.any()  # nothing was written
-    assert comm_module._underway == comm_module._abandoned == []
+    assert request_module.underway == request_module.abandoned == []
 
 
 @exchanges
@@ -162,7 +163,7 @@ def check_a_dropped_request_that_fails_is_told_by_free(exchange):
 @exchanges
 def check_a_rank_that_does_not_answer(exchange, monkeypatch):
     """What is damaged on the way may be noticed by one rank alone, which must not wait for ever."""
-    monkeypatch.setattr(comm_module, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 0.3)
     comm = hm.QuantizedComm(WORLD, SCHEME, exchange=exchange)
     x = own_values(3000)
 
@@ -176,8 +177,8 @@ def check_a_rank_that_does_not_answer(exchange, monkeypatch):
         assert "did not all answer" in str(error)
         assert "damaged" in str(error)
         monkeypatch.undo()
-        assert len(comm_module._abandoned) == 1
-        comm_module._abandoned.clear()
+        assert len(request_module.abandoned) == 1
+        request_module.abandoned.clear()
     else:
         comm.Allreduce(MPI.IN_PLACE, x)
     WORLD.Barrier()

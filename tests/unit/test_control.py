@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control, mismatch
 
 fingerprints = st.integers(0, 2**control.FINGERPRINT_BITS - 1)
 
@@ -70,20 +70,20 @@ def test_no_rank_finds_its_own_among_different_ones(prints):
 def test_reductions_that_are_not_linear_are_refused(own, size):
     vectors = contributions([own] * size)
     for reduced in (adasum(list(vectors)), vectors.min(0), vectors.max(0), vectors.prod(0)):
-        with pytest.raises(control.UnsupportedReductionError, match="op=Average or op=Sum"):
+        with pytest.raises(mismatch.UnsupportedReductionError, match="op=Average or op=Sum"):
             control.check(reduced, own, size)
 
 
 def test_reduction_over_other_ranks_is_refused():
     vectors = contributions([5] * 4)
     for ranks in itertools.combinations(range(4), 2):
-        with pytest.raises(control.UnsupportedReductionError, match="process_set"):
+        with pytest.raises(mismatch.UnsupportedReductionError, match="process_set"):
             control.check(vectors[list(ranks)].mean(0), 5, 4)
 
 
 @pytest.mark.parametrize("factor", [0.0, math.nan, math.inf])
 def test_useless_factors_are_refused(factor):
-    with pytest.raises(control.UnsupportedReductionError):
+    with pytest.raises(mismatch.UnsupportedReductionError):
         control.check([factor * value for value in control.values(3, 0)], 3, 1)
 
 
@@ -100,45 +100,45 @@ def described(**fields):
 
 def test_explanation_names_the_field_the_values_and_the_ranks():
     configs = [{"bits": 4, "norm": "max"}, {"bits": 8, "norm": "max"}, {"bits": 4, "norm": "max"}]
-    text = control.explain_mismatch(configs, [{}] * 3, [[described()]] * 3)
+    text = mismatch.explain_mismatch(configs, [{}] * 3, [[described()]] * 3)
     assert "bits is 4 on ranks 0, 2, 8 on rank 1" in text
     assert "norm" not in text
 
 
 def test_explanation_of_different_models():
     models = [{"w": [[3], "float32"], "b": [[1], "float32"]}, {"w": [[4], "float32"]}]
-    text = control.explain_mismatch([{}, {}], models, [[], []])
+    text = mismatch.explain_mismatch([{}, {}], models, [[], []])
     assert 'w is [[3], "float32"] on rank 0, [[4], "float32"] on rank 1' in text
     assert 'b is [[1], "float32"] on rank 0, null on rank 1' in text
     assert "more" not in text
     models = [{f"p{i}": [[n], "float32"] for i in range(20)} for n in (1, 2)]
-    assert "and 15 more" in control.explain_mismatch([{}, {}], models, [[], []])
+    assert "and 15 more" in mismatch.explain_mismatch([{}, {}], models, [[], []])
 
 
 def test_explanation_of_an_order_of_parameters():
     models = [{"a": [[3], "float32"], "b": [[1], "float32"]}]
     models.append(dict(reversed(models[0].items())))
-    text = control.explain_mismatch([{}, {}], models, [[], []])
+    text = mismatch.explain_mismatch([{}, {}], models, [[], []])
     assert 'number 0 is "a" on rank 0, "b" on rank 1' in text
     assert "in the same order on every rank" in text
 
 
 def test_explanation_of_a_shape():
-    text = control.explain_mismatch([{}, {}], [{}, {}], [[described(shape=[n])] for n in (3, 4)])
+    text = mismatch.explain_mismatch([{}, {}], [{}, {}], [[described(shape=[n])] for n in (3, 4)])
     assert "'w'" in text
     assert "shape is [3] on rank 0, [4] on rank 1" in text
 
 
 def test_explanation_of_an_order_of_arrival():
     gradients = [[described(name=f"#{n}", named=False)] for n in (3, 4)]
-    assert "named_parameters=" in control.explain_mismatch([{}, {}], [{}, {}], gradients)
+    assert "named_parameters=" in mismatch.explain_mismatch([{}, {}], [{}, {}], gradients)
 
 
 def test_explanation_of_what_travelled_together():
     gradients = [[described(), described(name="b")], [described()]]
-    text = control.explain_mismatch([{}, {}], [{}, {}], gradients)
+    text = mismatch.explain_mismatch([{}, {}], [{}, {}], gradients)
     assert 'what others lack is ["b"] on rank 0, [] on rank 1' in text
     gradients = [[described(), described(name="b")]] * 2
-    assert "different bytes about the same gradients" in control.explain_mismatch(
+    assert "different bytes about the same gradients" in mismatch.explain_mismatch(
         [{}] * 2, [{}] * 2, gradients
     )

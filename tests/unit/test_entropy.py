@@ -16,7 +16,7 @@ from test_message import noise_of
 from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.codec.message import MessageLayout, Segment, cut
-from hvd_quant.exchange.algorithms import Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, Work
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.in_process import Network
 from hvd_quant.exchange.layout import Entry, FusedBucket
@@ -559,7 +559,7 @@ def test_exchange(exchange, coding):
             bucket = FusedBucket(entries, ranks, rank, 0)
             uses = np.zeros(len(counts), np.uint64)
             work = Work(bucket, values[rank], uses, native)
-            exchanges.append(Exchange(work, exchange, network.ranks[rank], how))
+            exchanges.append(Exchange(work, ALGORITHMS[exchange], network.ranks[rank], how))
         for one in exchanges:
             assert one.advance(wait=False)
         outs = [[np.empty(count, np.float32) for count in counts] for _ in range(ranks)]

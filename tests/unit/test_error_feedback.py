@@ -164,7 +164,7 @@ def test_over_many_steps_nothing_is_lost(ranks, kind, exchange):
                     native,
                     residuals[rank],
                 ),
-                exchange,
+                ALGORITHMS[exchange],
                 network.ranks[rank],
                 "step",
             )
@@ -228,7 +228,7 @@ def test_residuals_stay_finite_where_gradients_are_as_large_as_float32_has_them(
             values = randoms(256, seed=ranks * step + rank)
             values *= np.float32(8e37) / np.abs(values).max()
             work = Work(buckets[rank], [values], np.array([step], np.uint64), native, [residuals[rank]])
-            exchanges.append(Exchange(work, "scatter_allgather", network.ranks[rank], "step"))
+            exchanges.append(Exchange(work, ALGORITHMS["scatter_allgather"], network.ranks[rank], "step"))
         for one in exchanges:
             one.advance(wait=False)
         for one in exchanges:

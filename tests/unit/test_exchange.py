@@ -45,7 +45,7 @@ def start(network, gradients, scheme, exchange, seed=0, use=0, codec=native, top
     for rank, transport in enumerate(network.ranks):
         bucket = FusedBucket(entries_of(counts, scheme), network.size, rank, seed, topology)
         work = Work(bucket, gradients[rank], uses, codec)
-        exchanges.append(Exchange(work, exchange, transport, "x"))
+        exchanges.append(Exchange(work, ALGORITHMS[exchange], transport, "x"))
     return exchanges
 
 
@@ -381,7 +381,7 @@ def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
         exchanges = [
             Exchange(
                 Work(bucket, gradient, np.array([step], np.uint64), native),
-                "scatter_allgather",
+                ALGORITHMS["scatter_allgather"],
                 transport,
                 "x",
             )
@@ -415,7 +415,7 @@ def test_ranks_that_differ_all_find_out(exchange, difference):
         values = [np.ones(entry.count, np.float32) for entry in entries]
         uses = np.zeros(len(entries), np.uint64)
         bucket = FusedBucket(entries, ranks, rank, 0, topology_of(ranks))
-        exchanges.append(Exchange(Work(bucket, values, uses, native), exchange, transport, "x"))
+        exchanges.append(Exchange(Work(bucket, values, uses, native), ALGORITHMS[exchange], transport, "x"))
     go_on(exchanges)
     for one in exchanges:
         with pytest.raises(ValueError, match="is not the one that was expected"):
@@ -429,7 +429,7 @@ def test_memory_is_used_again():
         network = Network(1)
         uses = np.array([use], np.uint64)
         work = Work(bucket, [np.ones(5000, np.float32)], uses, native, buffers=bucket.buffers)
-        exchange = Exchange(work, "scatter_allgather", network.ranks[0], "x")
+        exchange = Exchange(work, ALGORITHMS["scatter_allgather"], network.ranks[0], "x")
         exchange.finish([np.empty(5000, np.float32)])
         messages.append({name: id(buffer) for name, buffer in bucket.buffers.items()})
     assert messages[0]

@@ -48,9 +48,7 @@ class Gradient:
 def test_a_bucket_waits_for_the_streams_of_its_gradients(current):
     here, other, another = (Stream(number) for number in (1, 2, 3))
     current(here)
-    members = [
-        SimpleNamespace(_tensor=Gradient(), stream=stream) for stream in (here, other, other, another)
-    ]
+    members = [SimpleNamespace(_tensor=Gradient(), stream=stream) for stream in (here, other, other, another)]
     TorchGradient.before_reading(members)
     assert sorted(here.waited_for) == [2, 3]
     assert [member._tensor.read_on for member in members] == [[], [1], [1], [1]]

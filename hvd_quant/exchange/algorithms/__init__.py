@@ -21,11 +21,7 @@ __all__ = [
     "quickest",
 ]
 
-ALGORITHMS: dict[str, Algorithm] = {
-    "allgather": ALLGATHER,
-    "scatter_allgather": SCATTER_ALLGATHER,
-    "hierarchical": HIERARCHICAL,
-}
+ALGORITHMS: dict[str, Algorithm] = {one.name: one for one in (ALLGATHER, SCATTER_ALLGATHER, HIERARCHICAL)}
 EXCHANGES = ("auto", *ALGORITHMS)  # as users name them
 
 

@@ -31,4 +31,4 @@ def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
     return link.seconds(1, received, size * count)
 
 
-ALLGATHER = Algorithm((Stage("gather", "allgather", _encode),), _encoded, _seconds)
+ALLGATHER = Algorithm("allgather", (Stage("gather", "allgather", _encode),), _encoded, _seconds)

@@ -120,6 +120,7 @@ class Algorithm:
     """How the ranks' gradients become everyone's mean.
 
     Args:
+        name: as ranks compare it.
         stages: in their order.
         encoded: what is to be decoded of what the last stage has brought, as pairs of a message layout and
             the messages to be averaged.
@@ -129,6 +130,7 @@ class Algorithm:
         by_hosts: whether it is only for several hosts with equally many ranks, two or more, on each.
     """
 
+    name: str
     stages: tuple[Stage, ...]
     encoded: Callable[[FusedBucket, Sequence[Buffer]], Encoded]
     seconds: Callable[[Link, int, int, int], float]

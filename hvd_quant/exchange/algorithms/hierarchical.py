@@ -83,6 +83,7 @@ def _fits(count: int) -> bool:
 
 
 HIERARCHICAL = Algorithm(
+    "hierarchical",
     (
         Stage("host", "alltoall", _collect),
         Stage("across", "alltoall", _encode_host_mean),

@@ -47,6 +47,7 @@ def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
 
 
 SCATTER_ALLGATHER = Algorithm(
+    "scatter_allgather",
     (Stage("scatter", "alltoall", _encode_chunks), Stage("gather", "allgather", _encode_mean)),
     _encoded,
     _seconds,

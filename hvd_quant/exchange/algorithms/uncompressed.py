@@ -1,0 +1,98 @@
+"""Every rank averages one chunk of the gradients as they are, and sends the mean to every other: float32.
+
+For gradients that are not to be quantized, where no library reduces them. Users cannot name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hvd_quant.codec import native
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
+from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work
+from hvd_quant.exchange.cost import Link
+from hvd_quant.exchange.layout import FusedBucket, digest
+from hvd_quant.exchange.transport import Buffer
+
+
+class Float32Codec:
+    """Reads and writes messages of float32 values behind a layout's preamble: NumPy arrays."""
+
+    empty = staticmethod(native.empty)
+    collect = staticmethod(native.collect)
+    average = staticmethod(native.average)
+
+    @staticmethod
+    def decode_messages(
+        messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
+    ) -> None:
+        """See `hvd_quant.exchange.algorithms.base.Codec`; of one message."""
+        (message,) = messages
+        values = np.empty(layout.count, np.float32)
+        native.average([message], layout.preamble, values)
+        values *= np.float32(factor)
+        end = 0
+        for segment in layout.segments:
+            place = slice(segment.start, segment.start + segment.count)
+            part = values[end : end + segment.count]
+            _write(part, out[segment.tensor].reshape(-1)[place], segment.dtype)
+            end += segment.count
+
+
+def _write(values: np.ndarray, out: np.ndarray, dtype: str) -> None:
+    """Write float32 values as another dtype, to nearest; bfloat16 as its 16-bit patterns."""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            np.copyto(out, values, casting="same_kind")
+        return
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    np.copyto(out.view(np.uint16), np.where(np.isnan(values), 0x7FC0, rounded), casting="unsafe")
+
+
+CODEC = Float32Codec()
+
+
+def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+    """The values of each chunk, for who averages it, and the parts' sizes."""
+    bucket = work.bucket
+    sizes = [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
+    message = work.room("values", sum(sizes), "uint8")
+    end = 0
+    for number, (chunk, size) in enumerate(zip(bucket.chunks, sizes, strict=True)):
+        work.codec.collect(work.values, chunk, _preamble(bucket, number), message[end : end + size], ())
+        end += size
+    work.encoded_bytes = end
+    return message, sizes
+
+
+def _average(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
+    """The mean of the own chunk."""
+    bucket = work.bucket
+    chunk = bucket.chunks[bucket.rank]
+    message = work.room("mean", PREAMBLE_SIZE + 4 * chunk.count, "uint8")
+    work.codec.average(parts, _preamble(bucket, bucket.rank), message[PREAMBLE_SIZE:].view(np.float32))
+    message[:PREAMBLE_SIZE] = np.frombuffer(chunk.preamble, np.uint8)
+    return message, [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
+
+
+def _preamble(bucket: FusedBucket, chunk: int) -> bytes:
+    return digest(bucket.digest.hex(), "uncompressed", chunk)
+
+
+def _encoded(bucket: FusedBucket, messages: Sequence[Buffer]) -> Encoded:
+    return [(chunk, [message]) for chunk, message in zip(bucket.chunks, messages, strict=True)]
+
+
+def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
+    return link.seconds(2, 2 * link.ranks_a_host * (size - link.ranks_a_host) / size * 4 * count, 0)
+
+
+UNCOMPRESSED = Algorithm(
+    "uncompressed",
+    (Stage("scatter", "alltoall", _collect), Stage("gather", "allgather", _average)),
+    _encoded,
+    _seconds,
+)

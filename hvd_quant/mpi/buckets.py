@@ -1,0 +1,50 @@
+"""Fused buckets that no call is using, with their buffers: fresh memory is slow."""
+
+from __future__ import annotations
+
+from hvd_quant.exchange.layout import Entry, FusedBucket
+
+_IDLE_BYTES = 256 << 20  # of buffers that are kept between calls
+_LAYOUT_BYTES = 1 << 16  # what a fused bucket counts for, however small its buffers are
+
+
+class IdleBuckets:
+    """Keeps them for later calls, at the cost of those that have not been used for longest."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Entry, list[FusedBucket]] = {}  # the most recently used ones last
+        self.nbytes = 0
+
+    def take(self, entry: Entry) -> FusedBucket | None:
+        """One for this entry, if there is one."""
+        idle = self._idle.get(entry)
+        if not idle:
+            return None
+        bucket = idle.pop()
+        self.nbytes -= kept_bytes(bucket)
+        return bucket
+
+    def put_back(self, bucket: FusedBucket) -> None:
+        """Keep one that is no longer used."""
+        entry = bucket.entries[0]
+        self._idle[entry] = [*self._idle.pop(entry, ()), bucket]
+        self.nbytes += kept_bytes(bucket)
+        while self.nbytes > _IDLE_BYTES and self.nbytes > kept_bytes(bucket):
+            oldest = next(iter(self._idle))
+            self.nbytes -= kept_bytes(self._idle[oldest].pop(0))
+            if not self._idle[oldest]:
+                del self._idle[oldest]
+
+    def all(self) -> list[FusedBucket]:
+        """All that are kept."""
+        return [bucket for buckets in self._idle.values() for bucket in buckets]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._idle.clear()
+        self.nbytes = 0
+
+
+def kept_bytes(bucket: FusedBucket) -> int:
+    """What it counts for."""
+    return _LAYOUT_BYTES + sum(buffer.nbytes for buffer in bucket.buffers.values())
