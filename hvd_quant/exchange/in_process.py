@@ -1,4 +1,4 @@
-"""N ranks in one process, driven in turn by one thread: a transport for tests."""
+"""N ranks in one process, one of which runs at a time: a transport for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Network:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.ranks = [InProcess(self, rank) for rank in range(size)]
+        self.ranks: list[InProcess] = [InProcess(self, rank) for rank in range(size)]
         self.received_bytes = [0] * size  # by each rank from the others
         self.between: Counter[tuple[int, int]] = Counter()  # bytes, by who has sent them, and to whom
         self._collectives: dict[tuple[str, int], dict[int, list[np.ndarray]]] = {}
@@ -37,13 +37,14 @@ class Network:
 class _Handle:
     def __init__(self, network: Network, collective: dict[int, list[np.ndarray]], rank: int) -> None:
         self._network, self._collective, self._rank = network, collective, rank
+        self.number = network.ranks[rank].operations
 
     def ready(self) -> bool:
         return len(self._collective) == self._network.size
 
     def wait(self) -> list[np.ndarray]:
         if not self.ready():
-            raise RuntimeError("a rank waits for ranks that are driven by the same thread")
+            raise RuntimeError("a rank waits for others, none of which can run meanwhile")
         received = [self._collective[rank][self._rank] for rank in range(self._network.size)]
         for rank, part in enumerate(received):
             self._network.between[rank, self._rank] += part.size
@@ -52,19 +53,39 @@ class _Handle:
         )
         return received
 
+    def abandon(self) -> None:
+        pass
+
 
 class InProcess:
-    """The transport of one rank of a `Network`."""
+    """The transport of one rank of a `Network`; see `hvd_quant.exchange.transport.CountedTransport`."""
+
+    errors: tuple[type[Exception], ...] = (ConnectionError,)
 
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self.rank, self.size = network, rank, network.size
+        self.operations = 0  # submitted by this rank
+        self.unanswered: dict[str, _Handle] = {}
 
     def allgather(self, message: np.ndarray, sizes: Sequence[int | None], name: str) -> _Handle:
         """See `hvd_quant.exchange.transport.Transport`."""
+        self.operations += 1
         return self._network.post(name, self.rank, [message.copy()] * self.size)
 
     def alltoall(self, message: np.ndarray, sizes: Sequence[int], name: str) -> _Handle:
         """See `hvd_quant.exchange.transport.Transport`."""
+        self.operations += 1
         ends = np.cumsum(sizes)
         parts = [message[end - size : end].copy() for end, size in zip(ends, sizes, strict=True)]
         return self._network.post(name, self.rank, parts)
+
+    def count(self, handle: _Handle) -> int:
+        """See `hvd_quant.exchange.transport.CountedTransport`."""
+        return handle.number
+
+    def level(self, others: int, own: int) -> None:
+        """See `hvd_quant.exchange.transport.CountedTransport`."""
+        self.operations += max(0, others - own)
+
+    def forget_abandoned(self) -> None:
+        """See `hvd_quant.exchange.transport.CountedTransport`."""

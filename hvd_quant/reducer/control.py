@@ -33,6 +33,9 @@ FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or
 SIZE = 5
 SQUARE = 4  # where the squared norm is
 NBYTES = 8 * SIZE
+# A gradient that looks like a control tensor, float64 of shape (SIZE,), is reduced in this one: Horovod
+# notices where ranks differ.
+OTHER_SHAPE = (1, 1, 1, 1, SIZE)
 
 
 class FingerprintMismatch(Exception):  # noqa: N818  it is caught and turned into a RankMismatchError

@@ -30,7 +30,7 @@ from hvd_quant.reducer.rounds import RoundLeft, Rounds
 from hvd_quant.reducer.routing import Routing
 from hvd_quant.reducer.sending import Sending
 from hvd_quant.reducer.state import TrainingState
-from hvd_quant.reducer.waiting import wait_for
+from hvd_quant.reducer.waiting import pause, wait_for
 from hvd_quant.stall import enumeration
 
 
@@ -127,13 +127,16 @@ class Reducer:
         return self._options.scheme_of(name, count, self.state.present_scheme)
 
     def count(self) -> None:
-        """Note that a gradient has come, whether it will be submitted or not."""
+        """Note that a gradient has come, or several that are reduced by one operation."""
         slots = self._rounds.slots
         slots.gradients += 1
         if slots.gradients == 1 and not self._rounds.settled:
-            # What is raised is raised again when a result is asked for.
+            # With other slots than the others, this rank would submit more than they, or less. However late
+            # they are, they announce the last round before they do anything in this one. What is raised here
+            # is raised again when a result is asked for.
             with contextlib.suppress(ValueError, *self.agreement.transport.errors):
-                wait_for(self._rounds.all_announced)  # which says when hooks submit
+                while not self._rounds.all_announced():
+                    pause()
 
     def submit(self, gradient: Gradient, tensor: Any) -> None:
         """Take a gradient for the exchange.

@@ -75,11 +75,12 @@ class Trace:
 
 @dataclass(eq=False)
 class Member:
-    """What ``compress`` hands to ``decompress``: a place in a group, or the type of a small gradient."""
+    """What ``compress`` hands to ``decompress``: a place in a group, or what a small gradient was."""
 
     group: Group | None
     index: int
     dtype: tf.DType
+    shape: tf.TensorShape
 
 
 class QuantizedCompressor(HorovodCompressor, Compressor):
@@ -158,7 +159,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         count = tensor.shape.num_elements()
         if count == 0 or (count is not None and count < self.options.min_numel):
             self._count_small(trace, count * tensor.dtype.size, count * _SMALL.size)
-            return self._named(trace, tf.cast(tensor, _SMALL)), Member(None, 0, tensor.dtype)
+            small = tf.cast(tensor, _SMALL)
+            if tensor.shape == (control.SIZE,):
+                # Not to be taken for a control tensor, which other ranks may have in its place.
+                small = tf.reshape(small, control.OTHER_SHAPE)
+            return self._named(trace, small), Member(None, 0, tensor.dtype, tensor.shape)
 
         group = trace.groups.get(graph)
         if group is None:
@@ -177,7 +182,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         group.tensors.append(tensor)
         group.fingerprints.append(fingerprint)
         control_tensor = self._control(tensor, fingerprint)
-        return self._named(trace, control_tensor), Member(group, index, tensor.dtype)
+        return self._named(trace, control_tensor), Member(group, index, tensor.dtype, tensor.shape)
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
@@ -199,7 +204,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             return tensor
         group = ctx.group
         if group is None:
-            return tf.cast(tensor, ctx.dtype)
+            return tf.reshape(tf.cast(tensor, ctx.dtype), ctx.shape)
         if group.first is None:
             trace, graph = self._trace()
             if trace.groups.get(graph) is group:

@@ -28,6 +28,7 @@ from hvd_quant.reducer.options import FUSION_BYTES, Options
 from hvd_quant.reducer.reducer import Reducer
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
+from hvd_quant.torch.calls import reduced_together
 from hvd_quant.torch.gradient import DTYPES, TorchControl, TorchGradient, TorchResiduals
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.stall import check
@@ -85,6 +86,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self._names: ParameterNames | None = None
         self._watching = False  # autograd's order, for sparse gradients
         self._places = 0  # taken since nothing was in flight
+        self._members = 0  # that have been compressed of those that Horovod will reduce by one operation
         self._state = TrainingState(scheme, options.seed, TorchResiduals() if error_feedback else None)
         self._reducer = Reducer(options, self._state, self._number, process_set.ranks)
         if named_parameters is not None:
@@ -141,16 +143,24 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         """
         if tensor.dtype in DTYPES:
             _check_tensor(tensor)
-        reducer = self._reducer
+        reducer, together = self._reducer, reduced_together()
         with reducer.lock:
-            if not reducer.has_begun:
-                self._begin()  # whatever the dtype is, which may differ
-            reducer.count()
-            taken = self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
-            reducer.fill_slots()
+            try:
+                if not reducer.has_begun:
+                    self._begin()  # whatever the dtype is, which may differ
+                if self._members == 0:
+                    reducer.count()
+                taken = self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
+                self._members += 1
+                if together is None or self._members == len(together):
+                    reducer.fill_slots()
+                    self._members = 0
+            except BaseException:
+                self._members = 0
+                raise
             return taken
 
-    def _submit(self, tensor: torch.Tensor) -> tuple[torch.Tensor, TorchGradient | None]:
+    def _submit(self, tensor: torch.Tensor) -> tuple[torch.Tensor, TorchGradient | torch.Size | None]:
         reducer, state = self._reducer, self._state
         name = self._name(tensor)
         state.statistics.raw_bytes += tensor.nbytes
@@ -159,6 +169,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             state.statistics.wire_bytes += tensor.nbytes
             if name is not None:
                 state.uses[name] += 1
+            if tensor.dtype == torch.float64 and tensor.shape == (control.SIZE,):
+                # Not to be taken for a control tensor, which other ranks may have in its place.
+                return tensor.reshape(control.OTHER_SHAPE), tensor.shape
             return tensor.contiguous(), None
 
         if self.options.error_feedback and name is None:
@@ -192,8 +205,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
             RuntimeError: `reset` was called since the gradient's `compress`.
         """
-        if ctx is None:
-            return tensor
+        if not isinstance(ctx, TorchGradient):
+            return tensor if ctx is None else tensor.view(ctx)
         with self._reducer.lock:
             self._reducer.finish(ctx, tensor.tolist())
             if self._watching and not self._reducer.in_flight:  # the first step is complete

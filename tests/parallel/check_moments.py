@@ -184,6 +184,29 @@ def check_ranks_with_other_gradients(exchange, fusion_bytes, min_numel):
     assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("groups", [True, False])
+def check_groups_of_unequal_sizes_in_different_orders(groups):
+    """What Horovod reduces by one operation counts as one, however many gradients it is."""
+    torch.manual_seed(3)
+    parts = [torch.nn.Linear(64, 64), torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(2)))]
+    model = torch.nn.ModuleList(parts)
+    compressor = hq.QSGDCompressor(fusion_bytes=0, min_numel=0)
+    optimizer = hq.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compressor,
+        groups=[list(part.parameters()) for part in parts] if groups else None,
+    )
+    for number in range(5):
+        optimizer.zero_grad()
+        for part in parts if hvd.rank() == 0 or not groups else parts[::-1]:
+            part(own_randn(4, 64, seed=number)).square().mean().backward()
+            assert hvd.allreduce(torch.ones(1)).item() == 1.0
+        optimizer.step()
+    assert all(same_everywhere(parameter) for parameter in model.parameters())
+    assert compressor.stats()["messages"] == 5 * 6
+
+
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", ["kinds", None])
 @pytest.mark.parametrize(
@@ -191,6 +214,7 @@ def check_ranks_with_other_gradients(exchange, fusion_bytes, min_numel):
     [
         (torch.ones(5000, dtype=torch.int32), torch.ones(5000), "Mismatched data types"),
         (torch.ones(100), torch.ones(5000), "Mismatched data types"),  # of the control tensor, float64
+        (torch.ones(5, dtype=torch.float64), torch.ones(5000), "Mismatched ALLREDUCE tensor shapes"),
     ],
 )
 def check_tensors_that_travel_in_different_ways(first, rest, says, name, before, monkeypatch):
