@@ -9,7 +9,6 @@ compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, tr
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.compression import Compressor
-from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
 from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
@@ -28,7 +26,7 @@ from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
-from hvd_quant.tensorflow import device, stall
+from hvd_quant.tensorflow import device, refusals, stall
 from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.steps import Steps, call, once_reduced
 
@@ -300,13 +298,7 @@ class QuantizedCompressor(Options, Compressor):
         self.seed, self._loaded_uses = int(seed), {name: int(count) for name, count in uses.items()}
 
     def __hash__(self) -> int:
-        # Horovod's Keras optimizer takes its compressor's hash when it is made, and nothing else that would
-        # tell us of it. Under Keras 3 it never calls compress, and replicas would drift apart in silence.
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_globals.get("__name__") == "horovod._keras" and frame.f_code.co_name == "__init__":
-                _refuse_keras_3(frame.f_locals.get("self"))
-            frame = frame.f_back
+        refusals.refuse_horovods_optimizer_of_keras_3()
         return object.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
@@ -337,7 +329,7 @@ class QuantizedCompressor(Options, Compressor):
 
     def _check_place(self) -> None:
         if not tf.executing_eagerly():
-            _refuse_xla()
+            refusals.refuse_xla()
         elif self.error_feedback or self._progress.schedule is not None:
             raise RuntimeError(
                 "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
@@ -482,37 +474,6 @@ def _variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
     # Of this class itself: of tf.Variable, tf.function allows none after its first call.
     with tf.init_scope(), tf.device("/CPU:0"):
         return ResourceVariable(value, trainable=False, dtype=dtype, name=name)
-
-
-def _refuse_xla() -> None:
-    """XLA compiles neither Horovod's operations nor ours; its own message is of little help.
-
-    Raises:
-        RuntimeError: the function that is being traced is to be compiled by XLA.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:  # TensorFlow does not tell what is traced whether it will be compiled
-        function = frame.f_locals.get("self") if frame.f_code.co_filename == _FUNCTION_FILE else None
-        if isinstance(function, Function) and function._jit_compile:
-            raise RuntimeError(
-                "gradients cannot be exchanged in a function that XLA compiles: leave out jit_compile=True "
-                "of the tf.function around it, and pass jit_compile=False to Keras's model.compile()"
-            )
-        frame = frame.f_back
-
-
-_FUNCTION_FILE = Function.__init__.__code__.co_filename
-
-
-def _refuse_keras_3(optimizer: object) -> None:
-    """Raises a RuntimeError if an optimizer is one of Keras 3."""
-    keras = sys.modules.get("keras")
-    if keras is not None and isinstance(optimizer, getattr(keras, "Optimizer", keras.optimizers.Optimizer)):
-        raise RuntimeError(
-            "Horovod's DistributedOptimizer reduces no gradients of Keras 3. Use "
-            "hvd_quant.tensorflow.keras.DistributedOptimizer, which takes the same arguments, or legacy "
-            "Keras: pip install tf_keras, and set TF_USE_LEGACY_KERAS=1"
-        )
 
 
 class QSGDCompressor(QSGDArguments, QuantizedCompressor):

@@ -1,0 +1,58 @@
+"""What we refuse, and how we notice: by who is calling, where nothing else would tell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
+
+_FUNCTION_FILE = Function.__init__.__code__.co_filename
+
+
+def refuse_xla() -> None:
+    """Refuse to be traced for XLA, which compiles neither Horovod's operations nor ours.
+
+    Its own message is of little help.
+
+    Raises:
+        RuntimeError: the function that is being traced is to be compiled by XLA.
+    """
+    for frame in _callers():  # TensorFlow does not tell what is traced whether it will be compiled
+        function = frame.f_locals.get("self") if frame.f_code.co_filename == _FUNCTION_FILE else None
+        if isinstance(function, Function) and function._jit_compile:
+            raise RuntimeError(
+                "gradients cannot be exchanged in a function that XLA compiles: leave out jit_compile=True "
+                "of the tf.function around it, and pass jit_compile=False to Keras's model.compile()"
+            )
+
+
+def refuse_horovods_optimizer_of_keras_3() -> None:
+    """Refuse Horovod's own Keras optimizer under Keras 3. To be called when a compressor's hash is taken.
+
+    Horovod takes that when the optimizer is made, and nothing else that would tell us of it. Under Keras 3 it
+    never calls ``compress``, and replicas would drift apart in silence.
+
+    Raises:
+        RuntimeError: Horovod is making an optimizer of Keras 3.
+    """
+    for frame in _callers():
+        if frame.f_globals.get("__name__") == "horovod._keras" and frame.f_code.co_name == "__init__":
+            keras, optimizer = sys.modules.get("keras"), frame.f_locals.get("self")
+            if keras is not None and isinstance(
+                optimizer, getattr(keras, "Optimizer", keras.optimizers.Optimizer)
+            ):
+                raise RuntimeError(
+                    "Horovod's DistributedOptimizer reduces no gradients of Keras 3. Use "
+                    "hvd_quant.tensorflow.keras.DistributedOptimizer, which takes the same arguments, or "
+                    "legacy Keras: pip install tf_keras, and set TF_USE_LEGACY_KERAS=1"
+                )
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames of what has called the function that asks, innermost first."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
