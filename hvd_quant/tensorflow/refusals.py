@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 from tensorflow.python.eager.polymorphic_function.polymorphic_function import Function
 
@@ -48,6 +49,38 @@ def refuse_horovods_optimizer_of_keras_3() -> None:
                     "hvd_quant.tensorflow.keras.DistributedOptimizer, which takes the same arguments, or "
                     "legacy Keras: pip install tf_keras, and set TF_USE_LEGACY_KERAS=1"
                 )
+
+
+def refuse_a_loss_scaler_around() -> None:
+    """Refuse to apply gradients for a loss scaler: some ranks would skip a step in which others wait.
+
+    Raises:
+        RuntimeError: a loss scaler of Keras 3 has called.
+    """
+    import keras  # which whoever needs no Keras does not load
+
+    its_file = keras.optimizers.LossScaleOptimizer.apply.__code__.co_filename
+    if any(frame.f_code.co_filename == its_file for frame in _callers()):
+        raise RuntimeError(
+            "a loss scaler must be in the DistributedOptimizer, and not around it, so that all ranks "
+            "skip a step together: "
+            "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...). "
+            "Keras puts one around by itself under the policy mixed_float16."
+        )
+
+
+def refuse_overwritten(variables: Sequence[Any]) -> None:
+    """Refuse gradients that are no gradients, and that nobody reduces.
+
+    Raises:
+        ValueError: a variable is overwritten by its gradient.
+    """
+    for variable in variables:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise ValueError(
+                f"{variable.path} is overwritten by its gradient, as Keras's float8 quantization has it, and "
+                "such gradients are not reduced"
+            )
 
 
 def _callers() -> Iterator[FrameType]:
