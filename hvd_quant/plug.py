@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from types import ModuleType
-from typing import Any
+from types import MethodType, ModuleType
+from typing import Any, ClassVar
 
 from horovod.common.process_sets import ProcessSet
 
@@ -34,6 +35,8 @@ class Options:
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.
     """
+
+    _example: ClassVar[str] = "QSGD(bits=4)"  # arguments, for who has handed over the class
 
     def __init__(
         self,
@@ -151,11 +154,53 @@ class Options:
         )
 
 
+# --- compressors, and not their classes -------------------------------------------------------------------
+
+
+def refuse_class(compression: object) -> None:
+    """Check that ``compression=`` has not been given a class of ours, though Horovod's own are classes.
+
+    Raises:
+        TypeError: it is a class of ours.
+    """
+    if isinstance(compression, type) and issubclass(compression, Options):
+        name = compression.__name__
+        raise TypeError(
+            f"compression must be a compressor, not the class {name}: make one, as "
+            f"{name}({compression._example})"
+        )
+
+
+class CompressorMethod:
+    """Decorates the first method that Horovod calls: where Horovod has the class itself, that is refused.
+
+    Called on the class, with the tensor for ``self``, the method would miss an argument, and say no more.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        functools.update_wrapper(self, function)
+
+    def __get__(self, instance: Options | None, owner: type[Options]) -> Callable[..., Any]:
+        if instance is not None:
+            return MethodType(self._function, instance)
+
+        @functools.wraps(self._function)
+        def of_class(*args: Any, **options: Any) -> Any:
+            if not (args and isinstance(args[0], owner)):
+                refuse_class(owner)
+            return self._function(*args, **options)
+
+        return of_class
+
+
 # --- arguments of the schemes, for compressors that are named after one -----------------------------------
 
 
 class QSGDArguments:
     """Takes those of `hvd_quant.QSGD`, and hands on the other options."""
+
+    _example: ClassVar[str] = "bits=4"
 
     def __init__(
         self,
@@ -173,6 +218,8 @@ class QSGDArguments:
 class NUQSGDArguments:
     """Takes those of `hvd_quant.NUQSGD`, and hands on the other options."""
 
+    _example: ClassVar[str] = "bits=4"
+
     def __init__(
         self,
         bits: int = 4,
@@ -188,6 +235,8 @@ class NUQSGDArguments:
 
 class DQSGDArguments:
     """Takes those of `hvd_quant.DQSGD`, and hands on the other options."""
+
+    _example: ClassVar[str] = "mean_bits=4, total_steps=1000"
 
     def __init__(
         self,

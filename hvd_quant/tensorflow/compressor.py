@@ -24,7 +24,14 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from hvd_quant import wire
 from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.topology import Topology
-from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
+from hvd_quant.plug import (
+    FUSION_BYTES,
+    CompressorMethod,
+    DQSGDArguments,
+    NUQSGDArguments,
+    Options,
+    QSGDArguments,
+)
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.tensorflow import device, refusals, stall
 from hvd_quant.tensorflow.progress import Progress
@@ -133,6 +140,7 @@ class QuantizedCompressor(Options, Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
+    @CompressorMethod
     @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing
     def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
         """Lay out what Horovod is to reduce in place of a gradient.

@@ -30,7 +30,14 @@ from hvd_quant.exchange import control, cost
 from hvd_quant.exchange.algorithms import Exchange, Work
 from hvd_quant.exchange.fused import Entry, FusedBucket, Fusion, Group, digest
 from hvd_quant.overrides import Overrides
-from hvd_quant.plug import FUSION_BYTES, DQSGDArguments, NUQSGDArguments, Options, QSGDArguments
+from hvd_quant.plug import (
+    FUSION_BYTES,
+    CompressorMethod,
+    DQSGDArguments,
+    NUQSGDArguments,
+    Options,
+    QSGDArguments,
+)
 from hvd_quant.schedule import BitSchedule
 from hvd_quant.schemes import DQSGD, Scheme, check_integer
 from hvd_quant.stall import enumeration
@@ -177,6 +184,7 @@ class QuantizedCompressor(Options, Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
+    @CompressorMethod
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Take a gradient for the exchange, and start that if its fused bucket is complete.
 

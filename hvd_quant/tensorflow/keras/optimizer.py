@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 from horovod.tensorflow.compression import Compression
 
+from hvd_quant.plug import refuse_class
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
 from hvd_quant.tensorflow.keras.reduction import Gradient, Groups, Reduction
 from hvd_quant.tensorflow.refusals import refuse_a_loss_scaler_around, refuse_overwritten
@@ -59,10 +60,12 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
             of ranks.
 
     Raises:
-        TypeError: ``optimizer`` is no Keras optimizer, or one with an ``apply_gradients`` of its own.
+        TypeError: ``optimizer`` is no Keras optimizer, or one with an ``apply_gradients`` of its own; or
+            ``compression`` is a class of our compressors, and not one of them.
         ValueError: arguments contradict each other, or are not supported.
         RuntimeError: Keras does not run on TensorFlow.
     """
+    refuse_class(compression)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         _check_legacy(optimizer)
         import horovod.tensorflow.keras as hvd_keras
