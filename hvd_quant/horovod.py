@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields
-from types import ModuleType
-from typing import Any
+from types import MethodType, ModuleType
+from typing import Any, ClassVar
 
 from horovod.common.process_sets import ProcessSet
 
@@ -19,6 +20,45 @@ from hvd_quant.reducer.routing import Routing
 from hvd_quant.schemes import DQSGD, Scheme, rounding_for
 
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+
+def refuse_class(compression: object) -> None:
+    """Check that ``compression=`` has not been given a class of ours, though Horovod's own are classes.
+
+    Raises:
+        TypeError: it is a class of ours.
+    """
+    if isinstance(compression, type) and issubclass(compression, HorovodCompressor):
+        name = compression.__name__
+        raise TypeError(
+            f"compression must be a compressor, not the class {name}: make one, as "
+            f"{name}({compression._example})"
+        )
+
+
+class CompressorMethod:
+    """Decorates the first method that Horovod calls: where Horovod has the class itself, that is refused.
+
+    Called on the class, with the tensor for ``self``, the method would miss an argument, and say no more.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        functools.update_wrapper(self, function)
+
+    def __get__(
+        self, instance: HorovodCompressor | None, owner: type[HorovodCompressor]
+    ) -> Callable[..., Any]:
+        if instance is not None:
+            return MethodType(self._function, instance)
+
+        @functools.wraps(self._function)
+        def of_class(*args: Any, **options: Any) -> Any:
+            if not (args and isinstance(args[0], owner)):
+                refuse_class(owner)
+            return self._function(*args, **options)
+
+        return of_class
 
 
 class HorovodCompressor:
@@ -34,10 +74,13 @@ class HorovodCompressor:
         TypeError, ValueError: ``process_set`` is none that Horovod knows.
     """
 
+    _example: ClassVar[str] = "QSGD(bits=4)"  # arguments, for who has handed over the class
+
     def __init_subclass__(cls, scheme: type[Scheme | DQSGD] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if scheme is not None:
             cls.__init__ = _init_by_scheme(cls, scheme)  # type: ignore[method-assign]
+            cls._example = "mean_bits=4, total_steps=1000" if scheme is DQSGD else "bits=4"
 
     def __init__(self, options: Options, process_set: ProcessSet) -> None:
         if not isinstance(process_set, ProcessSet):

@@ -23,7 +23,7 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
-from hvd_quant.horovod import HorovodCompressor
+from hvd_quant.horovod import CompressorMethod, HorovodCompressor
 from hvd_quant.reducer import control
 from hvd_quant.reducer.agreement import agree
 from hvd_quant.reducer.mismatch import Description
@@ -134,6 +134,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
+    @CompressorMethod
     @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing
     def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
         """Lay out what Horovod is to reduce in place of a gradient.

@@ -8,6 +8,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from hvd_quant.horovod import refuse_class
 from hvd_quant.torch.compressor import QuantizedCompressor
 
 
@@ -30,6 +31,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     of hvd_quant pass through.
 
     Raises:
+        TypeError: ``compression`` is a class of our compressors, and not one of them.
         RuntimeError: Horovod is not initialised.
         ValueError: ``op`` or ``process_set`` does not go with the compressor, the compressor serves another
             optimizer already, or Horovod refuses an argument.
@@ -41,6 +43,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         ...     compression=hq.QSGDCompressor(bits=4),
         ... )
     """
+    refuse_class(compression)
     if not hvd.is_initialized():
         raise RuntimeError("Horovod is not initialised: call hvd.init() before making an optimizer")
     if named_parameters is not None:

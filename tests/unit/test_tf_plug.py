@@ -38,3 +38,28 @@ print("imported torch:", "torch" in sys.modules)
 
 def test_graphs_of_tensorflow_1_are_refused():
     assert "graphs of TensorFlow 1" in run(f"tf.compat.v1.disable_eager_execution()\nhvd.init()\n{REDUCE}")
+
+
+def test_a_class_is_no_compressor():
+    output = run("""
+import keras, hvd_quant.tensorflow.keras as hqk
+hvd.init()
+x = tf.zeros(2000)
+reduce = lambda: hvd.allreduce(x, compression=hq.QSGDCompressor)
+for call in (
+    lambda: hqk.DistributedOptimizer(keras.optimizers.SGD(), compression=hq.QSGDCompressor),
+    reduce,
+    tf.function(reduce),
+    lambda: hq.QSGDCompressor.compress(x),
+):
+    try:
+        call()
+    except TypeError as error:
+        print(error)
+print("result", float(hq.QSGDCompressor.compress(hq.QSGDCompressor(), x)[0][-1]))
+""")
+    says = (
+        "compression must be a compressor, not the class QSGDCompressor: make one, as QSGDCompressor(bits=4)"
+    )
+    assert output.count(says) == 4, output
+    assert "result" in output

@@ -1,6 +1,7 @@
 """What hvd_quant.torch does without a second rank: names, arguments, and errors before training."""
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -12,6 +13,7 @@ from launch import need
 need("torch")
 
 import hvd_quant.torch as hq  # noqa: E402
+from hvd_quant import QSGD  # noqa: E402
 from hvd_quant.torch.identity import ParameterNames  # noqa: E402
 
 
@@ -135,6 +137,43 @@ def test_bad_configuration_fails_at_construction(arguments, error, says):
         hq.QSGDCompressor(**arguments)
 
 
+class Own(hq.DQSGDCompressor):
+    """As users may have theirs."""
+
+    def compress(self, tensor):
+        return super().compress(tensor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "example"),
+    [
+        (hq.QSGDCompressor, "bits=4"),
+        (hq.NUQSGDCompressor, "bits=4"),
+        (hq.DQSGDCompressor, "mean_bits=4, total_steps=1000"),
+        (hq.QuantizedCompressor, "QSGD(bits=4)"),
+    ],
+)
+def test_a_class_is_no_compressor(kind, example):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
+    name = kind.__name__
+    says = re.escape(
+        f"compression must be a compressor, not the class {name}: make one, as {name}({example})"
+    )
+    with pytest.raises(TypeError, match=f"^{says}$"):
+        hq.DistributedOptimizer(optimizer, compression=kind)
+    with pytest.raises(TypeError, match=f"^{says}$"):  # as Horovod's own functions call it
+        kind.compress(torch.zeros(3))
+    eval(f"hq.{name}({example})", {"hq": hq, "QSGD": QSGD})  # which is good advice
+
+
+def test_methods_of_a_class_can_be_called_with_a_compressor():
+    for call in (Own.compress, hq.QuantizedCompressor.compress, lambda own, x: own.compress(x)):
+        with pytest.raises(RuntimeError, match=r"hvd\.init\(\)"):
+            call(Own(mean_bits=4, total_steps=9), torch.zeros(3))
+    with pytest.raises(TypeError, match="not the class Own"):
+        hq.DistributedOptimizer(None, compression=Own)
+
+
 @pytest.mark.parametrize(
     ("variable", "says"),
     [
@@ -237,3 +276,15 @@ def test_one_rank_trains_alone():
         "assert (y - torch.linspace(0, 1, 3000)).abs().max() < 1 / 127\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_horovods_own_functions_refuse_a_class():
+    done = run(
+        "import torch, horovod.torch as hvd, hvd_quant.torch as hq\n"
+        "hvd.init()\n"
+        "hvd.allreduce(torch.zeros(3000), compression=hq.QSGDCompressor)"
+    )
+    says = (
+        "compression must be a compressor, not the class QSGDCompressor: make one, as QSGDCompressor(bits=4)"
+    )
+    assert f"TypeError: {says}" in done.stderr

@@ -1,0 +1,218 @@
+"""How a distributed Keras optimizer reduces its gradients over the ranks: eagerly or in graphs, in groups."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_quant.tensorflow.compressor import QuantizedCompressor
+
+Gradient = tf.Tensor | tf.IndexedSlices | None
+Groups = int | Sequence[Sequence[Any]] | None
+
+
+class Reduction:
+    """The reduction of one optimizer's gradients, and what it needs to know for that.
+
+    Args:
+        key: Keras's key of a variable, the same for its own object and for TensorFlow's.
+        compression, op, process_set, groups, device_dense, device_sparse, gradient_predivide_factor,
+            sparse_as_dense, scale_local_gradients: as `hvd_quant.tensorflow.keras.DistributedOptimizer`
+            explains them, and checked.
+        passes: what gradients are multiplied by: Keras makes the mean of so many, and the sum is asked for.
+    """
+
+    def __init__(
+        self,
+        key: Callable[[Any], Any],
+        *,
+        compression: Any,
+        op: Any,
+        process_set: hvd.ProcessSet,
+        groups: Groups,
+        device_dense: str,
+        device_sparse: str,
+        gradient_predivide_factor: float,
+        sparse_as_dense: bool,
+        scale_local_gradients: bool,
+        passes: int,
+    ) -> None:
+        self._key = key
+        self._compression = compression
+        self._process_set = process_set
+        self._groups = groups
+        self._sparse_as_dense = sparse_as_dense
+        self._scale_local_gradients = scale_local_gradients
+        self._passes = passes
+        self._options = {  # of Horovod's functions
+            "device_dense": device_dense,
+            "device_sparse": device_sparse,
+            "compression": compression,
+            "op": op,
+            "process_set": process_set,
+        }
+        self._factors: dict[str, float] = {}  # of that for dense gradients
+        if gradient_predivide_factor != 1.0:
+            self._factors = {
+                "prescale_factor": 1.0 / gradient_predivide_factor,
+                "postscale_factor": gradient_predivide_factor,
+            }
+        self._local: dict[Any, Any] = {}  # variables whose gradients stay on this rank, by their keys
+        self._known: dict[int, Any] = {}  # variables by their identities
+        self.coming: list[Any] = []  # variables whose gradients the optimizer is about to apply
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the compressor is one of ours."""
+        return isinstance(self._compression, QuantizedCompressor)
+
+    def keep_local(self, variable: Any) -> None:
+        """Have a variable's gradient stay on this rank."""
+        self._local[self._key(variable)] = variable  # kept, so that its key is not used again
+
+    def reduce(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        """Gradients' mean or sum over the ranks.
+
+        Args:
+            gradients: of any shapes and dtypes, dense or sparse; None stays None.
+            variables: theirs, equally many.
+
+        Returns:
+            What became of each, in the same shape and dtype.
+
+        Raises:
+            As the compressor and Horovod do, see `QuantizedCompressor.compress` and its ``decompress``.
+        """
+        if self._passes > 1:
+            gradients = [_scaled(gradient, self._passes) for gradient in gradients]
+        if not self._process_set.included() or self._process_set.size() == 1:
+            return list(gradients)
+        if tf.executing_eagerly():
+            # Traced, where every gradient has a place of its own. Traced anew for other variables.
+            self._known.update((id(variable), variable) for variable in variables)
+            return self._reduce_traced(list(gradients), tuple(map(id, variables)))
+        return self._reduce_in_graph(gradients, variables)
+
+    def reduce_scaled(
+        self, gradients: Sequence[Gradient], variables: Sequence[Any], scale: Any
+    ) -> list[Gradient]:
+        """As `reduce`, for gradients that a loss scaler has multiplied by ``scale``, as are the results.
+
+        They travel without the scale, which may change: what error feedback has kept, and the norms that
+        DQ-SGD goes by, must not change with it. Those of less than 32 bits come back as float32.
+        """
+        gradients = [_scaled(_at_least_float32(gradient), 1.0 / scale) for gradient in gradients]
+        return [_scaled(gradient, scale) for gradient in self.reduce(gradients, variables)]
+
+    @tf.function(reduce_retracing=True)
+    def _reduce_traced(self, gradients: list[Gradient], variables: tuple[int, ...]) -> list[Gradient]:
+        return self._reduce_in_graph(gradients, [self._known[variable] for variable in variables])
+
+    @tf.autograph.experimental.do_not_convert
+    def _reduce_in_graph(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        # Horovod finds the other ranks' gradients by the names of operations. Those of Keras have numbers,
+        # of its optimizers and models, which may differ between ranks.
+        with tf.name_scope("hvd_quant_reduce/"):
+            results, shared = list(gradients), []
+            for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+                if gradient is None:
+                    continue
+                if self._key(variable) in self._local:
+                    if self._scale_local_gradients:
+                        results[i] = _scaled(gradient, 1 / self._process_set.size())
+                    continue
+                if isinstance(gradient, tf.IndexedSlices):
+                    if self._sparse_as_dense:
+                        gradient = tf.convert_to_tensor(gradient)
+                    elif self.is_quantized:
+                        _warn_of_sparse_gradients(self._compression, variable)
+                results[i] = _named(gradient, f"gradient_{i}")
+                shared.append(i)
+            for group in self._grouped(shared, results, variables):
+                reduced = self._reduce_group([results[i] for i in group])
+                for i, gradient in zip(group, reduced, strict=True):
+                    results[i] = gradient
+            return results
+
+    def _reduce_group(self, gradients: list[Gradient]) -> list[Gradient]:
+        """Reduce these together, but for sparse ones, of which Horovod has no groups."""
+        results = list(gradients)
+        dense = []
+        for i, gradient in enumerate(gradients):
+            if isinstance(gradient, tf.IndexedSlices):
+                results[i] = hvd.allreduce(gradient, **self._options)
+            else:
+                dense.append(i)
+        reduced = hvd.grouped_allreduce([gradients[i] for i in dense], **self._options, **self._factors)
+        for i, gradient in zip(dense, reduced, strict=True):
+            results[i] = gradient
+        return results
+
+    def _grouped(
+        self, indices: list[int], gradients: Sequence[Gradient], variables: Sequence[Any]
+    ) -> list[list[int]]:
+        """Which gradients are reduced together."""
+        groups = self._groups
+        if isinstance(groups, (list, tuple)):
+            place = {self._key(variables[i]): i for i in indices}
+            keys = [[self._key(variable) for variable in group] for group in groups]
+            chosen = [[place.pop(key) for key in group if key in place] for group in keys]
+            return [group for group in [*chosen, *([i] for i in place.values())] if group]
+        if groups is not None:
+            count = min(groups, len(indices)) or 1
+            ends = [len(indices) * k // count for k in range(count + 1)]
+            return [indices[begin:end] for begin, end in itertools.pairwise(ends)]
+        if not self.is_quantized:
+            return [[i] for i in indices]
+        together: list[list[int]] = []
+        nbytes = limit = self._compression.fusion_bytes
+        for i in reversed(indices):  # about the order in which backward computes them
+            if nbytes >= limit:
+                together.append([])
+                nbytes = 0
+            together[-1].append(i)
+            nbytes += int(variables[i].shape.num_elements() or 1) * gradients[i].dtype.size
+        return together
+
+
+def _mapped(gradient: Gradient, function: Callable[[tf.Tensor], tf.Tensor]) -> Gradient:
+    """What a function makes of a gradient's values."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
+    return None if gradient is None else function(gradient)
+
+
+def _scaled(gradient: Gradient, factor: Any) -> Gradient:
+    return _mapped(gradient, lambda values: values * tf.cast(factor, values.dtype))
+
+
+def _at_least_float32(gradient: Gradient) -> Gradient:
+    return _mapped(gradient, lambda values: tf.cast(values, tf.float32) if values.dtype.size < 4 else values)
+
+
+def _named(gradient: Gradient, name: str) -> Gradient:
+    named = _mapped(gradient, lambda values: tf.identity(values, name))
+    if isinstance(named, tf.IndexedSlices):
+        indices = tf.identity(named.indices, f"{name}_indices")
+        return tf.IndexedSlices(named.values, indices, named.dense_shape)
+    return named
+
+
+def _warn_of_sparse_gradients(compression: QuantizedCompressor, variable: Any) -> None:
+    if compression not in _warned:
+        _warned.add(compression)
+        name = getattr(variable, "path", variable.name)
+        warnings.warn(
+            f"the gradient of {name} is sparse (tf.IndexedSlices), and travels uncompressed, as all "
+            "such gradients do; sparse_as_dense=True has them quantized",
+            stacklevel=2,
+        )
+
+
+_warned: weakref.WeakSet[QuantizedCompressor] = weakref.WeakSet()
