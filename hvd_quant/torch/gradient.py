@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class TorchGradient(Gradient):
         entry, named, description, control: see `Gradient`.
     """
 
-    __slots__ = ("_in_place", "_result", "_tensor", "kind", "stream")
+    __slots__ = ("_in_place", "_result", "_tensor", "_version", "kind", "stream")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class TorchGradient(Gradient):
         self.kind = (tensor.shape, tensor.dtype, tensor.device)
         self._tensor: torch.Tensor | None = None  # while it is in flight
         self.stream: torch.cuda.Stream | None = None  # that has written it, on a GPU
+        self._version = 0  # of the tensor, when it was submitted
         self._in_place = False  # whether the mean is to overwrite the gradient
         self._result: torch.Tensor | None = None
 
@@ -93,6 +95,7 @@ class TorchGradient(Gradient):
     def hold(self, tensor: torch.Tensor) -> None:
         """Take this step's values, which are read when they are sent."""
         self._tensor = tensor
+        self._version = _version_of(tensor)
         self.stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
     @property
@@ -121,6 +124,8 @@ class TorchGradient(Gradient):
 
     def out(self, values: Buffer) -> Buffer:
         """See `Gradient`."""
+        if self.named and self._version != _version_of(self._tensor):
+            _warn_of_lost_change(self.key)
         if self._in_place:
             self._result = self._tensor
             return values
@@ -144,6 +149,27 @@ class TorchGradient(Gradient):
         """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
         result, self._result, self._tensor, self.stream = self._result, None, None, None
         return result
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """How often operations have written to the tensor."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_lost_change = False  # whether the user has been warned
+
+
+def _warn_of_lost_change(key: str) -> None:
+    global _lost_change
+    if not _lost_change:
+        _lost_change = True
+        warnings.warn(
+            f"the gradient of {key!r} was changed between backward and step, as by clipping or by a loss "
+            "scaler, and the ranks' mean overwrites that: it had been submitted. Call "
+            "optimizer.synchronize() first, then change the gradients, and step within "
+            "`with optimizer.skip_synchronize():`",
+            stacklevel=2,
+        )
 
 
 class TorchResiduals(Residuals):

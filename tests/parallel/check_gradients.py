@@ -1,7 +1,9 @@
 """What comes out of the exchange: the mean of the ranks' gradients, the same bits on every rank."""
 
 import copy
+import re
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import horovod.torch as hvd
@@ -518,3 +520,31 @@ def check_process_set():
     backward(model)
     optimizer.step()
     assert all(same_everywhere(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["clip", "scale", "synchronize", "none"])
+def check_a_change_that_would_be_lost(how, monkeypatch):
+    """Of gradients that have been submitted; the right order of things says nothing."""
+    monkeypatch.setattr("hvd_quant.torch.gradient._lost_change", False)
+    model = mlp()
+    optimizer = optimizer_of(model, hq.QSGDCompressor())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(model, step)
+            if how == "clip":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            if how == "scale":
+                model[0].weight.grad.mul_(0.5)
+            if how == "synchronize":
+                optimizer.synchronize()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+            else:
+                optimizer.step()
+    texts = [str(one.message) for one in caught if "overwrites that" in str(one.message)]
+    assert len(texts) == (how in ("clip", "scale"))  # once
+    if texts:
+        assert re.search(r"the gradient of '[02].weight' was changed between backward and step", texts[0])
