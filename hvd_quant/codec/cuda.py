@@ -79,7 +79,7 @@ def kernels(device: torch.device) -> Kernels | None:
 
 
 def _compile(device: torch.device) -> Kernels:
-    source = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
+    source = (Path(__file__).parent / "csrc" / "kernels.cu").read_text(encoding="utf-8")
     module = nvrtc.Module(source, ["--std=c++17", "--fmad=false"], device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Kernels(module.launch, processors * BLOCKS, THREADS, device)

@@ -1,4 +1,4 @@
-"""The native codec on NumPy arrays: payloads made and read by the C++ kernels of native.cpp."""
+"""The native codec on NumPy arrays: payloads made and read by the C++ kernels in csrc/."""
 
 from __future__ import annotations
 

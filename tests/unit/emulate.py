@@ -23,13 +23,13 @@ def library():
         pytest.skip("needs a C++ compiler, to emulate the GPU")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "emulator.so")
-        kernels = Path(cuda.__file__).parent
+        sources = Path(cuda.__file__).parent / "csrc"
         command = [
             compiler,
             *FLAGS,
             "-shared",
             "-fPIC",
-            f"-I{kernels}",
+            f"-I{sources}",
             str(HERE / "emulator.cpp"),
             "-o",
             str(out),
