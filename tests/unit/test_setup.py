@@ -226,10 +226,11 @@ def test_a_half_made_environment_is_made_again(clone):
     assert "install torch==" in asked
 
 
-def test_little_room_is_enough_for_little_work(clone):
+@pytest.mark.parametrize("source", ["native.cpp", "entropy/bits.hpp"])
+def test_little_room_is_enough_for_little_work(clone, source):
     setup(clone)
     program(clone.parent, "df", ENOUGH.replace("99000000", "2000000"))
-    (clone / "hvd_quant/codec/csrc/native.cpp").write_text("// changed")
+    (clone / "hvd_quant/codec/csrc" / source).write_text("// changed")
     done, asked = setup(clone)
     assert done.returncode == 0, done.stdout
     assert "--editable" in asked

@@ -30,9 +30,9 @@
 #include <emmintrin.h>
 #endif
 
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the wire format is little-endian, and this codec copies words as they are"
-#endif
+#include "payload.hpp"
+#include "entropy/read.hpp"
+#include "entropy/write.hpp"
 
 namespace py = pybind11;
 
@@ -45,51 +45,12 @@ constexpr int kFractionBits = 24;       // of a level, in stochastic rounding
 constexpr float kTinyNorm = 0x1p-90f;   // below it, values are scaled by kTinyPrescale
 constexpr float kTinyPrescale = 0x1p60f;
 constexpr std::size_t kStreamedSize = std::size_t{1} << 22;  // outputs from this size on bypass the caches
-constexpr int kMinBits = 2;
-constexpr int kMaxBits = 8;
-
-enum class Norm { kMax, kL2 };
-enum class Spacing { kUniform, kExponential };  // of the levels
-
 struct Float16 {
   std::uint16_t bits;
 };
 struct BFloat16 {
   std::uint16_t bits;
 };
-
-constexpr std::uint64_t packed_size(std::uint64_t n, int bits) {
-  const auto b = static_cast<std::uint64_t>(bits);
-  return n / 8 * b + (n % 8 * b + 7) / 8;
-}
-
-struct Layout {
-  std::uint64_t count;
-  std::uint64_t bucket_size;
-  int bits;
-
-  std::uint64_t buckets() const { return count / bucket_size + (count % bucket_size != 0); }
-  std::uint64_t codes_offset() const { return 4 * buckets(); }
-  std::uint64_t used_size() const { return codes_offset() + packed_size(count, bits); }
-  std::uint64_t body_size() const { return (used_size() + 7) / 8 * 8; }
-};
-
-enum class Coding { kPacked, kElias, kHuffman };  // of the codes; what is not packed is entropy.hpp's
-
-constexpr std::uint64_t kMaxValuesAByte = 4096;  // of a coded payload: what a decoder makes room for
-constexpr std::uint64_t kHeaderSize = 32;
-constexpr std::uint64_t kSlack = 16;  // bytes that entropy decoding may write to beyond a packed body
-
-constexpr std::uint64_t padded(std::uint64_t size) { return (size + 7) / 8 * 8; }
-
-// The most that the coded body of such a payload takes: the packed codes and a head.
-inline std::uint64_t max_coded_size(const Layout& layout) { return padded(layout.used_size() + 8); }
-
-// Whether a coded body of `size` bytes may stand for so many values: to be asked before room is made for them.
-inline bool is_plausible(const Layout& layout, std::uint64_t size) {
-  const std::uint64_t least = layout.count / kMaxValuesAByte + (layout.count % kMaxValuesAByte != 0 ? 1 : 0);
-  return least <= size + kHeaderSize && layout.codes_offset() + 8 <= size;
-}
 
 struct Encoding {
   const void* values;
@@ -128,6 +89,9 @@ constexpr std::array<std::uint32_t, kChunk / 2> kWeyl = [] {
 
 // --- one copy of the loops per instruction set ----------------------------------------------------------
 
+// Of nothing else: with AVX2, compilers turn the table look-ups of entropy/ into gathers, which are several times
+// slower.
+
 namespace portable {
 #include "kernels.hpp"
 }
@@ -161,8 +125,6 @@ namespace avx512 {
 }
 #pragma clang attribute pop
 #endif
-
-#include "entropy.hpp"
 
 // --- choice of dtype, bits and instruction set ----------------------------------------------------------
 
@@ -276,14 +238,6 @@ Spacing spacing_of(const std::string& name) {
   if (name == "uniform") return Spacing::kUniform;
   if (name == "exponential") return Spacing::kExponential;
   throw py::value_error("spacing must be 'uniform' or 'exponential'");
-}
-
-Layout checked_layout(std::uint64_t count, std::uint64_t bucket_size, int bits) {
-  if (bits < kMinBits || bits > kMaxBits) throw py::value_error("bits must be 2 to 8");
-  if (bucket_size == 0) throw py::value_error("bucket_size must be positive");
-  // No real buffer is that large; below it, no size computed from count overflows.
-  if (count > std::numeric_limits<std::uint64_t>::max() / 16) throw py::value_error("count is too large");
-  return Layout{count, bucket_size, bits};
 }
 
 // --- work, on one thread or several ---------------------------------------------------------------------
@@ -440,10 +394,6 @@ Coding coding_of(std::int64_t number) {
   if (number == 1) return Coding::kElias;
   if (number == 2) return Coding::kHuffman;
   throw py::value_error("coding must be 1 (elias) or 2 (huffman)");
-}
-
-std::unique_ptr<std::uint8_t[]> scratch(std::uint64_t size) {  // uninitialised
-  return std::unique_ptr<std::uint8_t[]>(new std::uint8_t[size + kSlack]);
 }
 
 // The coded body of a packed one, after `head` bytes that are left to the caller; and its checksum.
