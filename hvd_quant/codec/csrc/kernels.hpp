@@ -1,4 +1,4 @@
-// The codec's loops. native.cpp includes this file once per instruction set, each time inside another
+// The codec's loops. dispatch.hpp includes this file once per instruction set, each time inside another
 // namespace and under another target, so there is no include guard. Plain loops over fixed-size blocks,
 // written to be vectorised by the compiler: no intrinsics, and the same bits on every instruction set.
 //
