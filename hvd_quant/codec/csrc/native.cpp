@@ -1,4 +1,5 @@
-// The module's Python bindings: arguments are checked here and in what is included, so nothing trusts them.
+// The CPU codec's Python bindings: numbers <-> the body of a payload, for one payload and for whole messages.
+// Nothing here trusts its arguments: every size is checked against the buffers before a byte is touched.
 //
 // The headers are for this file alone, and what they define is in unnamed namespaces: the compiler may inline and
 // specialise what nobody else can call.

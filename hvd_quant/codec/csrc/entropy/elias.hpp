@@ -47,7 +47,9 @@ inline std::uint32_t take_short_omega(std::uint64_t* bits, int* taken) {
       std::uint64_t rest = i;
       int length = 0;
       const std::uint32_t n = take_omega(&rest, &length);
-      if (n != 0 && length <= kOmegaBits) entries[i] = static_cast<std::uint16_t>(n << 4 | static_cast<std::uint32_t>(length));
+      if (n != 0 && length <= kOmegaBits) {
+        entries[i] = static_cast<std::uint16_t>(n << 4 | static_cast<std::uint32_t>(length));
+      }
     }
     return entries;
   }();

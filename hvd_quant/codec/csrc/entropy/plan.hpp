@@ -50,7 +50,9 @@ struct Plan {
     return form == kDense ? 1 << width * digits : kTokens;
   }
   std::uint64_t lanes_offset() const { return form == kSparse ? 16 : 8; }
-  std::uint64_t table_offset() const { return lanes_offset() + (form == kStored ? 0 : 8 * static_cast<std::uint64_t>(lanes)); }
+  std::uint64_t table_offset() const {
+    return lanes_offset() + (form == kStored ? 0 : 8 * static_cast<std::uint64_t>(lanes));
+  }
   std::uint64_t stream_offset(Coding coding) const {
     return table_offset() + static_cast<std::uint64_t>(symbols(coding)) / 2;
   }
@@ -82,7 +84,8 @@ inline double log2_of(double x) {
 
 // The bits of n symbols among `total` in an ideal code.
 inline double ideal_bits(std::uint64_t n, std::uint64_t total) {
-  return n == 0 ? 0.0 : static_cast<double>(n) * (log2_of(static_cast<double>(total)) - log2_of(static_cast<double>(n)));
+  return n == 0 ? 0.0
+                : static_cast<double>(n) * (log2_of(static_cast<double>(total)) - log2_of(static_cast<double>(n)));
 }
 
 constexpr double kSymbolLoss = 0.03;  // bits that a Huffman code is about longer by than an ideal one, a symbol

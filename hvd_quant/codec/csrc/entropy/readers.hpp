@@ -54,7 +54,9 @@ class DenseReader {
       index_bits_ = std::clamp(octave(count + 1) - 5, longest, kMaxLength);
       fill_symbol_table(words.data(), plan.symbols(coding), index_bits_, symbols_);
       std::array<Fields, kSymbols> fields;
-      for (int symbol = 0; symbol < plan.symbols(coding); ++symbol) fields[static_cast<std::size_t>(symbol)] = fields_of(symbol);
+      for (int symbol = 0; symbol < plan.symbols(coding); ++symbol) {
+        fields[static_cast<std::size_t>(symbol)] = fields_of(symbol);
+      }
       fill_table(index_bits_, own_table_, [&](std::uint64_t bits, int* taken) {
         *taken = symbols_[bits] & 15;
         return fields[symbols_[bits] >> 4];
