@@ -51,10 +51,20 @@ std::vector<Buffer> buffers(const std::vector<py::array>& arrays) {
 template <class T>
 using Rows = py::array_t<T, py::array::c_style>;
 
+// NumPy has arrays that begin anywhere, and pybind11 takes them as they are.
 template <class T>
-Matrix<T> matrix(const Rows<T>& array) {
-  if (array.ndim() != 2) return {array.data(), 0, -1};
-  return {array.data(), array.shape(0), array.shape(1)};
+const T* items(const Rows<T>& array, const char* what) {
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) {
+    throw py::value_error(std::string(what) + " not aligned");
+  }
+  return array.data();
+}
+
+template <class T>
+Matrix<T> matrix(const Rows<T>& array, const char* what) {
+  const T* const data = items(array, what);
+  if (array.ndim() != 2) return {data, 0, -1};
+  return {data, array.shape(0), array.shape(1)};
 }
 
 Spacing spacing_of(const std::string& name) {
@@ -188,12 +198,14 @@ Seeds step_seeds(const Seeds& base, const Rows<std::int64_t>& tensors, const See
   if (base.ndim() != 1 || tensors.ndim() != 1 || uses.ndim() != 1 || base.size() != tensors.size()) {
     throw py::value_error("seeds have the wrong shape");
   }
+  const std::uint64_t* const whose = items(base, "seeds are");
+  const std::int64_t* const tensor = items(tensors, "tensors are");
+  const std::uint64_t* const when = items(uses, "uses are");
   Seeds mixed(base.size());
   std::uint64_t* const out = mixed.mutable_data();
   for (py::ssize_t i = 0; i < base.size(); ++i) {
-    const std::int64_t tensor = tensors.data()[i];
-    if (tensor < 0 || tensor >= uses.size()) throw py::value_error("seeds are of a tensor that is not there");
-    out[i] = step_seed(base.data()[i], uses.data()[tensor]);
+    if (tensor[i] < 0 || tensor[i] >= uses.size()) throw py::value_error("seeds are of a tensor that is not there");
+    out[i] = step_seed(whose[i], when[tensor[i]]);
   }
   return mixed;
 }
@@ -205,15 +217,15 @@ std::uint64_t encode_segments(const std::vector<py::array>& arrays, const Rows<s
                               const std::vector<py::array>& residuals, std::int64_t threads) {
   std::uint8_t* const out = contiguous_bytes(buffer(message), 1, true, "message");
   const std::vector<Buffer> values = buffers(arrays);
-  const CheckedTable checked(matrix(table), matrix(headers), values, false,
+  const CheckedTable checked(matrix(table, "table is"), matrix(headers, "headers are"), values, false,
                              static_cast<std::uint64_t>(message.size()), checksum_word);
   if (seeds.ndim() != 1 || static_cast<std::size_t>(seeds.size()) != checked.segments.size() ||
       shifts.ndim() != 1 || shifts.size() != seeds.size()) {
     throw py::value_error("there must be one seed and one shift a table row");
   }
   const std::vector<float*> residual = residuals_of(checked, buffers(residuals), values);
-  const std::uint64_t* const seed = seeds.data();
-  const std::uint32_t* const shift = shifts.data();
+  const std::uint64_t* const seed = items(seeds, "seeds are");
+  const std::uint32_t* const shift = items(shifts, "shifts are");
   const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
   return encode_message(checked, kernels, seed, shift, residual, first_word, out, threads);
@@ -223,7 +235,8 @@ void decode_segments(const std::vector<py::array>& messages, const Rows<std::int
                      const Rows<std::uint8_t>& headers, std::uint64_t first_word, std::uint64_t checksum_word,
                      float weight, const std::vector<py::array>& outs, std::int64_t threads) {
   if (messages.empty()) throw py::value_error("no messages to decode");
-  const bool varies = has_coded(matrix(table));
+  const Table rows = matrix(table, "table is");
+  const bool varies = has_coded(rows);
   std::vector<Incoming> sources;
   for (const py::array& message : messages) {
     const std::uint8_t* const bytes = contiguous_bytes(buffer(message), 1, false, "message");
@@ -232,7 +245,7 @@ void decode_segments(const std::vector<py::array>& messages, const Rows<std::int
   }
   // Where sizes vary, the table says where payloads end at most; what is there is compared with that as it is read.
   const std::uint64_t most = varies ? std::numeric_limits<std::int64_t>::max() : sources[0].size;
-  const CheckedTable checked(matrix(table), matrix(headers), buffers(outs), true, most, checksum_word);
+  const CheckedTable checked(rows, matrix(headers, "headers are"), buffers(outs), true, most, checksum_word);
   const Kernels& kernels = *chosen;
   py::gil_scoped_release release;
   decode_messages(std::move(sources), checked, kernels, first_word, weight, threads);
