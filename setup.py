@@ -6,6 +6,7 @@ Environment:
 """
 
 import os
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -21,12 +22,14 @@ if sanitizers := os.environ.get("HVD_QUANT_SANITIZE"):
     compile_args += flags
     link_args += flags
 
+csrc = Path("hvd_quant/codec/csrc")
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "hvd_quant.codec._native",
-            ["hvd_quant/codec/native.cpp"],
-            depends=["hvd_quant/codec/kernels.hpp", "hvd_quant/codec/entropy.hpp"],
+            [str(csrc / "native.cpp")],
+            depends=sorted(map(str, csrc.rglob("*.hpp"))),
             cxx_std=17,
             extra_compile_args=compile_args,
             extra_link_args=link_args,

@@ -298,7 +298,7 @@ all_done() {
   frameworks_done && is_done horovod "$horovod_key" && is_done hvd_quant "$(hvd_quant_key)"
 }
 
-hvd_quant_key() { cat setup.py pyproject.toml hvd_quant/codec/*.[ch]pp | cksum; }
+hvd_quant_key() { cat setup.py pyproject.toml hvd_quant/codec/csrc/{,*/}*.[ch]pp | cksum; }
 
 # A .venv whose interpreter has gone, or that was moved here from elsewhere, is made again.
 if [ -d "$stamps" ] && ! "$venv/bin/python" -c '' 2>/dev/null; then rm -f "${stamps:?}"/*; fi

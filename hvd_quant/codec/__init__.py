@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hvd_quant.codec import _native, native
+from hvd_quant.codec import native
+from hvd_quant.codec.extension import _native
 from hvd_quant.codec.noise import shift
 from hvd_quant.schemes import Scheme, check_choice, check_integer
 

@@ -21,6 +21,7 @@ from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, MessageLayout, Segmen
 from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import NUQSGD, QSGD, check_choice
 
+SOURCE = Path(__file__).parent / "csrc" / "kernels.cu"
 SWITCH = "HVD_QUANT_GPU_KERNELS"  # "auto" or "off"
 LARGEST_BUCKET = 2**16  # values of a bucket, which one warp encodes
 THREADS = 256  # of a block
@@ -79,8 +80,7 @@ def kernels(device: torch.device) -> Kernels | None:
 
 
 def _compile(device: torch.device) -> Kernels:
-    source = Path(__file__).with_name("kernels.cu").read_text(encoding="utf-8")
-    module = nvrtc.Module(source, ["--std=c++17", "--fmad=false"], device)
+    module = nvrtc.Module(SOURCE.read_text(encoding="utf-8"), ["--std=c++17", "--fmad=false"], device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Kernels(module.launch, processors * BLOCKS, THREADS, device)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from hvd_quant import wire
-from hvd_quant.codec import _native
+from hvd_quant.codec.extension import _native
 from hvd_quant.schemes import CODINGS, Scheme
 
 

@@ -1,4 +1,4 @@
-"""The native codec on NumPy arrays: payloads made and read by the C++ kernels of native.cpp."""
+"""The native codec on NumPy arrays: payloads made and read by the C++ kernels in csrc/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hvd_quant import wire
-from hvd_quant.codec import _native, entropy
+from hvd_quant.codec import entropy
+from hvd_quant.codec.extension import _native
 from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
 from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import Scheme

@@ -23,13 +23,12 @@ def library():
         pytest.skip("needs a C++ compiler, to emulate the GPU")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "emulator.so")
-        kernels = Path(cuda.__file__).parent
         command = [
             compiler,
             *FLAGS,
             "-shared",
             "-fPIC",
-            f"-I{kernels}",
+            f"-I{cuda.SOURCE.parent}",
             str(HERE / "emulator.cpp"),
             "-o",
             str(out),

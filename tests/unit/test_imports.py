@@ -122,6 +122,37 @@ def test_frameworks_are_imported_by_their_plugs_alone(path):
     assert used <= allowed, f"{relative} imports {used - allowed}"
 
 
+# As in a checkout in which nothing has been built; an editable install of another one must not help out.
+UNBUILT = """
+import sys
+class Nothing:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "hvd_quant.codec._native":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Nothing)
+"""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import hvd_quant; hvd_quant.encode",
+        "from hvd_quant import decode",
+        "import hvd_quant.codec.native",
+        "from hvd_quant.codec import _native",
+        "import hvd_quant.exchange.fused",
+    ],
+)
+def test_a_codec_that_is_not_built_says_how_to_build_it(use):
+    done = subprocess.run([sys.executable, "-c", UNBUILT + use], capture_output=True, text=True)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("ImportError: the native codec of hvd_quant is not built")
+    assert "`pip install -e .` or scripts/setup.sh" in last
+    assert last.endswith(str(PACKAGE.parent))
+
+
 def test_an_unknown_instruction_set_is_an_error_that_lists_the_known_ones():
     environment = {**os.environ, "HVD_QUANT_ISA": "mmx"}
     done = subprocess.run(

@@ -283,6 +283,30 @@ def test_seeds_of_tensors_that_are_not_there_are_refused():
         native.step_seeds(seeds, np.array([0]), seeds)
 
 
+def shifted(array):
+    """The array at an address that is not a multiple of its items' size."""
+    moved = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+def test_numbers_that_are_not_aligned_are_refused():
+    array, message, table = np.ones(100, np.float32), np.zeros(500, np.uint8), arguments()["table"]
+    for name in ("seeds", "shifts"):
+        with pytest.raises(ValueError, match=f"{name} are not aligned"):
+            _native.encode_segments(
+                [array], **(ENCODING | {name: shifted(ENCODING[name])}), message=message, **arguments()
+            )
+    with pytest.raises(ValueError, match="table is not aligned"):
+        _native.encode_segments([array], **ENCODING, message=message, **arguments(table=shifted(table)))
+    with pytest.raises(ValueError, match="table is not aligned"):
+        _native.decode_segments([message], outs=[array], weight=1.0, **arguments(table=shifted(table)))
+    good = [np.zeros(2, np.uint64), np.zeros(2, np.int64), np.zeros(2, np.uint64)]
+    for i in range(3):
+        with pytest.raises(ValueError, match="are not aligned"):
+            native.step_seeds(*good[:i], shifted(good[i]), *good[i + 1 :])
+
+
 def test_arrays_that_cannot_be_used_are_refused():
     message = np.zeros(500, np.uint8)
     for array in (np.ones(200, np.float32)[::2], np.ones(100), np.ones(100, np.float16)):
