@@ -20,6 +20,7 @@ from hvd_quant.schemes import CODINGS, NORMS, SPACINGS, Scheme
 
 PREAMBLE_SIZE = 8
 SIZE_SIZE = 8  # of a message's own size, where it varies
+OFFSET_COLUMN = 9  # of `MessageLayout.table`
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the native codec's order
 
 

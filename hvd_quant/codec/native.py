@@ -9,7 +9,15 @@ import numpy as np
 
 from hvd_quant import wire
 from hvd_quant.codec import _native, entropy
-from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
+from hvd_quant.codec.message import (
+    DTYPES,
+    OFFSET_COLUMN,
+    PREAMBLE_SIZE,
+    SIZE_SIZE,
+    MessageLayout,
+    Segment,
+    stated_size,
+)
 from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import Scheme
 
@@ -50,6 +58,7 @@ def encode(
     *,
     residual: np.ndarray | None = None,
     dtype: str | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Encode a contiguous one-dimensional array.
 
@@ -62,15 +71,19 @@ def encode(
         residual: for error feedback, a contiguous float32 array as large as ``values``. It is added to them,
             and becomes what the payload lacks of the sum; where that is not finite, it stays as it is.
         dtype: what the items of ``values`` are, where their own dtype does not say it.
+        out: where to; contiguous one-dimensional uint8 of ``wire.max_payload_size(scheme, values.size)``
+            bytes, or more where its codes are not packed. By default a new one.
 
     Returns:
         The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so
-        many where its codes are packed.
+        many where its codes are packed; of ``out``, what has been written.
     """
-    if scheme.coding != "packed":
+    if scheme.coding != "packed" and out is None:
         packed = encode(values, entropy.packed(scheme), seed, shift, residual=residual, dtype=dtype)
         return entropy.compact(packed, scheme, values.size)
-    payload = np.empty(wire.payload_size(scheme, values.size), np.uint8)
+    if scheme.coding != "packed":
+        return out[: _encode_coded(values, scheme, seed, shift, residual, dtype or values.dtype.name, out)]
+    payload = np.empty(wire.payload_size(scheme, values.size), np.uint8) if out is None else out
     checksum = _native.encode(
         values,
         dtype=dtype or values.dtype.name,
@@ -89,6 +102,33 @@ def encode(
     header = wire.pack_header(scheme, values.size, checksum)
     payload[: wire.HEADER_SIZE] = np.frombuffer(header, np.uint8)
     return payload
+
+
+def _encode_coded(
+    values: np.ndarray,
+    scheme: Scheme,
+    seed: int,
+    shift: int,
+    residual: np.ndarray | None,
+    dtype: str,
+    out: np.ndarray,
+) -> int:
+    """Write a payload that is not packed to memory that has room for any, and return its size."""
+    layout = MessageLayout([Segment(0, 0, values.size, dtype, scheme)], bytes(PREAMBLE_SIZE))
+    table = layout.table.copy()
+    table[:, OFFSET_COLUMN] = 0  # without what a message has before its payloads
+    return _native.encode_segments(
+        [values],
+        table,
+        layout.headers,
+        np.array([seed], np.uint64),
+        np.array([shift], np.uint32),
+        first_word=wire.FIRST_BODY_WORD,
+        checksum_word=wire.CHECKSUM_WORD,
+        message=out,
+        residuals=[] if residual is None else [residual],
+        threads=threads(),
+    )
 
 
 def decode_mean(
@@ -114,15 +154,15 @@ def decode_mean(
     """
     headers = [wire.parse_header(payload[: wire.HEADER_SIZE], payload.size) for payload in payloads]
     header = wire.common_header(headers)
+    if out is not None and not out.dtype.isnative:
+        raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
+    if out is not None:
+        wire.check_room(header, out.size)
     is_coded = header.scheme.coding != "packed"
     if is_coded:
         payloads = [entropy.expand(*pair) for pair in zip(payloads, headers, strict=True)]
     if out is None:
         out = np.empty(header.count, np.float32)
-    elif not out.dtype.isnative:
-        raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
-    elif out.size != header.count:
-        raise ValueError(f"the payloads hold {header.count} values, but there is room for {out.size}")
     checksums = _native.decode_sum(
         [payload[wire.HEADER_SIZE :] for payload in payloads],
         bucket_size=header.scheme.bucket_size,

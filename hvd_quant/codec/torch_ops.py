@@ -31,7 +31,12 @@ _FOUND_BY_KERNELS = "a GPU's kernels find damage that plain operations do not fi
 
 
 def encode(
-    values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0, residual: torch.Tensor | None = None
+    values: torch.Tensor,
+    scheme: Scheme,
+    seed: int,
+    shift: int = 0,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Encode a one-dimensional floating-point tensor into a payload on its device.
 
@@ -41,25 +46,35 @@ def encode(
         seed: of the noise, 0 to 2^64 - 1.
         shift: added to the noise, see `hvd_quant.codec.noise`.
         residual: for error feedback, see `hvd_quant.codec.native.encode`.
+        out: where to, see there.
 
     Returns:
         The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where
-        its codes are packed. Elias and Huffman codes are made on the host: the packed payload is brought
-        there and the coded one back, so that the host waits for the device.
+        its codes are packed; of ``out``, what has been written. Elias and Huffman codes are made on the host:
+        the packed payload is brought there and the coded one back, so that the host waits for the device.
     """
     count = values.numel()
     if scheme.coding != "packed":
-        payload = encode(values, entropy.packed(scheme), seed, shift, residual).cpu().numpy()
-        return torch.from_numpy(entropy.compact(payload, scheme, count)).to(values.device)
+        packed = encode(values, entropy.packed(scheme), seed, shift, residual).cpu().numpy()
+        coded = torch.from_numpy(entropy.compact(packed, scheme, count))
+        return coded.to(values.device) if out is None else out[: coded.numel()].copy_(coded)
+    if out is not None and _is_aligned(out):
+        payload = out
+    else:
+        payload = torch.empty(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
     layout = _alone(scheme, count, str(values.dtype).removeprefix("torch."))
     if (kernels := cuda.kernels(values.device)) is not None and kernels.take(layout):
-        message = torch.empty(layout.size, dtype=torch.uint8, device=values.device)
         noise = Noise(np.array([seed], np.uint64), np.array([shift], np.uint32))
-        kernels.encode([values], layout, noise, message, [] if residual is None else [residual])
-        return message[PREAMBLE_SIZE:]
-    payload = torch.empty(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
-    _encode(values, scheme, seed, shift, residual, payload)
-    return payload
+        residuals = [] if residual is None else [residual]
+        kernels.encode([values], layout, noise, payload, residuals, bare=True)
+    else:
+        _encode(values, scheme, seed, shift, residual, payload)
+    return payload if out is None or payload is out else out.copy_(payload)
+
+
+def _is_aligned(data: torch.Tensor) -> bool:
+    """Whether bytes can be written as words. Torch asks the storage's beginning, kernels the address."""
+    return data.storage_offset() % wire.ALIGNMENT == data.data_ptr() % wire.ALIGNMENT == 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,32 +136,45 @@ class _Checks:
 
 
 def decode_mean(
-    payloads: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32, factor: float = 1.0
+    payloads: Sequence[torch.Tensor],
+    out: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
 ) -> torch.Tensor:
     """Decode n payloads of the same scheme and count into ``factor`` times their mean.
 
     It waits for the device twice: for the headers, and for whether the payloads are sound.
 
+    Args:
+        payloads: contiguous one-dimensional uint8.
+        out: where to; contiguous, one-dimensional, on the payloads' device. By default a new tensor.
+        dtype: of the new tensor.
+        factor: multiplies the mean.
+
     Returns:
-        A tensor of shape (count,) and of ``dtype``, on the payloads' device.
+        ``out``, or a tensor of shape (count,) and of ``dtype``, on the payloads' device.
 
     Raises:
-        ValueError: a payload is damaged, or they differ.
+        ValueError: a payload is damaged (``out`` then holds nothing of use), or they differ.
     """
     headers = [
         wire.parse_header(head.tobytes(), payload.numel())
         for payload, head in zip(payloads, _heads(payloads), strict=True)
     ]
     header, checks, wrong = wire.common_header(headers), _Checks(), False
+    if out is not None:
+        wire.check_room(header, out.numel())
+        dtype = out.dtype
     layout = _alone(header.scheme, header.count, str(dtype).removeprefix("torch."))
     if (kernels := cuda.kernels(payloads[0].device)) is not None and kernels.take(layout):
-        mean = torch.empty(header.count, dtype=dtype, device=payloads[0].device)
+        mean = torch.empty(header.count, dtype=dtype, device=payloads[0].device) if out is None else out
         aligned = [_words(payload, torch.int64).view(torch.uint8) for payload in payloads]
         if not kernels.decode(aligned, layout, [mean], factor, bare=True).any():
             return mean
         wrong = True
     packed = [_packed(payload, one, checks) for payload, one in zip(payloads, headers, strict=True)]
-    mean = _mean(packed, header, dtype, factor)
+    mean = _mean(packed, header, dtype, factor, out)
     checks.hold()
     if wrong:
         raise ValueError(_FOUND_BY_KERNELS)
@@ -161,15 +189,19 @@ def _heads(payloads: Sequence[torch.Tensor]) -> list[np.ndarray]:
 
 
 def _mean(
-    payloads: Sequence[torch.Tensor], header: wire.Header, dtype: torch.dtype, factor: float
+    payloads: Sequence[torch.Tensor],
+    header: wire.Header,
+    dtype: torch.dtype,
+    factor: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``factor`` times the mean of packed payloads, which have been checked."""
+    """``factor`` times the mean of packed payloads, which have been checked; in ``out``, if it is there."""
     total = _dequantize(payloads[0], header.scheme, header.count)
     for payload in payloads[1:]:
         total += _dequantize(payload, header.scheme, header.count)
     # As the native codec: the weight is rounded to float32 before it multiplies.
     weight = torch.tensor(factor / len(payloads), dtype=torch.float32)
-    return total.mul_(weight).to(dtype)
+    return total.mul_(weight).to(dtype) if out is None else torch.mul(total, weight, out=out)
 
 
 def _packed(payload: torch.Tensor, header: wire.Header, checks: _Checks) -> torch.Tensor:
@@ -275,7 +307,7 @@ def decode_messages(
             packed.append(payload)
             rest[number] = payloads[size:]
         target = out[segment.tensor].view(-1)[segment.start : segment.start + segment.count]
-        target.copy_(_mean(packed, header, target.dtype, factor))
+        _mean(packed, header, target.dtype, factor, target)
     for number, payloads in enumerate(rest):
         if payloads.numel():
             raise ValueError(f"message {number} has bytes left over")
