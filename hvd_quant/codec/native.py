@@ -14,9 +14,10 @@ from hvd_quant.codec.message import (
     OFFSET_COLUMN,
     PREAMBLE_SIZE,
     SIZE_SIZE,
+    SOMETHING_ELSE,
     MessageLayout,
+    Messages,
     Segment,
-    stated_size,
 )
 from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import Scheme
@@ -249,7 +250,8 @@ def decode_messages(
     """Decode n messages of the same layout into ``factor`` times their mean.
 
     Args:
-        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies.
+        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies. Errors name
+            ranks where these are `Messages` that know them.
         layout: of each of them.
         out: where to: arrays as ``values`` of `encode_message`.
         factor: multiplies the mean.
@@ -257,20 +259,35 @@ def decode_messages(
     Raises:
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
+    messages = _expected(messages, layout.fixed_size, layout.preamble)
+    try:
+        _native.decode_segments(
+            messages,
+            layout.table,
+            layout.headers,
+            first_word=wire.FIRST_BODY_WORD,
+            checksum_word=wire.CHECKSUM_WORD,
+            weight=factor / len(messages),
+            outs=out,
+            threads=threads(),
+        )
+    except ValueError as error:
+        raise ValueError(messages.told(str(error))) from None
+
+
+def _expected(messages: Sequence[np.ndarray], size: int | None, preamble: bytes) -> Messages:
+    """The messages, which have the size and the preamble that they should have.
+
+    Raises:
+        ValueError: one of them has not.
+    """
+    if not isinstance(messages, Messages):
+        messages = Messages(messages)
+    messages.check_sizes(size)
     for number, message in enumerate(messages):
-        size = stated_size(message) if layout.varies else layout.size
-        if message.size != size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
-            raise ValueError(f"message {number} is not the one that was expected")
-    _native.decode_segments(
-        messages,
-        layout.table,
-        layout.headers,
-        first_word=wire.FIRST_BODY_WORD,
-        checksum_word=wire.CHECKSUM_WORD,
-        weight=factor / len(messages),
-        outs=out,
-        threads=threads(),
-    )
+        if message[:PREAMBLE_SIZE].tobytes() != preamble:
+            raise ValueError(f"{messages.name(number)} {SOMETHING_ELSE}")
+    return messages
 
 
 def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
@@ -336,9 +353,7 @@ def average(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> No
     Raises:
         ValueError: a part is of another size, or begins otherwise.
     """
-    for number, part in enumerate(parts):
-        if part.size != PREAMBLE_SIZE + 4 * out.size or part[:PREAMBLE_SIZE].tobytes() != preamble:
-            raise ValueError(f"message {number} is not the one that was expected")
+    parts = _expected(parts, PREAMBLE_SIZE + 4 * out.size, preamble)
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, parts[0][PREAMBLE_SIZE:].view(np.float32))
         for part in parts[1:]:

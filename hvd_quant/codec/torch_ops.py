@@ -17,7 +17,14 @@ import torch
 
 from hvd_quant import wire
 from hvd_quant.codec import cuda, entropy
-from hvd_quant.codec.message import PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, Segment, stated_size
+from hvd_quant.codec.message import (
+    PREAMBLE_SIZE,
+    SIZE_SIZE,
+    SOMETHING_ELSE,
+    MessageLayout,
+    Messages,
+    Segment,
+)
 from hvd_quant.codec.noise import FRACTION_BITS, Noise
 from hvd_quant.schemes import Scheme
 
@@ -204,8 +211,10 @@ def _mean(
     return total.mul_(weight).to(dtype) if out is None else torch.mul(total, weight, out=out)
 
 
-def _packed(payload: torch.Tensor, header: wire.Header, checks: _Checks) -> torch.Tensor:
-    """The payload with packed codes; its header is of no meaning."""
+def _packed(
+    payload: torch.Tensor, header: wire.Header, checks: _Checks, name: str = "payload"
+) -> torch.Tensor:
+    """The payload with packed codes; its header is of no meaning. Errors call it by its name."""
     if header.scheme.coding != "packed":
         return torch.from_numpy(entropy.expand(payload.cpu().numpy(), header)).to(payload.device)
     words = _words(payload, torch.int32)
@@ -213,10 +222,10 @@ def _packed(payload: torch.Tensor, header: wire.Header, checks: _Checks) -> torc
     weight = 2 * wire.CHECKSUM_WORD + 1
     excess = _weighted_sum(words, torch.empty((), dtype=torch.int32, device=words.device))
     excess -= (weight + 1) * words[wire.CHECKSUM_WORD]
-    checks.refuse(excess != 0, "payload is damaged: its checksum does not match its bytes")
+    checks.refuse(excess != 0, f"{name} is damaged: its checksum does not match its bytes")
     used = wire.used_size(header.scheme, header.count)
     if used < payload.numel():
-        checks.refuse(payload[used:].any(), "payload is damaged: its padding is not zero")
+        checks.refuse(payload[used:].any(), f"{name} is damaged: its padding is not zero")
     return payload
 
 
@@ -262,6 +271,8 @@ def decode_messages(
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
     wrong = False
+    if not isinstance(messages, Messages):
+        messages = Messages(messages)
     if (kernels := cuda.kernels(messages[0].device)) is not None and kernels.take(layout):
         plain = all(one.is_contiguous() and not one.is_neg() for one in out)
         if plain and all(message.numel() == layout.size for message in messages):
@@ -271,19 +282,18 @@ def decode_messages(
                 return
             wrong = True
     # Slower, or because something is wrong: this says what.
+    messages.check_sizes(layout.fixed_size)
     checks, rest = _Checks(), []  # of each message
     for number, message in enumerate(messages):
-        size = stated_size(message) if layout.varies else layout.size
-        if message.numel() != size or size < PREAMBLE_SIZE:
-            raise ValueError(f"message {number} is not the one that was expected")
         preamble = cuda.constant(layout.preamble, message.device)
         other = (message[:PREAMBLE_SIZE] != preamble).any()
-        checks.refuse(other, f"message {number} is not the one that was expected")
+        checks.refuse(other, f"{messages.name(number)} {SOMETHING_ELSE}")
         rest.append(message[PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0) :])
     for segment in layout.segments:
         header, packed = wire.Header(segment.scheme, segment.count, 0), []
         for number, payloads in enumerate(rest):
-            foreign = f"message {number} holds another payload than was expected"
+            name = messages.name(number)
+            foreign = f"{name} holds another payload than was expected"
             if payloads.numel() < wire.HEADER_SIZE:
                 raise ValueError(foreign)
             head = payloads[: wire.HEADER_SIZE].clone()
@@ -294,15 +304,18 @@ def decode_messages(
             )
             if segment.scheme.coding == "packed":
                 if payloads.numel() < segment.payload_size:
-                    raise ValueError(f"message {number} is too short")
+                    raise ValueError(f"{name} is too short")
                 payload, size = (
-                    _packed(payloads[: segment.payload_size], header, checks),
+                    _packed(payloads[: segment.payload_size], header, checks, name),
                     segment.payload_size,
                 )
             else:
                 checks.hold()
                 host = payloads[: segment.payload_size].cpu().numpy()
-                host, size = entropy.expand_first(host, wire.parse_header(host, segment.payload_size))
+                try:
+                    host, size = entropy.expand_first(host, wire.parse_header(host, segment.payload_size))
+                except ValueError as error:
+                    raise ValueError(str(error).replace("payload", name, 1)) from None
                 payload = torch.from_numpy(host).to(payloads.device)
             packed.append(payload)
             rest[number] = payloads[size:]
@@ -310,7 +323,7 @@ def decode_messages(
         _mean(packed, header, target.dtype, factor, target)
     for number, payloads in enumerate(rest):
         if payloads.numel():
-            raise ValueError(f"message {number} has bytes left over")
+            raise ValueError(f"{messages.name(number)} has bytes left over")
     checks.hold()
     if wrong:
         raise ValueError(_FOUND_BY_KERNELS)
@@ -351,13 +364,13 @@ def average(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -
 
     Waits for the device once.
     """
-    if all(part.numel() == PREAMBLE_SIZE + 4 * out.numel() for part in parts):
-        beginnings = torch.stack([part[:PREAMBLE_SIZE] for part in parts]).cpu().numpy()
-    else:
-        beginnings = np.zeros((len(parts), 0), np.uint8)
+    if not isinstance(parts, Messages):
+        parts = Messages(parts)
+    parts.check_sizes(PREAMBLE_SIZE + 4 * out.numel())
+    beginnings = torch.stack([part[:PREAMBLE_SIZE] for part in parts]).cpu().numpy()
     for number, beginning in enumerate(beginnings):
         if beginning.tobytes() != preamble:
-            raise ValueError(f"message {number} is not the one that was expected")
+            raise ValueError(f"{parts.name(number)} {SOMETHING_ELSE}")
     out.copy_(_words(parts[0][PREAMBLE_SIZE:], torch.float32))
     for part in parts[1:]:
         out += _words(part[PREAMBLE_SIZE:], torch.float32)

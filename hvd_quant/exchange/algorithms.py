@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, cut
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Messages, cut, in_rank_order
 from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.fused import FusedBucket
 from hvd_quant.exchange.transport import Buffer, Handle, Transport
@@ -41,7 +41,7 @@ class Codec(Protocol):
     def decode_messages(
         self, messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
     ) -> None:
-        """Decode messages of one layout into ``factor`` times their mean."""
+        """Decode messages of one layout into ``factor`` times their mean; errors name ranks of `Messages`."""
 
     def add_lost(self, residual: Buffer, lost: Buffer, times: int) -> None:
         """Add ``times`` what a mean has lost to a residual, where the sum is finite."""
@@ -63,8 +63,8 @@ class Codec(Protocol):
         """Write the mean of what has been collected on several ranks, if it has this preamble."""
 
 
-Encoded = list[tuple[MessageLayout, list[Buffer]]]
-Algorithm = Callable[["Work", Transport, str], Generator[Handle, list[Buffer], Encoded]]
+Encoded = list[tuple[MessageLayout, Messages]]
+Algorithm = Callable[["Work", Transport, str], Generator[Handle, Messages, Encoded]]
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _encode_mean(work: Work, mean: Buffer, chunk: MessageLayout, stage: str, ran
     return message[:size]
 
 
-def allgather(work: Work, transport: Transport, name: str) -> Generator[Handle, list[Buffer], Encoded]:
+def allgather(work: Work, transport: Transport, name: str) -> Generator[Handle, Messages, Encoded]:
     """Every rank sends all of its gradients to every other, which averages them.
 
     One rounding. A rank receives n - 1 payloads.
@@ -161,9 +161,7 @@ def allgather(work: Work, transport: Transport, name: str) -> Generator[Handle, 
     return [(whole, messages)]
 
 
-def scatter_allgather(
-    work: Work, transport: Transport, name: str
-) -> Generator[Handle, list[Buffer], Encoded]:
+def scatter_allgather(work: Work, transport: Transport, name: str) -> Generator[Handle, Messages, Encoded]:
     """Every rank averages one chunk of the gradients, and sends the mean, encoded again, to every other.
 
     Two roundings, each unbiased given what it rounds, so the result is. With error feedback what either loses
@@ -181,7 +179,7 @@ def scatter_allgather(
     messages = yield transport.allgather(message, expected, f"{name}.gather")
     if damage is not None:
         raise damage
-    return [(chunk, [part]) for chunk, part in zip(chunks, messages, strict=True)]
+    return [(chunk, messages.of([rank])) for rank, chunk in enumerate(chunks)]
 
 
 # --- by hosts ---------------------------------------------------------------------------------------------
@@ -212,7 +210,8 @@ def encode_host_mean(work: Work, parts: Sequence[Buffer]) -> Buffer:
     number = bucket.own_host_chunk
     chunk = bucket.host_chunks[number]
     mean = work.room("mean", chunk.count, "float32")
-    work.codec.average([parts[rank] for rank in bucket.neighbours], bucket.raw_preamble(number), mean)
+    own = in_rank_order(parts).of(bucket.neighbours)
+    work.codec.average(own, bucket.raw_preamble(number), mean)
     message = _encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
     work.encoded_bytes = len(message) * len(bucket.neighbours)
     return message
@@ -232,13 +231,15 @@ def repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tupl
 
 def of_host(bucket: FusedBucket, parts: Sequence[Buffer]) -> Encoded:
     """What the neighbours have passed on: for each of the host's chunks, the messages of all hosts."""
-    return [
-        (chunk, cut(parts[neighbour], [chunk.fixed_size] * len(bucket.counterparts)))
-        for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True)
-    ]
+    encoded = []
+    for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
+        makers = bucket.topology.counterparts(neighbour)
+        sizes, whence = [chunk.fixed_size] * len(makers), f" that rank {neighbour} has passed on"
+        encoded.append((chunk, cut(parts[neighbour], sizes, makers, whence)))
+    return encoded
 
 
-def hierarchical(work: Work, transport: Transport, name: str) -> Generator[Handle, list[Buffer], Encoded]:
+def hierarchical(work: Work, transport: Transport, name: str) -> Generator[Handle, Messages, Encoded]:
     """The ranks of a host average their gradients as they are, and the hosts exchange these means encoded.
 
     Every rank averages, encodes and sends one chunk of its host's, to the ranks in its place on the other
@@ -298,7 +299,7 @@ class Exchange:
         return not self.stages_left
 
     def _step(self) -> None:
-        received = self._handle.wait()
+        received = in_rank_order(self._handle.wait())
         self._handle = None
         self.received_bytes += sum(
             len(part) for rank, part in enumerate(received) if rank != self.work.bucket.rank

@@ -231,7 +231,7 @@ class Steps:
         self._count_received(messages)
         if whole:
             return [(bucket.whole, messages)]
-        return [(layout, [message]) for layout, message in zip(layouts, messages, strict=True)]
+        return [(layout, messages.of([rank])) for rank, layout in enumerate(layouts)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Note a step whose bytes are known beforehand, and were not counted by the others."""
