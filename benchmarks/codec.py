@@ -3,6 +3,7 @@
     python benchmarks/codec.py                         # a minute or two, 2 GB of memory
     python benchmarks/codec.py --markdown              # the table as it stands in README.md
     python benchmarks/codec.py --json codec.json       # everything, for a program to read
+    python benchmarks/codec.py --memory                # the third table alone
 
 Speeds are in values a second. They differ between machines; the ratios should differ less:
 
@@ -14,6 +15,10 @@ Speeds are in values a second. They differ between machines; the ratios should d
 A second table has what correlated rounding and error feedback cost an encoder. Its runs take turns, so that
 other work on the machine slows all alike. Error feedback reads and writes one more array of the values' size;
 what that adds is compared with the time in which NumPy adds one array to another.
+
+A third table has what fresh memory costs: hvd_quant.encode and hvd_quant.decode without out= and with it, in
+turns as well, of arrays on the native backend and of tensors by torch's operations. The system gives fresh
+memory page by page; where a program has just freed as much, it may be had for less.
 
 The native codec counts with the median of its runs, what it is compared with counts with the best of theirs:
 other work on the machine can make the ratios worse, but hardly better. Native encode allocates its payload in
@@ -113,6 +118,21 @@ class OptionsRow:
     add: float  # NumPy adding one array to another in place
 
 
+@dataclass(frozen=True)
+class MemoryRow:
+    """Seconds of one call of the public functions, each the median of its runs."""
+
+    backend: str
+    scheme: str
+    bits: int
+    coding: str
+    values: int
+    encode: float
+    encode_out: float
+    decode: float
+    decode_out: float
+
+
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -188,6 +208,27 @@ def measure_options(scheme: Scheme, x: np.ndarray, repeats: int) -> OptionsRow:
     return OptionsRow(
         type(scheme).__name__, scheme.bits, scheme.norm, *map(statistics.median, zip(*turns, strict=True))
     )
+
+
+def measure_memory(backend: str, scheme: Scheme, x: np.ndarray, repeats: int) -> MemoryRow:
+    values = torch.from_numpy(x[:EAGER_VALUES]) if backend == "torch" else x
+    payload = hvd_quant.encode(values, scheme, backend=backend)
+    size = hvd_quant.max_payload_size(scheme, len(values))
+    room, approximation = (
+        torch.empty(size, dtype=torch.uint8) if backend == "torch" else np.empty(size, np.uint8),
+        torch.empty_like(values) if backend == "torch" else np.empty_like(values),
+    )
+    calls: list[Callable[[], object]] = [
+        lambda: hvd_quant.encode(values, scheme, backend=backend),
+        lambda: hvd_quant.encode(values, scheme, backend=backend, out=room),
+        lambda: hvd_quant.decode(payload, backend=backend),
+        lambda: hvd_quant.decode(payload, backend=backend, out=approximation),
+    ]
+    for call in calls:
+        call()
+    turns = [[run_time(call) for call in calls] for _ in range(repeats)]
+    seconds = map(statistics.median, zip(*turns, strict=True))
+    return MemoryRow(backend, type(scheme).__name__, scheme.bits, scheme.coding, len(values), *seconds)
 
 
 def best_speeds(count: int, *calls: Callable[[], object]) -> Speeds:
@@ -304,6 +345,31 @@ def options_rows(rows: list[OptionsRow], count: int) -> list[tuple[str, ...]]:
     ]
 
 
+MEMORY_HEADERS = (
+    "hvd_quant.encode, decode",
+    "encode G/s",
+    "with out=",
+    "ratio",
+    "decode G/s",
+    "with out=",
+    "ratio",
+)
+
+
+def memory_rows(rows: list[MemoryRow]) -> list[tuple[str, ...]]:
+    def pair(values: int, fresh: float, out: float) -> tuple[str, ...]:
+        return f"{values / fresh / 1e9:.3g}", f"{values / out / 1e9:.3g}", f"{fresh / out:.2f}"
+
+    return [
+        (
+            f"{row.backend}, {row.scheme}, {row.bits} bits, {row.coding}",
+            *pair(row.values, row.encode, row.encode_out),
+            *pair(row.values, row.decode, row.decode_out),
+        )
+        for row in rows
+    ]
+
+
 def print_table(headers: tuple[str, ...], cells: list[tuple[str, ...]], markdown: bool) -> None:
     if not markdown:
         try:
@@ -393,6 +459,7 @@ def main() -> None:
     parser.add_argument("--bucket-size", type=int, default=512, help="values a norm (default: 512)")
     parser.add_argument("--repeats", type=int, default=7, help="runs that count (default: 7)")
     parser.add_argument("--markdown", action="store_true", help="print the table for GitHub")
+    parser.add_argument("--memory", action="store_true", help="only what fresh memory costs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
     args = parser.parse_args()
     if args.values < 2 or args.values % 2 or args.repeats < 1:
@@ -410,9 +477,23 @@ def main() -> None:
         parser.error(str(error))
 
     torch.set_num_threads(1)
+    x = np.random.default_rng(0).standard_normal(args.values, np.float32)
+    out_rows = []
+    for backend, coding in [("native", coding) for coding in CODINGS] + [("torch", "packed")]:
+        progress(f"memory: {backend}, {coding} ...")
+        scheme = QSGD(*HEADLINE, args.bucket_size, coding)
+        out_rows.append(measure_memory(backend, scheme, x, args.repeats))
+    if args.memory:
+        print(f"{cpu_model()}, {hvd_quant.native_isa()}, one thread, ", end="")
+        print(
+            f"{args.values / 2**20:g} Mi values ({min(args.values, EAGER_VALUES) / 2**20:g} Mi for torch).\n"
+        )
+        print_table(MEMORY_HEADERS, memory_rows(out_rows), args.markdown)
+        if args.json:
+            args.json.write_text(json.dumps({"out": [asdict(row) for row in out_rows]}, indent=2) + "\n")
+        return
     progress("peak memory of one encode ...")
     memory = peak_memory(args.values, args.bucket_size)
-    x = np.random.default_rng(0).standard_normal(args.values, np.float32)
     rows = []
     for number, scheme in enumerate(schemes, 1):
         progress(
@@ -444,6 +525,7 @@ def main() -> None:
         "eager_values": eager_values,
         "rows": [row.as_dict() for row in rows],
         "options": [asdict(row) for row in options],
+        "out": [asdict(row) for row in out_rows],
         "grace": grace and asdict(grace),
         "memory": memory,
         "goals": checks,
@@ -454,6 +536,8 @@ def main() -> None:
     print_table(HEADERS, table_rows(rows, grace), args.markdown)
     print()
     print_table(OPTIONS_HEADERS, options_rows(options, x.size), args.markdown)
+    print()
+    print_table(MEMORY_HEADERS, memory_rows(out_rows), args.markdown)
     print()
     if grace is None:
         print("- GRACE was not there to compare with (no module grace_dl).")

@@ -1,8 +1,8 @@
 """Quantized gradients for data-parallel training on stock Horovod.
 
 This package is the core and needs NumPy alone: what to send (`QSGD`, `NUQSGD`, `DQSGD`) and the codec
-(`encode`, `decode`). The plugs for the frameworks are sub-packages, imported by whoever uses them:
-`hvd_quant.torch`, `hvd_quant.tensorflow` and `hvd_quant.mpi`.
+(`encode`, `decode`, `max_payload_size`). The plugs for the frameworks are sub-packages, imported by whoever
+uses them: `hvd_quant.torch`, `hvd_quant.tensorflow` and `hvd_quant.mpi`.
 """
 
 from importlib import import_module
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hvd_quant.version import __version__
 
 if TYPE_CHECKING:
-    from hvd_quant.codec import decode, encode, native_isa
+    from hvd_quant.codec import decode, encode, max_payload_size, native_isa
     from hvd_quant.schemes import DQSGD, NUQSGD, QSGD
 
-__all__ = ["DQSGD", "NUQSGD", "QSGD", "__version__", "decode", "encode", "native_isa"]
+__all__ = ["DQSGD", "NUQSGD", "QSGD", "__version__", "decode", "encode", "max_payload_size", "native_isa"]
 
 
 def __getattr__(name: str) -> Any:

@@ -144,6 +144,16 @@ def check_body(header: Header, body_checksum: int) -> None:
         raise ValueError("payload is damaged: its checksum does not match its bytes")
 
 
+def check_room(header: Header, room: int) -> None:
+    """Compare the values of payloads with the values that there is room for.
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    if header.count != room:
+        raise ValueError(f"out must have room for {header.count} values, as many as were encoded, not {room}")
+
+
 def common_header(headers: list[Header]) -> Header:
     """The header that payloads to be averaged share.
 

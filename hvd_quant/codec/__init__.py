@@ -7,10 +7,12 @@ device). torch is imported only where a tensor, or ``backend="torch"``, asks for
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from hvd_quant import wire
 from hvd_quant.codec import native
 from hvd_quant.codec.extension import _native
 from hvd_quant.codec.noise import shift
@@ -32,8 +34,38 @@ def native_isa() -> str:
     return _native.isa()
 
 
+def max_payload_size(scheme: Scheme, count: int) -> int:
+    """Bytes that `encode` writes at most: the size of the memory to give it as ``out``.
+
+    Packed codes take exactly so many; Elias and Huffman codes take fewer, as the values have it.
+
+    Args:
+        scheme: how the values are encoded.
+        count: how many they are.
+
+    Raises:
+        TypeError: ``scheme`` is no scheme, or ``count`` no integer.
+        ValueError: ``count`` is out of range.
+
+    Example:
+        >>> scheme = hvd_quant.QSGD(bits=4)
+        >>> buffer = numpy.empty(hvd_quant.max_payload_size(scheme, gradient.size), numpy.uint8)
+        >>> payload = hvd_quant.encode(gradient, scheme, out=buffer)
+    """
+    _check_scheme(scheme)
+    check_integer("count", count, 0, 2**64 - 1)
+    return wire.max_payload_size(scheme, int(count))
+
+
 def encode(
-    x: Array, scheme: Scheme, *, seed: int = 0, rank: int = 0, size: int = 1, backend: str = "auto"
+    x: Array,
+    scheme: Scheme,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    backend: str = "auto",
+    out: Array | None = None,
 ) -> Array:
     """Encode an array or tensor into a self-describing payload.
 
@@ -46,20 +78,26 @@ def encode(
             them need the same seed.
         size: how many they are.
         backend: ``"native"``, ``"torch"``, or ``"auto"``: native for CPU memory, torch elsewhere.
+        out: memory for the payload, because fresh memory may cost more than to encode: contiguous
+            one-dimensional uint8 apart from ``x``, an array for an array, a tensor on the same device for a
+            tensor. It has `max_payload_size` bytes, or, unless the scheme's codes are packed, more. By
+            default memory is fresh.
 
     Returns:
         The payload, one-dimensional uint8: an array for an array, a tensor on the same device for a tensor.
+        With ``out`` that itself, or a view of its beginning where the payload is smaller.
 
     Raises:
-        TypeError: ``x`` is no array or tensor of a floating type named above, or ``scheme`` is no scheme.
-        ValueError: ``seed``, ``rank``, ``size`` or ``backend`` is out of range.
+        TypeError: ``x`` is no array or tensor of a floating type named above, ``scheme`` is no scheme, or
+            ``out`` is of another type or dtype.
+        ValueError: ``seed``, ``rank``, ``size`` or ``backend`` is out of range; or ``out`` is of another
+            size or shape, on another device, not contiguous, read-only, or overlaps ``x``.
 
     Example:
         >>> payload = hvd_quant.encode(gradient, hvd_quant.QSGD(bits=4))
         >>> approximation = hvd_quant.decode(payload).reshape(gradient.shape)
     """
-    if not isinstance(scheme, Scheme):
-        raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
+    _check_scheme(scheme)
     check_integer("seed", seed, 0, 2**64 - 1)
     check_integer("size", size, 1, 2**24)
     check_integer("rank", rank, 0, size - 1)
@@ -71,58 +109,162 @@ def encode(
         raise TypeError(f"x must be a dense tensor, not of layout {x.layout}")
     if not tensor_given:
         x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = _dtype(x)
     if dtype not in native.DTYPES:
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
+    if out is not None:
+        _check_out(out, ("uint8",), x, "x")
+        _check_room(out, scheme, x.numel() if tensor_given else x.size)
+        _announce_writing(out)
+    options = (scheme, int(seed), shift(scheme, int(rank), int(size)))
     if backend == "native":
-        payload = native.encode(
-            flat_array(x), scheme, int(seed), shift(scheme, int(rank), int(size)), dtype=dtype
-        )
-        return _tensor(payload) if tensor_given else payload
-    from hvd_quant.codec import torch_ops
+        room = None if out is None else flat_array(out)
+        payload = native.encode(flat_array(x), *options, dtype=dtype, out=room)
+    else:
+        from hvd_quant.codec import torch_ops
 
-    tensor = x.detach() if tensor_given else _tensor(_writable(x))
-    payload = torch_ops.encode(tensor.reshape(-1), scheme, int(seed), shift(scheme, int(rank), int(size)))
-    return payload if tensor_given else payload.numpy()
+        tensor = x.detach() if tensor_given else _tensor(_writable(x))
+        room = None if out is None else _flat_tensor(out)
+        payload = torch_ops.encode(tensor.reshape(-1), *options, out=room)
+    if out is None:
+        return _as_given(payload, tensor_given)
+    return out if len(payload) == len(out) else out[: len(payload)]
 
 
-def decode(payload: Array | bytes, backend: str = "auto") -> Array:
+def decode(payload: Array | bytes, backend: str = "auto", *, out: Array | None = None) -> Array:
     """Decode a payload.
 
     Args:
         payload: one-dimensional uint8, as `encode` returns it, or bytes.
         backend: as in `encode`.
+        out: memory for the values, because fresh memory may cost more than to decode: contiguous, apart from
+            the payload, of any shape with as many values, and of dtype float32, float64, float16 or bfloat16.
+            A tensor on the same device for a tensor, else an array. By default memory is fresh, and float32.
 
     Returns:
-        The values, one-dimensional float32: a tensor on the same device for a tensor, else an array.
+        The values: ``out``, or else one-dimensional float32, a tensor on the same device for a tensor, an
+        array otherwise.
 
     Raises:
-        TypeError: ``payload`` is not of a type named above.
-        ValueError: the payload is damaged, or ``backend`` is unknown.
+        TypeError: ``payload`` is not of a type named above, or ``out`` is of another type or dtype.
+        ValueError: the payload is damaged, and ``out`` may then hold anything; ``backend`` is unknown; or
+            ``out`` is of another size, on another device, not contiguous, read-only, or overlaps the payload.
+
+    Example:
+        >>> hvd_quant.decode(payload, out=approximation)
     """
     if isinstance(payload, (bytes, bytearray, memoryview)):
         payload = np.frombuffer(payload, np.uint8)
     tensor_given = is_tensor(payload)
     if not tensor_given and not isinstance(payload, np.ndarray):
         raise TypeError(f"payload must be bytes, an array or a tensor, not {type(payload).__name__}")
-    if str(payload.dtype).removeprefix("torch.") != "uint8" or payload.ndim != 1:
+    if _dtype(payload) != "uint8" or payload.ndim != 1:
         raise TypeError(
             f"payload must be one-dimensional uint8, not {payload.dtype} of {payload.ndim} dimensions"
         )
-    if _backend(backend, payload) == "native":
-        values = native.decode_mean([flat_array(payload)])
-        return _tensor(values) if tensor_given else values
-    from hvd_quant.codec import torch_ops
+    backend = _backend(backend, payload)
+    if out is not None:
+        _check_out(out, native.DTYPES, payload, "the payload")
+        _announce_writing(out)
+    if backend == "native":
+        room, dtype = (None, None) if out is None else (flat_array(out), _dtype(out))
+        values = native.decode_mean([flat_array(payload)], room, dtype=dtype)
+    else:
+        from hvd_quant.codec import torch_ops
 
-    tensor = payload.contiguous() if tensor_given else _tensor(_writable(payload))
-    values = torch_ops.decode_mean([tensor])
-    return values if tensor_given else values.numpy()
+        tensor = payload.contiguous() if tensor_given else _tensor(_writable(payload))
+        values = torch_ops.decode_mean([tensor], None if out is None else _flat_tensor(out))
+    if out is None:
+        return _as_given(values, tensor_given)
+    return out
 
 
 def is_tensor(x: object) -> bool:
     """Whether x is a torch tensor, found out without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _check_scheme(scheme: object) -> None:
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"scheme must be a scheme such as hvd_quant.QSGD(bits=4), not {scheme!r}")
+
+
+def _check_out(out: Any, dtypes: Sequence[str], source: Any, name: str) -> None:
+    """Check everything about a caller's ``out`` but its size.
+
+    Args:
+        out: what has been given.
+        dtypes: that it may have.
+        source: what is read, by its name in messages.
+        name: that name.
+
+    Raises:
+        TypeError, ValueError: ``out`` cannot be written to, or should not.
+    """
+    is_array = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
+    if not (is_tensor(out) if is_tensor(source) else is_array):
+        kind = f"a torch tensor, as {name} is," if is_tensor(source) else "a NumPy array,"
+        raise TypeError(f"out must be {kind} not {type(out).__name__}")
+    if is_tensor(out) and str(out.layout) != "torch.strided":
+        raise TypeError(f"out must be a dense tensor, not of layout {out.layout}")
+    if _dtype(out) not in dtypes:
+        order = "" if is_tensor(out) or out.dtype.isnative else ", in this machine's byte order"
+        raise TypeError(f"out must be of dtype {', '.join(dtypes)}{order}, not {_dtype(out)}")
+    if is_tensor(out):
+        if out.device != source.device:
+            raise ValueError(f"out must be on {source.device}, as {name} is, not on {out.device}")
+        if out.grad_fn is not None:
+            raise ValueError("out is part of an autograd graph, through which nothing flows: detach() it")
+        plain = out.is_contiguous() and not out.is_neg() and out.data_ptr() % out.element_size() == 0
+    else:
+        plain = out.flags.c_contiguous and out.flags.aligned
+        if not out.flags.writeable:
+            raise ValueError("out must be writable, but it is read-only")
+    if not plain:
+        raise ValueError("out must be contiguous in C order, and aligned")
+    (begin, end), (other_begin, other_end) = _extent(out), _extent(source)
+    if begin < other_end and other_begin < end:
+        raise ValueError(f"out must not overlap {name} in memory")
+
+
+def _check_room(out: Any, scheme: Scheme, count: int) -> None:
+    """Whether a payload fits.
+
+    Raises:
+        ValueError: it does not, or ``out`` is not one-dimensional.
+    """
+    if out.ndim != 1:
+        raise ValueError(f"out must be one-dimensional, not of {out.ndim} dimensions")
+    size, is_packed = wire.max_payload_size(scheme, count), scheme.coding == "packed"
+    if len(out) != size if is_packed else len(out) < size:
+        least = "" if is_packed else "at least "
+        raise ValueError(f"out must have {least}{size} bytes for {count} values of {scheme}, not {len(out)}")
+
+
+def _extent(x: Any) -> tuple[int, int]:
+    """Where an array or tensor begins in its device's memory, and where it ends."""
+    if is_tensor(x):
+        begin, shape, item_size = x.data_ptr(), x.shape, x.element_size()
+        strides = [stride * item_size for stride in x.stride()]
+    else:
+        begin, shape, item_size, strides = x.ctypes.data, x.shape, x.itemsize, x.strides
+    if 0 in shape:
+        return begin, begin
+    reach = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+    return begin + sum(min(0, one) for one in reach), begin + sum(max(0, one) for one in reach) + item_size
+
+
+def _announce_writing(out: Any) -> None:
+    """Tell autograd, which does not see our code write, and may have kept that tensor for a backward pass."""
+    if is_tensor(out) and not out.is_inference():
+        import torch
+
+        torch.autograd.graph.increment_version(out)
+
+
+def _dtype(x: Any) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _backend(backend: str, x: Any) -> str:
@@ -141,10 +283,29 @@ def _writable(x: np.ndarray) -> np.ndarray:
     return x if x.flags.writeable else x.copy()
 
 
+def _as_given(result: Any, tensor_given: bool) -> Any:
+    """A backend's array or tensor as the one or the other."""
+    if is_tensor(result) == tensor_given:
+        return result
+    return _tensor(result) if tensor_given else result.numpy()
+
+
 def _tensor(array: np.ndarray) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(array)
+
+
+def _flat_tensor(out: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """The same contiguous memory as a one-dimensional tensor."""
+    if is_tensor(out):
+        return out.detach().view(-1)
+    flat = np.asarray(out).reshape(-1)
+    if _dtype(out) == "bfloat16":  # of a package beside NumPy, which torch does not know
+        import torch
+
+        return _tensor(flat.view(np.int16)).view(torch.bfloat16)
+    return _tensor(flat)
 
 
 def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -157,4 +318,4 @@ def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
 
         x = x.detach().reshape(-1).resolve_neg().contiguous()
         x = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return np.require(x, requirements=("C", "ALIGNED")).reshape(-1)
+    return np.require(np.asarray(x), requirements=("C", "ALIGNED")).reshape(-1)

@@ -149,15 +149,20 @@ class Kernels:
         noise: Noise,
         message: torch.Tensor,
         residuals: Sequence[torch.Tensor] = (),
+        *,
+        bare: bool = False,
     ) -> None:
         """Encode the segments of a message; see `hvd_quant.codec.native.encode_message`.
 
-        Residuals must be contiguous. In a CUDA graph every replay has other noise.
+        Residuals must be contiguous. With ``bare`` the message has no preamble. In a CUDA graph every replay
+        has other noise.
         """
         values = [one.detach().contiguous().resolve_neg() for one in values]
         table, n_buckets = _table(values, layout, residuals)
         table["seed"], table["shift"] = noise.seeds, noise.shifts
-        places, words = _frame(layout)
+        if bare:
+            table["payload"] -= PREAMBLE_SIZE
+        places, words = _frame(layout, bare)
         places = constant(places, self._device).view(torch.int64)
         message.view(torch.int32).index_copy_(0, places, constant(words, self._device).view(torch.int32))
         replay = self._replays.add_(1) if capturing(self._device) else self._never
@@ -266,10 +271,10 @@ def _layout_table(layout: MessageLayout) -> tuple[np.ndarray, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _frame(layout: MessageLayout) -> tuple[bytes, bytes]:
+def _frame(layout: MessageLayout, bare: bool) -> tuple[bytes, bytes]:
     """A message's words that are there before norms and codes are: their places, int64, and they, int32.
 
-    Preamble, headers, and the last words of every payload, which hold its padding.
+    Preamble (unless ``bare``), headers, and the last words of every payload, which hold its padding.
     """
     places, words = [*range(PREAMBLE_SIZE // 4)], [np.frombuffer(layout.preamble, np.int32)]
     for segment, offset, header in zip(layout.segments, layout.offsets, layout.headers, strict=True):
@@ -279,7 +284,9 @@ def _frame(layout: MessageLayout) -> tuple[bytes, bytes]:
         if segment.count:
             places += [end - 2, end - 1]
             words.append(np.zeros(2, np.int32))
-    return np.array(places, np.int64).tobytes(), np.concatenate(words).tobytes()
+    left_out = PREAMBLE_SIZE // 4 if bare else 0
+    places = np.array(places, np.int64)[left_out:] - left_out
+    return places.tobytes(), np.concatenate(words)[left_out:].tobytes()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,7 +10,16 @@ import numpy as np
 from hvd_quant import wire
 from hvd_quant.codec import entropy
 from hvd_quant.codec.extension import _native
-from hvd_quant.codec.message import DTYPES, PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, stated_size
+from hvd_quant.codec.message import (
+    DTYPES,
+    OFFSET_COLUMN,
+    PREAMBLE_SIZE,
+    SIZE_SIZE,
+    SOMETHING_ELSE,
+    MessageLayout,
+    Messages,
+    Segment,
+)
 from hvd_quant.codec.noise import Noise
 from hvd_quant.schemes import Scheme
 
@@ -51,6 +60,7 @@ def encode(
     *,
     residual: np.ndarray | None = None,
     dtype: str | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Encode a contiguous one-dimensional array.
 
@@ -63,15 +73,19 @@ def encode(
         residual: for error feedback, a contiguous float32 array as large as ``values``. It is added to them,
             and becomes what the payload lacks of the sum; where that is not finite, it stays as it is.
         dtype: what the items of ``values`` are, where their own dtype does not say it.
+        out: where to; contiguous one-dimensional uint8 of ``wire.max_payload_size(scheme, values.size)``
+            bytes, or more where its codes are not packed. By default a new one.
 
     Returns:
         The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so
-        many where its codes are packed.
+        many where its codes are packed; of ``out``, what has been written.
     """
-    if scheme.coding != "packed":
+    if scheme.coding != "packed" and out is None:
         packed = encode(values, entropy.packed(scheme), seed, shift, residual=residual, dtype=dtype)
         return entropy.compact(packed, scheme, values.size)
-    payload = np.empty(wire.payload_size(scheme, values.size), np.uint8)
+    if scheme.coding != "packed":
+        return out[: _encode_coded(values, scheme, seed, shift, residual, dtype or values.dtype.name, out)]
+    payload = np.empty(wire.payload_size(scheme, values.size), np.uint8) if out is None else out
     checksum = _native.encode(
         values,
         dtype=dtype or values.dtype.name,
@@ -90,6 +104,33 @@ def encode(
     header = wire.pack_header(scheme, values.size, checksum)
     payload[: wire.HEADER_SIZE] = np.frombuffer(header, np.uint8)
     return payload
+
+
+def _encode_coded(
+    values: np.ndarray,
+    scheme: Scheme,
+    seed: int,
+    shift: int,
+    residual: np.ndarray | None,
+    dtype: str,
+    out: np.ndarray,
+) -> int:
+    """Write a payload that is not packed to memory that has room for any, and return its size."""
+    layout = MessageLayout([Segment(0, 0, values.size, dtype, scheme)], bytes(PREAMBLE_SIZE))
+    table = layout.table.copy()
+    table[:, OFFSET_COLUMN] = 0  # without what a message has before its payloads
+    return _native.encode_segments(
+        [values],
+        table,
+        layout.headers,
+        np.array([seed], np.uint64),
+        np.array([shift], np.uint32),
+        first_word=wire.FIRST_BODY_WORD,
+        checksum_word=wire.CHECKSUM_WORD,
+        message=out,
+        residuals=[] if residual is None else [residual],
+        threads=threads(),
+    )
 
 
 def decode_mean(
@@ -115,15 +156,15 @@ def decode_mean(
     """
     headers = [wire.parse_header(payload[: wire.HEADER_SIZE], payload.size) for payload in payloads]
     header = wire.common_header(headers)
+    if out is not None and not out.dtype.isnative:
+        raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
+    if out is not None:
+        wire.check_room(header, out.size)
     is_coded = header.scheme.coding != "packed"
     if is_coded:
         payloads = [entropy.expand(*pair) for pair in zip(payloads, headers, strict=True)]
     if out is None:
         out = np.empty(header.count, np.float32)
-    elif not out.dtype.isnative:
-        raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
-    elif out.size != header.count:
-        raise ValueError(f"the payloads hold {header.count} values, but there is room for {out.size}")
     checksums = _native.decode_sum(
         [payload[wire.HEADER_SIZE :] for payload in payloads],
         bucket_size=header.scheme.bucket_size,
@@ -210,7 +251,8 @@ def decode_messages(
     """Decode n messages of the same layout into ``factor`` times their mean.
 
     Args:
-        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies.
+        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies. Errors name
+            ranks where these are `Messages` that know them.
         layout: of each of them.
         out: where to: arrays as ``values`` of `encode_message`.
         factor: multiplies the mean.
@@ -218,20 +260,35 @@ def decode_messages(
     Raises:
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
+    messages = _expected(messages, layout.fixed_size, layout.preamble)
+    try:
+        _native.decode_segments(
+            messages,
+            layout.table,
+            layout.headers,
+            first_word=wire.FIRST_BODY_WORD,
+            checksum_word=wire.CHECKSUM_WORD,
+            weight=factor / len(messages),
+            outs=out,
+            threads=threads(),
+        )
+    except ValueError as error:
+        raise ValueError(messages.told(str(error))) from None
+
+
+def _expected(messages: Sequence[np.ndarray], size: int | None, preamble: bytes) -> Messages:
+    """The messages, which have the size and the preamble that they should have.
+
+    Raises:
+        ValueError: one of them has not.
+    """
+    if not isinstance(messages, Messages):
+        messages = Messages(messages)
+    messages.check_sizes(size)
     for number, message in enumerate(messages):
-        size = stated_size(message) if layout.varies else layout.size
-        if message.size != size or message[:PREAMBLE_SIZE].tobytes() != layout.preamble:
-            raise ValueError(f"message {number} is not the one that was expected")
-    _native.decode_segments(
-        messages,
-        layout.table,
-        layout.headers,
-        first_word=wire.FIRST_BODY_WORD,
-        checksum_word=wire.CHECKSUM_WORD,
-        weight=factor / len(messages),
-        outs=out,
-        threads=threads(),
-    )
+        if message[:PREAMBLE_SIZE].tobytes() != preamble:
+            raise ValueError(f"{messages.name(number)} {SOMETHING_ELSE}")
+    return messages
 
 
 def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
@@ -297,9 +354,7 @@ def average(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> No
     Raises:
         ValueError: a part is of another size, or begins otherwise.
     """
-    for number, part in enumerate(parts):
-        if part.size != PREAMBLE_SIZE + 4 * out.size or part[:PREAMBLE_SIZE].tobytes() != preamble:
-            raise ValueError(f"message {number} is not the one that was expected")
+    parts = _expected(parts, PREAMBLE_SIZE + 4 * out.size, preamble)
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, parts[0][PREAMBLE_SIZE:].view(np.float32))
         for part in parts[1:]:

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_quant import wire
-from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
+from hvd_quant.codec.message import PREAMBLE_SIZE, SOMETHING_ELSE, MessageLayout, Segment, name_of
 from hvd_quant.codec.noise import FRACTION_BITS
 from hvd_quant.schemes import Scheme
 
@@ -38,7 +38,7 @@ MASK32 = 2**32 - 1
 
 _PROBLEMS = (  # by the numbers of `problems`
     "is fine",
-    "is not the one that was expected",
+    SOMETHING_ELSE,
     "holds another payload than was expected",
     "is damaged: its checksum does not match its bytes",
     "is damaged: its padding is not zero",
@@ -86,6 +86,7 @@ def decode_messages(
     dtypes: Sequence[tf.DType],
     shapes: Sequence[Sequence[int]],
     factor: tf.Tensor,
+    ranks: Sequence[int] | None = None,
 ) -> list[tf.Tensor]:
     """Decode n messages of the same layout into ``factor`` times their mean.
 
@@ -98,6 +99,7 @@ def decode_messages(
         dtypes: of the tensors that the segments are ranges of.
         shapes: of the same.
         factor: multiplies the mean, a floating-point scalar.
+        ranks: who has made the messages, for errors; None where that is not known.
 
     Returns:
         The tensors; what no segment is about is zero.
@@ -126,7 +128,7 @@ def decode_messages(
 
     needs_exact = _may_be_subnormal(messages, layout) | (tf.abs(weight) < SAFE_WEIGHT)
     decoded = tf.cond(needs_exact, lambda: results(True), lambda: results(False))
-    with tf.control_dependencies([_assertion(problems(messages, layout))]):
+    with tf.control_dependencies([_assertion(problems(messages, layout), ranks)]):
         return [tf.identity(tensor) for tensor in tf.nest.flatten(decoded)]
 
 
@@ -407,12 +409,16 @@ def problems(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
     return numbers
 
 
-def _assertion(found: tf.Tensor) -> tf.Operation | None:
+def _assertion(found: tf.Tensor, ranks: Sequence[int] | None) -> tf.Operation | None:
     """Fails if problems were found, and names the first message that has one."""
     with tf.device("/CPU:0"):
         number = tf.argmax(tf.cast(found > 0, tf.int64))
         what = tf.gather(tf.constant(_PROBLEMS), found[number])
-        text = tf.strings.join(["message ", tf.strings.as_string(number), " ", what])
+        if ranks is None:
+            name = tf.strings.join(["message ", tf.strings.as_string(number)])
+        else:
+            name = tf.gather(tf.constant([name_of(i, ranks) for i in range(len(ranks))]), number)
+        text = tf.strings.join([name, " ", what])
         return tf.debugging.Assert(tf.reduce_all(found == 0), [text])
 
 

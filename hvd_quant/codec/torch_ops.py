@@ -17,7 +17,14 @@ import torch
 
 from hvd_quant import wire
 from hvd_quant.codec import cuda, entropy
-from hvd_quant.codec.message import PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, Segment, stated_size
+from hvd_quant.codec.message import (
+    PREAMBLE_SIZE,
+    SIZE_SIZE,
+    SOMETHING_ELSE,
+    MessageLayout,
+    Messages,
+    Segment,
+)
 from hvd_quant.codec.noise import FRACTION_BITS, Noise
 from hvd_quant.schemes import Scheme
 
@@ -31,7 +38,12 @@ _FOUND_BY_KERNELS = "a GPU's kernels find damage that plain operations do not fi
 
 
 def encode(
-    values: torch.Tensor, scheme: Scheme, seed: int, shift: int = 0, residual: torch.Tensor | None = None
+    values: torch.Tensor,
+    scheme: Scheme,
+    seed: int,
+    shift: int = 0,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Encode a one-dimensional floating-point tensor into a payload on its device.
 
@@ -41,25 +53,35 @@ def encode(
         seed: of the noise, 0 to 2^64 - 1.
         shift: added to the noise, see `hvd_quant.codec.noise`.
         residual: for error feedback, see `hvd_quant.codec.native.encode`.
+        out: where to, see there.
 
     Returns:
         The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where
-        its codes are packed. Elias and Huffman codes are made on the host: the packed payload is brought
-        there and the coded one back, so that the host waits for the device.
+        its codes are packed; of ``out``, what has been written. Elias and Huffman codes are made on the host:
+        the packed payload is brought there and the coded one back, so that the host waits for the device.
     """
     count = values.numel()
     if scheme.coding != "packed":
-        payload = encode(values, entropy.packed(scheme), seed, shift, residual).cpu().numpy()
-        return torch.from_numpy(entropy.compact(payload, scheme, count)).to(values.device)
+        packed = encode(values, entropy.packed(scheme), seed, shift, residual).cpu().numpy()
+        coded = torch.from_numpy(entropy.compact(packed, scheme, count))
+        return coded.to(values.device) if out is None else out[: coded.numel()].copy_(coded)
+    if out is not None and _is_aligned(out):
+        payload = out
+    else:
+        payload = torch.empty(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
     layout = _alone(scheme, count, str(values.dtype).removeprefix("torch."))
     if (kernels := cuda.kernels(values.device)) is not None and kernels.take(layout):
-        message = torch.empty(layout.size, dtype=torch.uint8, device=values.device)
         noise = Noise(np.array([seed], np.uint64), np.array([shift], np.uint32))
-        kernels.encode([values], layout, noise, message, [] if residual is None else [residual])
-        return message[PREAMBLE_SIZE:]
-    payload = torch.empty(wire.payload_size(scheme, count), dtype=torch.uint8, device=values.device)
-    _encode(values, scheme, seed, shift, residual, payload)
-    return payload
+        residuals = [] if residual is None else [residual]
+        kernels.encode([values], layout, noise, payload, residuals, bare=True)
+    else:
+        _encode(values, scheme, seed, shift, residual, payload)
+    return payload if out is None or payload is out else out.copy_(payload)
+
+
+def _is_aligned(data: torch.Tensor) -> bool:
+    """Whether bytes can be written as words. Torch asks the storage's beginning, kernels the address."""
+    return data.storage_offset() % wire.ALIGNMENT == data.data_ptr() % wire.ALIGNMENT == 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,32 +143,45 @@ class _Checks:
 
 
 def decode_mean(
-    payloads: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32, factor: float = 1.0
+    payloads: Sequence[torch.Tensor],
+    out: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
 ) -> torch.Tensor:
     """Decode n payloads of the same scheme and count into ``factor`` times their mean.
 
     It waits for the device twice: for the headers, and for whether the payloads are sound.
 
+    Args:
+        payloads: contiguous one-dimensional uint8.
+        out: where to; contiguous, one-dimensional, on the payloads' device. By default a new tensor.
+        dtype: of the new tensor.
+        factor: multiplies the mean.
+
     Returns:
-        A tensor of shape (count,) and of ``dtype``, on the payloads' device.
+        ``out``, or a tensor of shape (count,) and of ``dtype``, on the payloads' device.
 
     Raises:
-        ValueError: a payload is damaged, or they differ.
+        ValueError: a payload is damaged (``out`` then holds nothing of use), or they differ.
     """
     headers = [
         wire.parse_header(head.tobytes(), payload.numel())
         for payload, head in zip(payloads, _heads(payloads), strict=True)
     ]
     header, checks, wrong = wire.common_header(headers), _Checks(), False
+    if out is not None:
+        wire.check_room(header, out.numel())
+        dtype = out.dtype
     layout = _alone(header.scheme, header.count, str(dtype).removeprefix("torch."))
     if (kernels := cuda.kernels(payloads[0].device)) is not None and kernels.take(layout):
-        mean = torch.empty(header.count, dtype=dtype, device=payloads[0].device)
+        mean = torch.empty(header.count, dtype=dtype, device=payloads[0].device) if out is None else out
         aligned = [_words(payload, torch.int64).view(torch.uint8) for payload in payloads]
         if not kernels.decode(aligned, layout, [mean], factor, bare=True).any():
             return mean
         wrong = True
     packed = [_packed(payload, one, checks) for payload, one in zip(payloads, headers, strict=True)]
-    mean = _mean(packed, header, dtype, factor)
+    mean = _mean(packed, header, dtype, factor, out)
     checks.hold()
     if wrong:
         raise ValueError(_FOUND_BY_KERNELS)
@@ -161,19 +196,25 @@ def _heads(payloads: Sequence[torch.Tensor]) -> list[np.ndarray]:
 
 
 def _mean(
-    payloads: Sequence[torch.Tensor], header: wire.Header, dtype: torch.dtype, factor: float
+    payloads: Sequence[torch.Tensor],
+    header: wire.Header,
+    dtype: torch.dtype,
+    factor: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``factor`` times the mean of packed payloads, which have been checked."""
+    """``factor`` times the mean of packed payloads, which have been checked; in ``out``, if it is there."""
     total = _dequantize(payloads[0], header.scheme, header.count)
     for payload in payloads[1:]:
         total += _dequantize(payload, header.scheme, header.count)
     # As the native codec: the weight is rounded to float32 before it multiplies.
     weight = torch.tensor(factor / len(payloads), dtype=torch.float32)
-    return total.mul_(weight).to(dtype)
+    return total.mul_(weight).to(dtype) if out is None else torch.mul(total, weight, out=out)
 
 
-def _packed(payload: torch.Tensor, header: wire.Header, checks: _Checks) -> torch.Tensor:
-    """The payload with packed codes; its header is of no meaning."""
+def _packed(
+    payload: torch.Tensor, header: wire.Header, checks: _Checks, name: str = "payload"
+) -> torch.Tensor:
+    """The payload with packed codes; its header is of no meaning. Errors call it by its name."""
     if header.scheme.coding != "packed":
         return torch.from_numpy(entropy.expand(payload.cpu().numpy(), header)).to(payload.device)
     words = _words(payload, torch.int32)
@@ -181,10 +222,10 @@ def _packed(payload: torch.Tensor, header: wire.Header, checks: _Checks) -> torc
     weight = 2 * wire.CHECKSUM_WORD + 1
     excess = _weighted_sum(words, torch.empty((), dtype=torch.int32, device=words.device))
     excess -= (weight + 1) * words[wire.CHECKSUM_WORD]
-    checks.refuse(excess != 0, "payload is damaged: its checksum does not match its bytes")
+    checks.refuse(excess != 0, f"{name} is damaged: its checksum does not match its bytes")
     used = wire.used_size(header.scheme, header.count)
     if used < payload.numel():
-        checks.refuse(payload[used:].any(), "payload is damaged: its padding is not zero")
+        checks.refuse(payload[used:].any(), f"{name} is damaged: its padding is not zero")
     return payload
 
 
@@ -230,6 +271,8 @@ def decode_messages(
         ValueError: a message is damaged, or not of this layout; ``out`` may then hold anything.
     """
     wrong = False
+    if not isinstance(messages, Messages):
+        messages = Messages(messages)
     if (kernels := cuda.kernels(messages[0].device)) is not None and kernels.take(layout):
         plain = all(one.is_contiguous() and not one.is_neg() for one in out)
         if plain and all(message.numel() == layout.size for message in messages):
@@ -239,19 +282,18 @@ def decode_messages(
                 return
             wrong = True
     # Slower, or because something is wrong: this says what.
+    messages.check_sizes(layout.fixed_size)
     checks, rest = _Checks(), []  # of each message
     for number, message in enumerate(messages):
-        size = stated_size(message) if layout.varies else layout.size
-        if message.numel() != size or size < PREAMBLE_SIZE:
-            raise ValueError(f"message {number} is not the one that was expected")
         preamble = cuda.constant(layout.preamble, message.device)
         other = (message[:PREAMBLE_SIZE] != preamble).any()
-        checks.refuse(other, f"message {number} is not the one that was expected")
+        checks.refuse(other, f"{messages.name(number)} {SOMETHING_ELSE}")
         rest.append(message[PREAMBLE_SIZE + (SIZE_SIZE if layout.varies else 0) :])
     for segment in layout.segments:
         header, packed = wire.Header(segment.scheme, segment.count, 0), []
         for number, payloads in enumerate(rest):
-            foreign = f"message {number} holds another payload than was expected"
+            name = messages.name(number)
+            foreign = f"{name} holds another payload than was expected"
             if payloads.numel() < wire.HEADER_SIZE:
                 raise ValueError(foreign)
             head = payloads[: wire.HEADER_SIZE].clone()
@@ -262,23 +304,26 @@ def decode_messages(
             )
             if segment.scheme.coding == "packed":
                 if payloads.numel() < segment.payload_size:
-                    raise ValueError(f"message {number} is too short")
+                    raise ValueError(f"{name} is too short")
                 payload, size = (
-                    _packed(payloads[: segment.payload_size], header, checks),
+                    _packed(payloads[: segment.payload_size], header, checks, name),
                     segment.payload_size,
                 )
             else:
                 checks.hold()
                 host = payloads[: segment.payload_size].cpu().numpy()
-                host, size = entropy.expand_first(host, wire.parse_header(host, segment.payload_size))
+                try:
+                    host, size = entropy.expand_first(host, wire.parse_header(host, segment.payload_size))
+                except ValueError as error:
+                    raise ValueError(str(error).replace("payload", name, 1)) from None
                 payload = torch.from_numpy(host).to(payloads.device)
             packed.append(payload)
             rest[number] = payloads[size:]
         target = out[segment.tensor].view(-1)[segment.start : segment.start + segment.count]
-        target.copy_(_mean(packed, header, target.dtype, factor))
+        _mean(packed, header, target.dtype, factor, target)
     for number, payloads in enumerate(rest):
         if payloads.numel():
-            raise ValueError(f"message {number} has bytes left over")
+            raise ValueError(f"{messages.name(number)} has bytes left over")
     checks.hold()
     if wrong:
         raise ValueError(_FOUND_BY_KERNELS)
@@ -319,13 +364,13 @@ def average(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -
 
     Waits for the device once.
     """
-    if all(part.numel() == PREAMBLE_SIZE + 4 * out.numel() for part in parts):
-        beginnings = torch.stack([part[:PREAMBLE_SIZE] for part in parts]).cpu().numpy()
-    else:
-        beginnings = np.zeros((len(parts), 0), np.uint8)
+    if not isinstance(parts, Messages):
+        parts = Messages(parts)
+    parts.check_sizes(PREAMBLE_SIZE + 4 * out.numel())
+    beginnings = torch.stack([part[:PREAMBLE_SIZE] for part in parts]).cpu().numpy()
     for number, beginning in enumerate(beginnings):
         if beginning.tobytes() != preamble:
-            raise ValueError(f"message {number} is not the one that was expected")
+            raise ValueError(f"{parts.name(number)} {SOMETHING_ELSE}")
     out.copy_(_words(parts[0][PREAMBLE_SIZE:], torch.float32))
     for part in parts[1:]:
         out += _words(part[PREAMBLE_SIZE:], torch.float32)

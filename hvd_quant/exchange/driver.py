@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hvd_quant.codec.message import Messages, in_rank_order
 from hvd_quant.exchange.algorithms import Algorithm, Encoded, Work
 from hvd_quant.exchange.transport import Buffer, Handle, Transport
 
@@ -27,7 +28,7 @@ class Exchange:
         self._failure: ValueError | None = None
         self._encoded: Encoded = []
         self._stage = 0
-        self._handle: Handle | None = self._start(*self.algorithm.stages[0].prepare(work, ()))
+        self._handle: Handle | None = self._start(*self.algorithm.stages[0].prepare(work, Messages(())))
 
     @property
     def stages_left(self) -> int:
@@ -62,8 +63,8 @@ class Exchange:
             self._next_stage()
         return not self.stages_left
 
-    def _receive(self) -> list[Buffer]:
-        received = self._handle.wait()
+    def _receive(self) -> Messages:
+        received = in_rank_order(self._handle.wait())
         self._handle = None
         self.received_bytes += sum(
             len(part) for rank, part in enumerate(received) if rank != self.work.bucket.rank

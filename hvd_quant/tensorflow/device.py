@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
 from hvd_quant.codec import tf_ops
-from hvd_quant.codec.message import MessageLayout
+from hvd_quant.codec.message import MessageLayout, lengths_fault
 from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.tensorflow.steps import Steps, call, once_reduced
 
@@ -55,7 +56,8 @@ def exchange(
         received = _gather(steps, message, reduced, process_set)
         messages = _cut(steps, received, [bucket.whole.size] * steps.size)
         dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received, bucket)
-        return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor)
+        ranks = range(steps.size)
+        return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor, ranks)
 
     sizes = [chunk.size for chunk in bucket.chunks]
     sent = tf.concat([_encode(tensors, bucket, chunk, "chunk", use) for chunk in bucket.chunks], 0)
@@ -64,9 +66,10 @@ def exchange(
     received = _gather(steps, message, reduced, process_set)
     factor = _factor(steps, reduced, received, bucket)
     pieces = defaultdict(list)  # of each gradient, in order
-    for chunk, message in zip(bucket.chunks, _cut(steps, received, sizes), strict=True):
+    messages = _cut(steps, received, sizes)
+    for rank, (chunk, message) in enumerate(zip(bucket.chunks, messages, strict=True)):
         flat = chunk.flattened
-        values = _decode_flat(message[tf.newaxis], flat, factor)
+        values = _decode_flat(message[tf.newaxis], flat, factor, [rank])
         for segment, place in zip(chunk.segments, flat.segments, strict=True):
             pieces[segment.tensor].append(values[place.start : place.start + place.count])
     return [
@@ -137,13 +140,19 @@ def _encode_mean(bucket: FusedBucket, received: tf.Tensor, sizes: tf.Tensor, use
     return tf.cond(tf.equal(tf.reduce_sum(sizes), bucket.size * own.size), mean, nothing)
 
 
-def _decode_flat(messages: tf.Tensor, flat: MessageLayout, factor: tf.Tensor) -> tf.Tensor:
-    (values,) = tf_ops.decode_messages(messages, flat, [tf.float32], [[flat.count]], factor)
+def _decode_flat(
+    messages: tf.Tensor, flat: MessageLayout, factor: tf.Tensor, ranks: Sequence[int] | None = None
+) -> tf.Tensor:
+    (values,) = tf_ops.decode_messages(messages, flat, [tf.float32], [[flat.count]], factor, ranks)
     return values
 
 
 def _cut(steps: Steps, received: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     """The messages that have come end to end."""
-    expected = tf.debugging.assert_equal(tf.size(received), sum(sizes), steps.mismatch("some rank has"))
+    size = tf.size(received)
+    with tf.device("/CPU:0"):
+        fault = tf.strings.format(lengths_fault(len(sizes), "{}", sum(sizes)), size)
+        text = tf.strings.join([steps.mismatch("some rank has"), " (", fault, ")"])
+        expected = tf.debugging.Assert(tf.equal(size, sum(sizes)), [text])
     with tf.control_dependencies([expected] if expected is not None else []):
         return tf.split(received, sizes)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_quant.codec import native
-from hvd_quant.codec.message import PREAMBLE_SIZE, cut
+from hvd_quant.codec.message import PREAMBLE_SIZE, Messages, cut, in_rank_order
 from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Stage, Work
 from hvd_quant.exchange.layout import Entry, FusedBucket
 from hvd_quant.exchange.topology import Topology
@@ -91,7 +91,7 @@ class Steps:
         counts = [gradient.size for gradient in gradients]
         residuals = self.progress.residuals_of(self.keys, counts)
         work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
-        message, sizes = self._prepared(self.stages[0], work, ())
+        message, sizes = self._prepared(self.stages[0], work, Messages(()))
         raw_bytes = sum(gradient.nbytes for gradient in gradients)
         self._count_sent(raw_bytes, 0)
         return message, sizes, np.array(bits, np.int32)
@@ -128,19 +128,17 @@ class Steps:
         except ValueError:
             return received[:0], np.zeros(self.size, sizes_type(self.stages[number]))
 
-    def _prepared(
-        self, stage: Stage, work: Work, parts: Sequence[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _prepared(self, stage: Stage, work: Work, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
         """A stage's message and sizes, -1 for None."""
         message, sizes = stage.prepare(work, parts)
         self.progress.count(wire_bytes=work.encoded_bytes)
         return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
 
-    def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> Messages:
         """What a stage has brought from each rank."""
         if stage.collective == "alltoall":  # by Horovod's word
             ends = np.cumsum(sizes)
-            parts = [received[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+            parts = in_rank_order([received[end - size : end] for end, size in zip(ends, sizes, strict=True)])
         else:
             parts = cut(received, [None if size < 0 else size for size in sizes.tolist()])
         received_bytes = sum(part.size for rank, part in enumerate(parts) if rank != self.rank)

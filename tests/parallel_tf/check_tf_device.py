@@ -1,5 +1,7 @@
 """The exchange that GPUs take, on CPU tensors: TensorFlow's operations in place of the native codec."""
 
+from types import SimpleNamespace
+
 import horovod.tensorflow as hvd
 import numpy as np
 import pytest
@@ -81,6 +83,20 @@ def check_different_shapes(exchange):
     assert all(
         text == "OpError" for text in gathered("OpError" if isinstance(error, tf.errors.OpError) else "")
     )
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def check_lengths_that_do_not_add_up(traced):
+    steps = SimpleNamespace(mismatch=lambda who: f"{who} sent other gradients.")
+
+    def cut(received):
+        return device._cut(steps, received, [8, 24])
+
+    cut = tf.function(cut, input_signature=[tf.TensorSpec([None], tf.uint8)]) if traced else cut
+    assert [len(message) for message in cut(tf.zeros(32, tf.uint8))] == [8, 24]
+    text = str(error_of(lambda: cut(tf.zeros(31, tf.uint8))))
+    assert "some rank has sent other gradients. (the lengths of the 2 messages do not add up" in text
+    assert "together they have 31 bytes, and 32 were expected" in text
 
 
 @pytest.mark.parametrize("options", [{"coding": "huffman"}, {"error_feedback": True}])

@@ -17,8 +17,8 @@ EACH = ["native", "torch", *_ON_GPU]
 
 # Which arguments a function of torch_ops writes to.
 _WRITTEN = {
-    "encode": ["residual"],
-    "decode_mean": [],
+    "encode": ["residual", "out"],
+    "decode_mean": ["out"],
     "encode_message": ["message", "residuals"],
     "decode_messages": ["out"],
 }

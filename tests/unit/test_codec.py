@@ -527,7 +527,7 @@ def test_payloads_of_a_mean_must_agree(backend):
 def test_mean_needs_room(isa):
     payload = encode(gaussian(16), QSGD())
     for size in (0, 15, 17):
-        with pytest.raises(ValueError, match=f"hold 16 values, but there is room for {size}"):
+        with pytest.raises(ValueError, match=f"room for 16 values, as many as were encoded, not {size}"):
             native.decode_mean([payload], np.empty(size, np.float32))
 
 

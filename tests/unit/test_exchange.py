@@ -1,6 +1,7 @@
 """The exchanges over ranks in one process: the same bits everywhere, unbiased, and damage is found by all."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import native
+from hvd_quant.codec.message import PREAMBLE_SIZE, cut
 from hvd_quant.exchange.algorithms import ALGORITHMS, Work
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.in_process import Network
@@ -341,6 +343,149 @@ def test_damage_is_found_and_nobody_hangs(exchange, stage, damage):
             one.finish([np.empty_like(value) for value in one.work.values])
 
 
+class EndToEnd:
+    """An allgather like Horovod's, which gives the messages end to end and not their lengths."""
+
+    def __init__(self, transport):
+        self._transport, self.rank, self.size = transport, transport.rank, transport.size
+        self.alltoall, self.operations = transport.alltoall, 0
+
+    def allgather(self, message, sizes, name):
+        handle = self._transport.allgather(message, sizes, name)
+        wait = handle.wait
+        handle.wait = lambda: cut(np.concatenate(wait()), sizes)
+        return handle
+
+
+def what_is_said(exchange, stage, end_to_end=False, coding="packed"):
+    """What each of 4 ranks says when the bytes that rank 1 sends in a stage are 8 too many, or too few."""
+    texts = []
+    for change in (8, -8):
+        network = Network(4)
+        post = network.post
+
+        def changed_post(name, rank, parts, post=post, change=change):
+            if rank == 1 and name == stage:
+                parts = [np.append(part, np.zeros(8, np.uint8))[: part.size + change] for part in parts]
+            return post(name, rank, parts)
+
+        network.post = changed_post
+        if end_to_end:
+            network.ranks = [EndToEnd(transport) for transport in network.ranks]
+        exchanges = start(network, randn(4, [5000, 300]), QSGD(coding=coding), exchange)
+        go_on(exchanges)
+        texts.append([refusal(one) for one in exchanges])
+    return exchanges[0].work.bucket, *texts
+
+
+def refusal(exchange):
+    """What an exchange says when it is to be finished; nothing if it can be."""
+    try:
+        exchange.finish([np.empty_like(value) for value in exchange.work.values])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def of_rank(rank, size, change):
+    return f"the message of rank {rank} has {size + change} bytes, and {size} were expected"
+
+
+def test_the_rank_whose_message_has_another_length_is_named():
+    bucket, long, short = what_is_said("allgather", "x")
+    assert long == [of_rank(1, bucket.whole.size, 8)] * 4
+    assert short == [of_rank(1, bucket.whole.size, -8)] * 4
+    bucket, long, short = what_is_said("scatter_allgather", "x.gather")
+    assert long == [of_rank(1, bucket.chunks[1].size, 8)] * 4
+    assert short == [of_rank(1, bucket.chunks[1].size, -8)] * 4
+
+
+def test_the_rank_whose_part_has_another_length_is_named():
+    """Every rank receives a part of its own, and none can send a mean then."""
+    bucket, long, short = what_is_said("scatter_allgather", "x.scatter")
+    sizes = [chunk.size for chunk in bucket.chunks]
+    assert long == [of_rank(1, size, 8) for size in sizes]
+    assert short == [of_rank(1, size, -8) for size in sizes]
+
+
+def test_a_rank_that_could_not_send_a_mean_is_named():
+    network = Network(4)
+    post = network.post
+
+    def changed_post(name, rank, parts):
+        """What rank 3 sends to rank 2 arrives cut off."""
+        if rank == 3 and name == "x.scatter":
+            parts = [part[:-8] if to == 2 else part for to, part in enumerate(parts)]
+        return post(name, rank, parts)
+
+    network.post = changed_post
+    exchanges = start(network, randn(4, [5000]), QSGD(), "scatter_allgather")
+    go_on(exchanges)
+    size = exchanges[0].work.bucket.chunks[2].size
+    for rank, one in enumerate(exchanges):
+        sender, change = (3, -8) if rank == 2 else (2, -size)
+        assert refusal(one) == of_rank(sender, size, change)
+
+
+@pytest.mark.parametrize(("exchange", "stage"), [("allgather", "x"), ("scatter_allgather", "x.gather")])
+def test_where_only_the_sum_of_lengths_is_known_that_is_what_is_said(exchange, stage):
+    bucket, long, short = what_is_said(exchange, stage, end_to_end=True)
+    size = 4 * bucket.whole.size if exchange == "allgather" else sum(chunk.size for chunk in bucket.chunks)
+    for said, change in ((long, 8), (short, -8)):
+        text = (
+            f"the lengths of the 4 messages do not add up: together they have {size + change} bytes, "
+            f"and {size} were expected, so that this rank cannot tell which one is wrong"
+        )
+        assert said == [text] * 4
+    assert what_is_said(exchange, "nothing", end_to_end=True)[1:] == ([""] * 4, [""] * 4)
+
+
+@pytest.mark.parametrize(("exchange", "stage"), [("allgather", "x"), ("scatter_allgather", "x.gather")])
+def test_lengths_that_messages_say_themselves(exchange, stage):
+    _, long, short = what_is_said(exchange, stage, coding="huffman")
+    for text in long + short:
+        assert re.fullmatch(r"the message of rank 1 has (\d+) bytes, but says that it has (?!\1)\d+", text)
+    _, long, short = what_is_said(exchange, stage, end_to_end=True, coding="huffman")
+    for text in long + short:
+        assert re.match(
+            r"the lengths of the 4 messages do not add up: together they have \d+ bytes, not what they say",
+            text,
+        )
+
+
+def test_by_hosts_the_rank_that_made_a_message_is_named_or_who_passed_it_on():
+    # Hosts are ranks 0 and 2, and ranks 1 and 3.
+    bucket, long, short = what_is_said("hierarchical", "x.host")
+    for said, change in ((long, 8), (short, -8)):
+        for rank, own in ((1, 0), (3, 1)):  # what goes to the other host is empty, and becomes 8 bytes
+            assert said[rank] == of_rank(1, PREAMBLE_SIZE + 4 * bucket.host_chunks[own].count, change)
+    bucket, long, short = what_is_said("hierarchical", "x.pass")
+    size = 2 * bucket.host_chunks[0].size
+    for said, change in ((long, 8), (short, -8)):
+        assert not said[0]
+        assert not said[2]
+        text = f"messages that rank 1 has passed on do not add up: together they have {size + change} bytes"
+        assert text in said[1]
+        assert text in said[3]
+
+
+def test_a_message_passed_on_is_of_who_made_it():
+    network = Network(4)
+    post = network.post
+
+    def changed_post(name, rank, parts):
+        """Rank 3's mean is about something else."""
+        if rank == 3 and name == "x.across":
+            parts = [part ^ np.uint8(1) if part.size else part for part in parts]
+        return post(name, rank, parts)
+
+    network.post = changed_post
+    exchanges = start(network, randn(4, [5000]), QSGD(), "hierarchical")
+    go_on(exchanges)
+    for one in exchanges:
+        assert refusal(one).startswith("the message of rank 3 is about something else than was expected")
+
+
 def test_a_collective_that_cannot_begin():
     network = Network(2)
     post = network.post
@@ -393,7 +538,7 @@ def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
             if step == 0:
                 one.finish([np.empty(5000, np.float32)])
             else:
-                with pytest.raises(ValueError, match="is not the one that was expected"):
+                with pytest.raises(ValueError, match=r"^the message of rank \d has \d+ bytes, and \d+ were"):
                     one.finish([np.empty(5000, np.float32)])
 
 
@@ -418,7 +563,10 @@ def test_ranks_that_differ_all_find_out(exchange, difference):
         exchanges.append(Exchange(Work(bucket, values, uses, native), ALGORITHMS[exchange], transport, "x"))
     go_on(exchanges)
     for one in exchanges:
-        with pytest.raises(ValueError, match="is not the one that was expected"):
+        says = r"^the message of rank \d (has \d+ bytes, and|is about something else than was expected: its)"
+        if exchange == "hierarchical":  # of which one that has found out has nothing to pass on
+            says += "|^the lengths of the 2 messages that rank [13] has passed on do not add up"
+        with pytest.raises(ValueError, match=says):
             one.finish([np.empty_like(value) for value in one.work.values])
 
 

@@ -141,7 +141,7 @@ sys.meta_path.insert(0, Nothing)
         "from hvd_quant import decode",
         "import hvd_quant.codec.native",
         "from hvd_quant.codec import _native",
-        "import hvd_quant.exchange.fused",
+        "import hvd_quant.exchange.layout",
     ],
 )
 def test_a_codec_that_is_not_built_says_how_to_build_it(use):

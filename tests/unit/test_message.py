@@ -10,7 +10,7 @@ from reference import with_checksum
 
 from hvd_quant import NUQSGD, QSGD, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
-from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Segment
+from hvd_quant.codec.message import PREAMBLE_SIZE, SIZE_SIZE, MessageLayout, Messages, Segment, cut
 from hvd_quant.codec.noise import Noise
 
 PREAMBLE = b"preamble"
@@ -151,9 +151,10 @@ def test_the_message_with_damaged_padding_is_named(number):
 def test_other_sizes_are_refused(size):
     arrays, tensors = values_of(QUITE_GENERAL)
     message = np.resize(native_message(QUITE_GENERAL, arrays), size)
-    with pytest.raises(ValueError, match="message 0 is not the one that was expected"):
+    says = f"^message 0 has {size} bytes, and {QUITE_GENERAL.size} were expected$"
+    with pytest.raises(ValueError, match=says):
         native.decode_messages([message], QUITE_GENERAL, arrays)
-    with pytest.raises(ValueError, match="message 0 is not the one that was expected"):
+    with pytest.raises(ValueError, match=says):
         torch_ops.decode_messages([torch.from_numpy(message)], QUITE_GENERAL, tensors)
 
 
@@ -169,6 +170,144 @@ def test_a_message_of_another_layout_is_refused():
 def test_a_preamble_has_its_size():
     with pytest.raises(ValueError, match="8 bytes"):
         MessageLayout([], b"short")
+
+
+# --- whose message it is --------------------------------------------------------------------------------
+
+CODED = layout_of((0, 0, 1000, "float32", QSGD(bits=4, coding="elias")), (0, 0, 9, "float32", QSGD(2)))
+PACKED = layout_of((0, 0, 1000, "float32", QSGD(bits=4)), (0, 0, 3, "float32", QSGD(2)))
+FIRST_CODES = SIZE_SIZE + PREAMBLE_SIZE + wire.HEADER_SIZE + wire.norms_size(QSGD(), 1000)
+
+
+def with_stated_size(message):
+    message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE] = np.frombuffer(
+        message.size.to_bytes(SIZE_SIZE, "little"), np.uint8
+    )
+    return message
+
+
+def damage(kind, message):
+    message = message.copy()
+    if kind == "short":
+        return message[:-8]
+    if kind == "long":
+        return np.append(message, np.zeros(8, np.uint8))
+    if kind == "shorter than it says":
+        return message[:-8]
+    if kind == "too short to say it":
+        return message[:12]
+    if kind == "about something else":
+        message[3] ^= 1
+    elif kind == "another payload":
+        message[PREAMBLE_SIZE + 6] ^= 1
+    elif kind == "a flipped bit":
+        message[PREAMBLE_SIZE + wire.HEADER_SIZE] ^= 1
+    elif kind == "padding":
+        payload = message[PACKED.offsets[1] :].copy()
+        payload[-1] = 1
+        message[PACKED.offsets[1] :] = np.frombuffer(with_checksum(payload.tobytes()), np.uint8)
+    elif kind == "an unknown form":
+        message[FIRST_CODES] = 99
+    elif kind == "codes that go on":
+        message[FIRST_CODES + 1 : FIRST_CODES + 2] = 1
+    elif kind == "cut off":
+        message = with_stated_size(message[: FIRST_CODES + 24])
+    elif kind == "left over":
+        message = with_stated_size(np.append(message, np.zeros(8, np.uint8)))
+    return message
+
+
+DAMAGES = [
+    (PACKED, "short", "has {size} bytes, and {expected} were expected"),
+    (PACKED, "long", "has {size} bytes, and {expected} were expected"),
+    (
+        PACKED,
+        "about something else",
+        "is about something else than was expected: its preamble is another one",
+    ),
+    (PACKED, "another payload", "holds another payload than was expected"),
+    (PACKED, "a flipped bit", "is damaged: its checksum does not match its bytes"),
+    (PACKED, "padding", "is damaged: its padding is not zero"),
+    (CODED, "shorter than it says", "has {size} bytes, but says that it has {expected}"),
+    (CODED, "too short to say it", "has 12 bytes, too few to say how many it should have"),
+    (CODED, "an unknown form", "is damaged: its codes have an unknown form"),
+    (CODED, "codes that go on", "is damaged: the head of its codes holds undefined values"),
+    (CODED, "cut off", "is damaged: it ends before its codes"),
+    (CODED, "left over", "has bytes left over"),
+]
+
+
+@pytest.mark.parametrize("ranks", [None, (7, 3, 5)])
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize(("layout", "kind", "says"), DAMAGES, ids=[kind for _, kind, _ in DAMAGES])
+@pytest.mark.parametrize("codec", [native, torch_ops])
+def test_an_error_is_a_sentence_about_the_message_that_is_wrong(codec, layout, kind, says, number, ranks):
+    arrays, _ = values_of(layout)
+    room = np.zeros(layout.size, np.uint8)
+    message = room[: native.encode_message(arrays, layout, noise_of(layout), room)]
+    messages = [message] * 3
+    messages[number] = damage(kind, message)
+    says = says.format(size=messages[number].size, expected=message.size)
+    name = f"message {number}" if ranks is None else f"the message of rank {ranks[number]}"
+    if codec is torch_ops:
+        messages, arrays = ([torch.from_numpy(one.copy()) for one in many] for many in (messages, arrays))
+    if ranks is not None:
+        messages = Messages(messages, ranks)
+    with pytest.raises(ValueError, match=r"\w") as raised:
+        codec.decode_messages(messages, layout, arrays)
+    assert str(raised.value) == f"{name} {says}"
+
+
+@pytest.mark.parametrize("ranks", [None, (7, 3, 5)])
+@pytest.mark.parametrize("codec", [native, torch_ops])
+def test_an_error_of_what_is_averaged_as_it_is(codec, ranks):
+    part = np.frombuffer(PREAMBLE + np.arange(4, dtype=np.float32).tobytes(), np.uint8)
+    for kind, says in [
+        ("long", "has 32 bytes, and 24 were expected"),
+        ("about something else", "is about something else than was expected: its preamble is another one"),
+    ]:
+        parts, out = [part, damage(kind, part), part], np.zeros(4, np.float32)
+        if codec is torch_ops:
+            parts, out = [torch.from_numpy(one.copy()) for one in parts], torch.from_numpy(out)
+        with pytest.raises(
+            ValueError, match=f"^{'message 1' if ranks is None else 'the message of rank 3'} {says}$"
+        ):
+            codec.average(Messages(parts, ranks), PREAMBLE, out)
+
+
+def test_what_the_native_codec_says_of_other_things_stays():
+    messages = Messages([], [4])
+    assert messages.told("no messages to decode") == "no messages to decode"
+    assert messages.told("message 0 is damaged: it is late") == "the message of rank 4 is damaged: it is late"
+
+
+@pytest.mark.parametrize("codec", [native, torch_ops])
+@pytest.mark.parametrize(
+    ("layout", "whence", "says"),
+    [
+        (PACKED, "", f"together they have 13 bytes, and {2 * PACKED.size} were expected"),
+        (PACKED, " that rank 6 has passed on", f"together they have 13 bytes, and {2 * PACKED.size} were"),
+        (CODED, "", "together they have 13 bytes, not what they say that they have"),
+    ],
+)
+def test_lengths_that_do_not_add_up_are_nobodys(codec, layout, whence, says):
+    received, (arrays, tensors) = np.zeros(13, np.uint8), values_of(layout)
+    messages = cut(received, [layout.fixed_size] * 2, [5, 8], whence)
+    assert [message.size for message in messages] == [0, 0]
+    for some in (messages, messages.of([1])):
+        if codec is torch_ops:
+            some = Messages([torch.from_numpy(one) for one in some], some.ranks, some.fault)
+        with pytest.raises(ValueError, match=f"^the lengths of the 2 messages{whence} do not add up: {says}"):
+            codec.decode_messages(some, layout, arrays if codec is native else tensors)
+
+
+def test_a_message_alone_has_its_own_length():
+    (message,) = messages = cut(np.zeros(13, np.uint8), [PACKED.size], [5])
+    assert message.size == 13
+    with pytest.raises(
+        ValueError, match=f"^the message of rank 5 has 13 bytes, and {PACKED.size} were expected$"
+    ):
+        native.decode_messages(messages, PACKED, values_of(PACKED)[0])
 
 
 # --- the native functions, called with nonsense ---------------------------------------------------------

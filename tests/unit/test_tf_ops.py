@@ -93,11 +93,11 @@ def shapes_of(layout):
     return [(segment.count,) for segment in layout.segments]
 
 
-def decode(messages, layout, dtypes=None, shapes=None, factor=1.0):
+def decode(messages, layout, dtypes=None, shapes=None, factor=1.0, ranks=None):
     dtypes = [tf.as_dtype(segment.dtype) for segment in layout.segments] if dtypes is None else dtypes
     shapes = shapes_of(layout) if shapes is None else shapes
     return tf_ops.decode_messages(
-        tf.constant(np.stack(messages)), layout, dtypes, shapes, tf.constant(factor, tf.float64)
+        tf.constant(np.stack(messages)), layout, dtypes, shapes, tf.constant(factor, tf.float64), ranks
     )
 
 
@@ -287,7 +287,7 @@ def test_every_changed_byte_is_found():
 @pytest.mark.parametrize(
     ("place", "repair", "says"),
     [
-        (0, False, "message 1 is not the one that was expected"),
+        (0, False, "message 1 is about something else than was expected: its preamble is another one"),
         (PREAMBLE_SIZE + 6, True, "message 1 holds another payload than was expected"),
         (
             PREAMBLE_SIZE + wire.HEADER_SIZE,
@@ -313,6 +313,10 @@ def test_damage_is_named(graph, place, repair, says):
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=says):
         run()
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=says.replace("message 1", "the message of rank 4")
+    ):
+        decode([message, damaged], layout, ranks=[7, 4])
 
 
 def test_a_message_of_another_size_is_refused():

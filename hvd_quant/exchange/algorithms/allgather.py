@@ -5,15 +5,14 @@ One rounding. A rank receives n - 1 payloads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from hvd_quant.codec.message import Messages
 from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.exchange.transport import Buffer
 
 
-def _encode(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
+def _encode(work: Work, _: Messages) -> tuple[Buffer, list[int | None]]:
     """The message with all gradients."""
     whole = work.bucket.whole
     message = work.room("message", whole.size, "uint8")
@@ -22,8 +21,8 @@ def _encode(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
     return message[:size], [whole.fixed_size] * work.bucket.size
 
 
-def _encoded(bucket: FusedBucket, messages: Sequence[Buffer]) -> Encoded:
-    return [(bucket.whole, list(messages))]
+def _encoded(bucket: FusedBucket, messages: Messages) -> Encoded:
+    return [(bucket.whole, messages)]
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_quant.codec.message import MessageLayout
+from hvd_quant.codec.message import MessageLayout, Messages
 from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import FusedBucket
@@ -38,7 +38,7 @@ class Codec(Protocol):
     def decode_messages(
         self, messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
     ) -> None:
-        """Decode messages of one layout into ``factor`` times their mean."""
+        """Decode messages of one layout into ``factor`` times their mean; errors name ranks of `Messages`."""
 
     def add_lost(self, residual: Buffer, lost: Buffer, times: int) -> None:
         """Add ``times`` what a mean has lost to a residual, where the sum is finite."""
@@ -60,7 +60,7 @@ class Codec(Protocol):
         """Write the mean of what has been collected on several ranks, if it has this preamble."""
 
 
-Encoded = list[tuple[MessageLayout, list[Buffer]]]
+Encoded = list[tuple[MessageLayout, Messages]]
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Stage:
 
     name: str
     collective: str
-    prepare: Callable[[Work, Sequence[Buffer]], tuple[Buffer, Sequence[int | None]]]
+    prepare: Callable[[Work, Messages], tuple[Buffer, Sequence[int | None]]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Algorithm:
 
     name: str
     stages: tuple[Stage, ...]
-    encoded: Callable[[FusedBucket, Sequence[Buffer]], Encoded]
+    encoded: Callable[[FusedBucket, Messages], Encoded]
     seconds: Callable[[Link, int, int, int], float]
     fits: Callable[[int], bool] = lambda count: True
     by_hosts: bool = False

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvd_quant.codec.message import PREAMBLE_SIZE, cut
+from hvd_quant.codec.message import PREAMBLE_SIZE, Messages, cut
 from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work, encode_mean
 from hvd_quant.exchange.cost import SHARED_MEMORY, Link
 from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.exchange.transport import Buffer
 
 
-def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _collect(work: Work, _: Messages) -> tuple[Buffer, list[int]]:
     """The values of each of the host's chunks as they are, for who averages it, and the parts' sizes."""
     bucket = work.bucket
     sizes = [0] * bucket.size
@@ -31,19 +31,19 @@ def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     return message, sizes
 
 
-def _encode_host_mean(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _encode_host_mean(work: Work, parts: Messages) -> tuple[Buffer, list[int]]:
     """The message with the mean of what all neighbours have sent about the own chunk of the host's."""
     bucket = work.bucket
     number = bucket.own_host_chunk
     chunk = bucket.host_chunks[number]
     mean = work.room("mean", chunk.count, "float32")
-    work.codec.average([parts[rank] for rank in bucket.neighbours], bucket.raw_preamble(number), mean)
+    work.codec.average(parts.of(bucket.neighbours), bucket.raw_preamble(number), mean)
     message = encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
     work.encoded_bytes = len(message) * len(bucket.neighbours)
     return _repeat(work, [message], bucket.counterparts)
 
 
-def _pass_on(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _pass_on(work: Work, parts: Messages) -> tuple[Buffer, list[int]]:
     """What has come from the counterparts, for the neighbours."""
     bucket = work.bucket
     return _repeat(work, [parts[rank] for rank in bucket.counterparts], bucket.neighbours)
@@ -61,12 +61,14 @@ def _repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tup
     return out, sizes
 
 
-def _encoded(bucket: FusedBucket, parts: Sequence[Buffer]) -> Encoded:
+def _encoded(bucket: FusedBucket, parts: Messages) -> Encoded:
     """What the neighbours have passed on: for each of the host's chunks, the messages of all hosts."""
-    return [
-        (chunk, cut(parts[neighbour], [chunk.fixed_size] * len(bucket.counterparts)))
-        for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True)
-    ]
+    encoded = []
+    for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
+        makers = bucket.topology.counterparts(neighbour)
+        sizes, whence = [chunk.fixed_size] * len(makers), f" that rank {neighbour} has passed on"
+        encoded.append((chunk, cut(parts[neighbour], sizes, makers, whence)))
+    return encoded
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:

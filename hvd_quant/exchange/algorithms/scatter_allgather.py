@@ -7,15 +7,14 @@ takes it from its encoded form, too, so that all ranks have the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from hvd_quant.codec.message import Messages
 from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work, encode_mean
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import FusedBucket
 from hvd_quant.exchange.transport import Buffer
 
 
-def _encode_chunks(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _encode_chunks(work: Work, _: Messages) -> tuple[Buffer, list[int]]:
     """The messages with the chunks, end to end, and their sizes."""
     bucket = work.bucket
     sizes, end = [], 0
@@ -28,7 +27,7 @@ def _encode_chunks(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     return message[:end], sizes
 
 
-def _encode_mean(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
+def _encode_mean(work: Work, parts: Messages) -> tuple[Buffer, list[int | None]]:
     """The message with the mean of all ranks' messages about the own chunk."""
     bucket = work.bucket
     mean = work.room("mean", bucket.own_chunk.count, "float32")
@@ -37,8 +36,8 @@ def _encode_mean(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int 
     return message, [chunk.fixed_size for chunk in bucket.chunks]
 
 
-def _encoded(bucket: FusedBucket, messages: Sequence[Buffer]) -> Encoded:
-    return [(chunk, [message]) for chunk, message in zip(bucket.chunks, messages, strict=True)]
+def _encoded(bucket: FusedBucket, messages: Messages) -> Encoded:
+    return [(chunk, messages.of([rank])) for rank, chunk in enumerate(bucket.chunks)]
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:

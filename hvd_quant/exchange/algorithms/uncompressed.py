@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hvd_quant.codec import native
-from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Messages
 from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import FusedBucket, digest
@@ -55,7 +55,7 @@ def _write(values: np.ndarray, out: np.ndarray, dtype: str) -> None:
 CODEC = Float32Codec()
 
 
-def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _collect(work: Work, _: Messages) -> tuple[Buffer, list[int]]:
     """The values of each chunk, for who averages it, and the parts' sizes."""
     bucket = work.bucket
     sizes = [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
@@ -68,7 +68,7 @@ def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     return message, sizes
 
 
-def _average(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
+def _average(work: Work, parts: Messages) -> tuple[Buffer, list[int | None]]:
     """The mean of the own chunk."""
     bucket = work.bucket
     chunk = bucket.chunks[bucket.rank]
@@ -82,8 +82,8 @@ def _preamble(bucket: FusedBucket, chunk: int) -> bytes:
     return digest(bucket.digest.hex(), "uncompressed", chunk)
 
 
-def _encoded(bucket: FusedBucket, messages: Sequence[Buffer]) -> Encoded:
-    return [(chunk, [message]) for chunk, message in zip(bucket.chunks, messages, strict=True)]
+def _encoded(bucket: FusedBucket, messages: Messages) -> Encoded:
+    return [(chunk, messages.of([rank])) for rank, chunk in enumerate(bucket.chunks)]
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
