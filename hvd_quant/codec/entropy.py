@@ -19,7 +19,7 @@ def packed(scheme: Scheme) -> Scheme:
     return replace(scheme, coding="packed")
 
 
-def compact(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
+def entropy_encode(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
     """Code a packed payload.
 
     Args:
@@ -30,7 +30,7 @@ def compact(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
     Returns:
         The coded payload, uint8, of at most ``wire.max_payload_size(scheme, count)`` bytes.
     """
-    coded, checksum = _native.compact(
+    coded, checksum = _native.entropy_encode(
         payload[wire.HEADER_SIZE :],
         count=count,
         bucket_size=scheme.bucket_size,
@@ -43,8 +43,8 @@ def compact(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
     return coded
 
 
-def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
-    """Undo `compact`, and check all of the payload.
+def entropy_decode(payload: np.ndarray, header: wire.Header) -> np.ndarray:
+    """Undo `entropy_encode`, and check all of the payload.
 
     Args:
         payload: contiguous uint8.
@@ -56,14 +56,14 @@ def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
     Raises:
         ValueError: the payload is damaged.
     """
-    expanded, size = expand_first(payload, header)
+    expanded, size = entropy_decode_first(payload, header)
     if size != payload.size:
         raise ValueError(f"payload is damaged: it has {payload.size} bytes, but its codes end after {size}")
     return expanded
 
 
-def expand_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
-    """As `expand`, for a payload that others may follow.
+def entropy_decode_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
+    """As `entropy_decode`, for a payload that others may follow.
 
     Returns:
         The packed payload, and the bytes that the coded one takes.
@@ -71,7 +71,7 @@ def expand_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray,
     Raises:
         ValueError: it is damaged.
     """
-    expanded, checksum, size = _native.expand(
+    expanded, checksum, size = _native.entropy_decode(
         payloads[wire.HEADER_SIZE :],
         count=header.count,
         bucket_size=header.scheme.bucket_size,

@@ -25,14 +25,14 @@ from hvd_quant.schemes import Scheme
 
 __all__ = [
     "DTYPES",
-    "add_lost",
-    "average",
-    "collect",
+    "add_error",
     "decode_mean",
     "decode_messages",
     "empty",
     "encode",
     "encode_message",
+    "mean_float32",
+    "pack_float32",
     "step_seeds",
     "threads",
 ]
@@ -82,7 +82,7 @@ def encode(
     """
     if scheme.coding != "packed" and out is None:
         packed = encode(values, entropy.packed(scheme), seed, shift, residual=residual, dtype=dtype)
-        return entropy.compact(packed, scheme, values.size)
+        return entropy.entropy_encode(packed, scheme, values.size)
     if scheme.coding != "packed":
         return out[: _encode_coded(values, scheme, seed, shift, residual, dtype or values.dtype.name, out)]
     payload = np.empty(wire.payload_size(scheme, values.size), np.uint8) if out is None else out
@@ -162,7 +162,7 @@ def decode_mean(
         wire.check_room(header, out.size)
     is_coded = header.scheme.coding != "packed"
     if is_coded:
-        payloads = [entropy.expand(*pair) for pair in zip(payloads, headers, strict=True)]
+        payloads = [entropy.entropy_decode(*pair) for pair in zip(payloads, headers, strict=True)]
     if out is None:
         out = np.empty(header.count, np.float32)
     checksums = _native.decode_sum(
@@ -291,7 +291,7 @@ def _expected(messages: Sequence[np.ndarray], size: int | None, preamble: bytes)
     return messages
 
 
-def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
+def add_error(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
     """Error feedback of a mean: add ``times`` what it has lost, where the sum is finite.
 
     Args:
@@ -304,7 +304,7 @@ def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
     np.copyto(residual, kept, where=np.isfinite(kept))
 
 
-def collect(
+def pack_float32(
     values: Sequence[np.ndarray],
     layout: MessageLayout,
     preamble: bytes,
@@ -343,8 +343,8 @@ def collect(
         end += segment.count
 
 
-def average(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> None:
-    """Write the mean of what `collect` has written on several ranks.
+def mean_float32(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> None:
+    """Write the mean of what `pack_float32` has written on several ranks.
 
     Args:
         parts: uint8.

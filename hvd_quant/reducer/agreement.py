@@ -43,7 +43,7 @@ class Agreement:
         self.transport: CountedTransport | None = None  # of the last generation
         self._generations = 0
         self._proposal: Handle | None = None  # until all ranks have made theirs
-        self.progress: list[list[int]] = []  # of every rank, when they began
+        self.positions: list[list[int]] = []  # of every rank, when they began
         self.topology: Topology | None = None  # until they have
 
     def name(self, purpose: str) -> str:
@@ -66,7 +66,7 @@ class Agreement:
         return self._generations - (not self.proposed)
 
     def propose(
-        self, transport: CountedTransport, fingerprint: int, host: int, progress: Sequence[int]
+        self, transport: CountedTransport, fingerprint: int, host: int, position: Sequence[int]
     ) -> None:
         """Tell the others what this rank has, or wait on, if they have not yet come to a new generation.
 
@@ -74,11 +74,11 @@ class Agreement:
             transport: between the ranks, in this generation.
             fingerprint: of what must be the same.
             host: a number that ranks of the same host have in common.
-            progress: how far it has come, as many int64 on every rank.
+            position: how far it has come, as many int64 on every rank.
         """
         self.transport = transport
         if not self.proposed:
-            told = np.array([fingerprint, self._generations, host, *progress], np.int64).view(np.uint8)
+            told = np.array([fingerprint, self._generations, host, *position], np.int64).view(np.uint8)
             name = f"hvd_quant.{self.number}.agreement"
             self._proposal = transport.allgather(told, [told.size] * transport.size, name)
         else:
@@ -102,7 +102,7 @@ class Agreement:
             raise RankMismatchError("the ranks run different versions of hvd_quant: install the same on all")
         self._generations = max(int(one[1]) for one in told) + 1
         self.topology = Topology([int(one[2]) for one in told])
-        self.progress = [one[3:].tolist() for one in told]
+        self.positions = [one[3:].tolist() for one in told]
         # Questions that have been answered since they were asked in vain were not for the new generation. No
         # rank has asked one of these yet: that takes something from this rank that is not sent before.
         unanswered = self.transport.unanswered

@@ -102,7 +102,7 @@ class Reducer:
         self._parameters = {name: parameter.describe() for name, parameter in parameters.items()}
         # Their order is in it, too: it is that of the fused buckets.
         own = control.fingerprint({**self.config(), "parameters": list(self._parameters.items())})
-        self.agreement.propose(transport, own, host, self.state.progress())
+        self.agreement.propose(transport, own, host, self.state.position())
         self._rounds.begin(transport)
         # Frozen ones apart: they may be trained later.
         expected = [self._entries(parameters, trained=trained) for trained in (True, False)]
@@ -290,7 +290,7 @@ class Reducer:
             self.clear()
             raise
         if same:
-            self.state.catch_up(self.agreement.progress)
+            self.state.catch_up(self.agreement.positions)
             for gradient in self._held or ():  # their scheme may be another one now
                 scheme = self.scheme_of(gradient.key if gradient.named else None, gradient.entry.count)
                 gradient.entry = replace(gradient.entry, scheme=scheme)

@@ -138,7 +138,7 @@ class TrainingState:
 
     # --- between ranks ----------------------------------------------------------------------------------
 
-    def progress(self) -> list[int]:
+    def position(self) -> list[int]:
         """How far this rank has come, as many int64 with every configuration."""
         uses = digest(sorted(self.uses.items()), self.least_use)
         schedule = self.schedule.to_integers() if self.schedule is not None else [0] * BitSchedule.INTEGERS

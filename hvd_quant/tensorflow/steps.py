@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, Messages, cut, in_rank_order
-from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Stage, Work
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData, Encoded, Stage
+from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.reducer import control
 from hvd_quant.reducer.mismatch import RankMismatchError
@@ -64,7 +64,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         self.keys = [f"{self.name}.{i}" for i in range(len(self.dtypes))]
-        self._buckets: dict[tuple, FusedBucket] = {}
+        self._buckets: dict[tuple, GroupLayout] = {}
         self._algorithm = ALGORITHMS[self.algorithm]
         self.stages = self._algorithm.stages
 
@@ -90,8 +90,8 @@ class Steps:
         bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
         residuals = self.progress.residuals_of(self.keys, counts)
-        work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
-        message, sizes = self._prepared(self.stages[0], work, Messages(()))
+        data = self._data(bucket, [_values(gradient) for gradient in gradients], use, residuals)
+        message, sizes = self._prepared(self.stages[0], data, Messages(()))
         raw_bytes = sum(gradient.nbytes for gradient in gradients)
         self._count_sent(raw_bytes, 0)
         return message, sizes, np.array(bits, np.int32)
@@ -122,16 +122,16 @@ class Steps:
         residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
         parts = self._parts(self.stages[number - 1], received, sizes)
         # Of the values themselves only the memory's kind is looked at.
-        work = self._work(bucket, [received], use, residuals)
+        data = self._data(bucket, [received], use, residuals)
         try:
-            return self._prepared(self.stages[number], work, parts)
+            return self._prepared(self.stages[number], data, parts)
         except ValueError:
             return received[:0], np.zeros(self.size, sizes_type(self.stages[number]))
 
-    def _prepared(self, stage: Stage, work: Work, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
+    def _prepared(self, stage: Stage, data: BucketData, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
         """A stage's message and sizes, -1 for None."""
-        message, sizes = stage.prepare(work, parts)
-        self.progress.count(wire_bytes=work.encoded_bytes)
+        message, sizes = stage.prepare(data, parts)
+        self.progress.count(wire_bytes=data.encoded_bytes)
         return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
 
     def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> Messages:
@@ -213,13 +213,13 @@ class Steps:
             self.progress.note_square(float(reduced[control.SQUARE]) / factor)
         return factor
 
-    def _work(
-        self, bucket: FusedBucket, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
-    ) -> Work:
+    def _data(
+        self, bucket: GroupLayout, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
+    ) -> BucketData:
         # Fresh memory, because TensorFlow keeps what it is given.
-        return Work(bucket, values, np.full(len(self.keys), use, np.uint64), native, residuals)
+        return BucketData(bucket, values, np.full(len(self.keys), use, np.uint64), native, residuals)
 
-    def bucket(self, shapes: Sequence[Shape], bits: int) -> FusedBucket:
+    def bucket(self, shapes: Sequence[Shape], bits: int) -> GroupLayout:
         """The fused bucket of gradients of these shapes, in a step with so many bits."""
         key = (tuple(shapes), bits)
         bucket = self._buckets.get(key)
@@ -231,7 +231,7 @@ class Steps:
             ]
             if len(self._buckets) >= _BUCKETS_KEPT:
                 self._buckets.clear()
-            bucket = FusedBucket(entries, self.size, self.rank, self.seed, self.topology)
+            bucket = GroupLayout(entries, self.size, self.rank, self.seed, self.topology)
             self._buckets[key] = bucket
         return bucket
 
@@ -245,7 +245,7 @@ class Steps:
             for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
         )
 
-    def _explain(self, bucket: FusedBucket, encoded: Encoded) -> str:
+    def _explain(self, bucket: GroupLayout, encoded: Encoded) -> str:
         messages = [(layout, message) for layout, messages in encoded for message in messages]
         gathered = self.stages[-1].collective == "allgather"
         others = [

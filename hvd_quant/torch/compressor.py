@@ -183,7 +183,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         key = name if name is not None else f"#{self._place()}"
         gradient = reducer.known.get(key)
         if gradient is None or not gradient.fits(tensor):
-            gradient = self._meet(key, name is not None, tensor, scheme)
+            gradient = self._register(key, name is not None, tensor, scheme)
         elif gradient.entry.scheme is not scheme:
             gradient.entry = replace(gradient.entry, scheme=scheme)
         reducer.submit(gradient, tensor)
@@ -292,7 +292,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self._places += 1
         return self._places - 1
 
-    def _meet(self, key: str, named: bool, tensor: torch.Tensor, scheme: Scheme) -> TorchGradient:
+    def _register(self, key: str, named: bool, tensor: torch.Tensor, scheme: Scheme) -> TorchGradient:
         """Note a gradient that is new, or has changed."""
         dtype = DTYPES[tensor.dtype]
         entry = Entry(key, tensor.numel(), dtype, scheme, str(tensor.device))

@@ -272,7 +272,7 @@ def test_an_error_of_what_is_averaged_as_it_is(codec, ranks):
         with pytest.raises(
             ValueError, match=f"^{'message 1' if ranks is None else 'the message of rank 3'} {says}$"
         ):
-            codec.average(Messages(parts, ranks), PREAMBLE, out)
+            codec.mean_float32(Messages(parts, ranks), PREAMBLE, out)
 
 
 def test_what_the_native_codec_says_of_other_things_stays():

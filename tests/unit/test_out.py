@@ -320,7 +320,7 @@ def test_the_size_is_looked_at_before_codes_are(backend, monkeypatch):
 
     payload = encode(np.zeros(10**5, np.float32), QSGD(coding="elias"))
     assert payload.size < 10**4
-    monkeypatch.setattr("hvd_quant.codec.entropy.expand", expand)
+    monkeypatch.setattr("hvd_quant.codec.entropy.entropy_decode", expand)
     with pytest.raises(ValueError, match="out must have room for 100000 values"):
         decode(payload, backend=backend, out=np.empty(7, np.float32))
 

@@ -266,9 +266,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("decode_sum", &decode_sum, py::arg("bodies"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("spacing"), py::arg("weight"), py::arg("first_word"), py::arg("out"), py::arg("dtype"),
              py::arg("threads"));
-  module.def("compact", &compact, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
+  module.def("entropy_encode", &compact, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("coding"), py::arg("first_word"), py::arg("head"));
-  module.def("expand", &expand, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
+  module.def("entropy_decode", &expand, py::arg("body"), py::arg("count"), py::arg("bucket_size"), py::arg("bits"),
              py::arg("coding"), py::arg("first_word"), py::arg("head"));
   module.def("step_seeds", &step_seeds, py::arg("base"), py::arg("tensors"), py::arg("uses"));
   module.def("encode_segments", &encode_segments, py::arg("arrays"), py::arg("table"), py::arg("headers"),
