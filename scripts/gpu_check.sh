@@ -45,7 +45,7 @@ kinds=() values=()
 [ "$device" = cuda ] || kinds=(--kinds QSGD "error feedback, DQ-SGD") values=(--values 65536 --repeats 2)
 status=0
 says "The codec at both levels"
-"$python" tests/gpu/check_codec.py --device "$device" 2>&1 | tee "$out/codec.txt" || status=1
+"$python" tests/ranks/gpu/check_codec.py --device "$device" 2>&1 | tee "$out/codec.txt" || status=1
 
 says "The unit tests of the codec on a GPU"
 if [ "$device" = cuda ] && has pytest && has hypothesis; then
@@ -56,7 +56,7 @@ fi
 
 says "Training on two ranks"
 if has horovod.torch; then
-  "$python" -m horovod.runner.launch -np 2 "$python" tests/gpu/check_ranks.py --device "$device" ${kinds[@]+"${kinds[@]}"} 2>&1 |
+  "$python" -m horovod.runner.launch -np 2 "$python" tests/ranks/gpu/check_ranks.py --device "$device" ${kinds[@]+"${kinds[@]}"} 2>&1 |
     tee "$out/ranks.txt" || status=1
 else
   echo "skipped: needs Horovod with PyTorch"

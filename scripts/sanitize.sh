@@ -43,4 +43,6 @@ from hvd_quant.codec import _native
 if not _native.__file__.startswith(sys.argv[1]):
     sys.exit(f"sanitize: Python loads {_native.__file__} instead of the sanitized module")
 PYTHON
-sanitized "$python" -m pytest --capture=sys -p no:cacheprovider tests/unit/test_{wire,codec,correlated,error_feedback,entropy,damage,message,exchange}.py "$@"
+sanitized "$python" -m pytest --capture=sys -p no:cacheprovider tests/unit/test_wire.py \
+  tests/unit/codec/test_{codec,correlated,error_feedback,entropy,damage,message,out}.py \
+  tests/unit/exchange/test_algorithms.py "$@"

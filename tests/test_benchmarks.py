@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from launch import HERE, launch, need
+from launch import ROOT, launch, need
 
 
 def test_codec():
@@ -17,7 +17,7 @@ def test_codec():
 def test_gpu_check(tmp_path):
     """All of it that can run without a GPU."""
     need("torch")
-    script = HERE.parent / "scripts" / "gpu_check.sh"
+    script = ROOT / "scripts" / "gpu_check.sh"
     run = launch(["bash", script, tmp_path], 300, HVD_QUANT_CHECK_DEVICE="cpu", PYTHON=sys.executable)
     assert run.returncode == 0, run.stdout[-8000:]
     assert run.stdout.count("all passed") == 2  # ranks

@@ -1,7 +1,7 @@
 """Whether the codec is right on a GPU, at both of its levels. scripts/gpu_check.sh runs it, without pytest.
 
-    python tests/gpu/check_codec.py                # on a GPU
-    python tests/gpu/check_codec.py --device cpu   # what can be checked without one
+    python tests/ranks/gpu/check_codec.py                # on a GPU
+    python tests/ranks/gpu/check_codec.py --device cpu   # what can be checked without one
 
 Inputs are new in every run; the seed that is printed repeats one.
 """

@@ -1,4 +1,4 @@
-"""Set-up of the tests that every rank runs together, under mpirun. tests/test_mpi.py starts them."""
+"""Set-up of the tests that every rank runs together, under mpirun. tests/ranks/test_mpi.py starts them."""
 
 import os
 

@@ -1,9 +1,9 @@
-"""Runs tests/parallel on several ranks, under both of Horovod's controllers, through horovodrun itself."""
+"""Runs tests/ranks/torch on several ranks, under both of Horovod's controllers, through horovodrun itself."""
 
 import sys
 
 import pytest
-from launch import HERE, horovodrun, need, run_checks
+from launch import TESTS, horovodrun, need, run_checks
 
 need("torch")
 
@@ -30,7 +30,7 @@ PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange 
     ],
 )
 def test_checks_on_every_rank(ranks, controller, checks, selection):
-    run_checks(ranks, controller, f"parallel/{checks}", selection)
+    run_checks(ranks, controller, f"torch/{checks}", selection)
 
 
 @pytest.mark.parametrize(
@@ -41,15 +41,15 @@ def test_checks_on_every_rank(ranks, controller, checks, selection):
     ],
 )
 def test_exchange_by_hosts(controller, checks, selection):
-    """On ranks that believe to be on two hosts, taking turns; tests/test_cluster.py has real hosts."""
+    """On ranks that believe to be on two hosts, taking turns; tests/hosts has real hosts."""
     hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
-    run_checks(4, controller, f"parallel/{checks}", selection, **hosts)
+    run_checks(4, controller, f"torch/{checks}", selection, **hosts)
 
 
 @pytest.mark.parametrize(("exchange", "controller"), [("allgather", "mpi"), ("scatter_allgather", "gloo")])
 @pytest.mark.parametrize("fault", ["dies", "joins", "slow"])
 def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
-    faults, patience = HERE / "parallel" / "faults.py", {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
+    faults, patience = TESTS / "ranks" / "torch" / "faults.py", {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
     done = horovodrun(3, controller, sys.executable, faults, fault, exchange, **patience)
     if fault == "slow":
         assert done.returncode == 0, done.stdout[-8000:]
@@ -66,7 +66,7 @@ def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_horovod_starts_again(exchange):
     """Only with Gloo: MPI starts once."""
-    faults = HERE / "parallel" / "faults.py"
+    faults = TESTS / "ranks" / "torch" / "faults.py"
     for _ in range(4):
         done = horovodrun(3, "gloo", sys.executable, faults, "restarts", exchange)
         # Horovod's server of addresses drops those of the first start only if the ranks came at nearly the

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Stands in for the interpreter, inside and outside of the virtual environment that it "makes".
 PYTHON = """#!/bin/bash

@@ -1,9 +1,9 @@
-"""Runs tests/parallel_tf on several ranks, under both of Horovod's controllers, through horovodrun itself."""
+"""Runs the checks in tensorflow/ on several ranks, under both controllers, through horovodrun itself."""
 
 import sys
 
 import pytest
-from launch import HERE, horovodrun, need, run_checks
+from launch import ROOT, horovodrun, need, run_checks
 
 need("tensorflow")
 
@@ -17,16 +17,16 @@ need("tensorflow")
     ],
 )
 def test_checks_on_every_rank(ranks, controller, checks):
-    run_checks(ranks, controller, "parallel_tf", checks)
+    run_checks(ranks, controller, "tensorflow", checks)
 
 
 def test_exchange_by_hosts():
     hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
-    run_checks(4, "mpi", "parallel_tf/check_tf_promises.py", "every_run or reaches_every_rank", **hosts)
+    run_checks(4, "mpi", "tensorflow/check_tf_promises.py", "every_run or reaches_every_rank", **hosts)
 
 
 def test_legacy_keras():
-    run_checks(2, "mpi", "parallel_tf/check_legacy_keras.py", TF_USE_LEGACY_KERAS="1")
+    run_checks(2, "mpi", "tensorflow/check_legacy_keras.py", TF_USE_LEGACY_KERAS="1")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_legacy_keras():
 )
 def test_examples(example, controller):
     """On a small part of the data, or as much as the folder has."""
-    path = HERE.parent / "examples" / example
+    path = ROOT / "examples" / example
     options = ("--epochs", "1", "--limit", "1280")
     done = horovodrun(2, controller, sys.executable, path, *options)
     if "Fashion-MNIST not found" in done.stdout:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from launch import need
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import netlab  # noqa: E402

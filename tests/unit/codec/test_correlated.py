@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from backends import EACH
+from exchanges import entries_of, mean_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exchange import entries_of, mean_of
 
 from hvd_quant import NUQSGD, QSGD, decode, encode
 from hvd_quant.codec.noise import shift

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "patch_horovod.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "patch_horovod.py"
 FILES = {
     "horovod/__init__.py": "__version__ = '0.28.1'\n",
     "CMakeLists.txt": "cmake_minimum_required(VERSION 3.13)\nset(CMAKE_CXX_STANDARD 14)\n",

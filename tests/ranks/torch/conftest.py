@@ -1,4 +1,4 @@
-"""Set-up of the tests that every rank runs together, under horovodrun. tests/test_parallel.py starts them."""
+"""Set-up of the tests that every rank runs together, under horovodrun; ../test_torch.py starts them."""
 
 import os
 

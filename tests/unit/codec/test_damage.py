@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import HEADER, with_checksum
@@ -129,7 +130,7 @@ def test_claimed_sizes_are_not_allocated():
     # MemoryError, or for torch a RuntimeError.
     script = f"""
 import resource, struct, sys
-sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+sys.path.insert(0, {reference.__file__.rsplit("/", 1)[0]!r})
 import numpy as np, torch
 from reference import HEADER, with_checksum
 from hvd_quant import decode, encode, QSGD

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
 SECONDS = 500  # for one launch; far above what it takes, so that only a hang gets there
 
 
@@ -49,7 +50,7 @@ def horovodrun(ranks, controller, *command, **environment):
 
 
 def run_checks(ranks, controller, where, selection="", **environment):
-    """Have every rank run the checks of a folder or file below tests/ together."""
+    """Have every rank run the checks of a folder or file below tests/ranks/ together."""
     options = (
         "-x",
         "-q",
@@ -62,7 +63,7 @@ def run_checks(ranks, controller, where, selection="", **environment):
         "no:hypothesispytest",
     )
     names = ("-o", "python_files=check_*.py", "-o", "python_functions=check_*", "-k", selection)
-    command = (sys.executable, "-m", "pytest", *options, *names, HERE / where)
+    command = (sys.executable, "-m", "pytest", *options, *names, TESTS / "ranks" / where)
     done = horovodrun(ranks, controller, *command, **environment)
     assert done.returncode == 0, done.stdout[-12000:]
     assert done.stdout.count(" passed") == ranks, done.stdout[-12000:]

@@ -1,4 +1,4 @@
-"""Set-up of the TensorFlow tests that every rank runs together. tests/test_tensorflow.py starts them."""
+"""Set-up of the tests that every rank runs together; ../test_tensorflow.py starts them."""
 
 import os
 

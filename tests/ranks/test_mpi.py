@@ -1,4 +1,4 @@
-"""Runs tests/mpi on several ranks, through mpirun, and the example."""
+"""Runs tests/ranks/mpi on several ranks, through mpirun, and the example."""
 
 import shutil
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import launch
+from launch import ROOT, launch
 
 HERE = Path(__file__).parent
 SOME = ["-k", "near or other_orders or side_by_side or calls or stats"]
@@ -60,7 +60,7 @@ def test_checks_on_every_rank(ranks, files, options, environment):
 
 @pytest.mark.parametrize("exchange", ["allgather", "scatter_allgather"])
 def test_the_example(exchange):
-    example = HERE.parent / "examples" / "mpi_allreduce.py"
+    example = ROOT / "examples" / "mpi_allreduce.py"
     done = mpirun(3, str(example), "--values", "100000", "--exchange", exchange)
     assert done.returncode == 0, done.stdout
     assert "every rank holds the same bits" in done.stdout

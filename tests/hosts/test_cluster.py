@@ -10,13 +10,10 @@ import sys
 
 import odd
 import pytest
-from launch import HERE, horovodrun, need
-
-sys.path.insert(0, str(HERE.parent))
+from launch import ROOT, horovodrun, need
 
 from benchmarks import netlab
 
-ROOT = HERE.parent
 PYTHON = sys.executable
 DOCTOR = [PYTHON, "-m", "hvd_quant.cli", "doctor"]
 HANG = 300  # seconds; far above what anything here takes

@@ -4,10 +4,10 @@ import functools
 
 import numpy as np
 import pytest
+from front_end import Compressor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.front_end import Compressor
-from support.simulation import Simulation
+from simulation import Simulation
 
 from hvd_quant import DQSGD, QSGD
 from hvd_quant.exchange.in_process import Network

@@ -1,4 +1,4 @@
-"""Programs of faults; tests/test_parallel.py runs them as ``faults.py FAULT EXCHANGE``."""
+"""Programs of faults; tests/ranks/test_torch.py runs them as ``faults.py FAULT EXCHANGE``."""
 
 import os
 import sys

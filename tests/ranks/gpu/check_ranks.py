@@ -1,7 +1,7 @@
 """Whether training with quantized gradients on a GPU is right, on several ranks. They may share one GPU.
 
-horovodrun -np 2 python tests/gpu/check_ranks.py                # on a GPU
-horovodrun -np 2 python tests/gpu/check_ranks.py --device cpu   # what can be checked without one
+horovodrun -np 2 python tests/ranks/gpu/check_ranks.py                # on a GPU
+horovodrun -np 2 python tests/ranks/gpu/check_ranks.py --device cpu   # what can be checked without one
 """
 
 import argparse
@@ -14,7 +14,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 from shared import KINDS, make
 
