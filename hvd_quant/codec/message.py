@@ -163,13 +163,13 @@ class Messages(list[Any]):
         if self.fault:
             raise ValueError(self.fault)
         for number, message in enumerate(self):
-            has, expected = f"{self.name(number)} has {len(message)} bytes", size
+            has = f"{self.name(number)} has {len(message)} bytes"
             if size is None and len(message) < PREAMBLE_SIZE + SIZE_SIZE:
                 raise ValueError(f"{has}, too few to say how many it should have")
             if size is None and stated_size(message) != len(message):
                 raise ValueError(f"{has}, but says that it has {stated_size(message)}")
-            if size not in (None, len(message)):
-                raise ValueError(f"{has}, and {expected} were expected")
+            if size is not None and size != len(message):
+                raise ValueError(f"{has}, and {size} were expected")
 
 
 def in_rank_order(messages: Sequence[Any]) -> Messages:

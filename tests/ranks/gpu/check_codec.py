@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from hvd_quant import NUQSGD, QSGD, wire
+from hvd_quant import NUQSGD, QSGD, decode, encode, max_payload_size, wire
 from hvd_quant.codec import cuda, native, torch_ops
 from hvd_quant.codec.message import MessageLayout, Segment
 from hvd_quant.codec.noise import Noise
@@ -262,6 +262,50 @@ def check_entropy_coding(bench):
         x = bench.values(20_000)
         packed, coded = (torch_ops.encode(x, QSGD(3, coding=how), 5) for how in ("packed", coding))
         assert torch.equal(torch_ops.decode_mean([packed]), torch_ops.decode_mean([coded]))
+
+
+def check_memory_that_is_given(bench):
+    """The same bytes and values as in new memory, at any address, and nothing beyond."""
+    for coding in ("packed", "huffman"):
+        for scheme in (QSGD(4, coding=coding), NUQSGD(3, bucket_size=77, coding=coding)):
+            x = bench.values(int(bench.rng.integers(1, 30_000)))
+            size = max_payload_size(scheme, x.numel())
+            expected = encode(x, scheme, seed=3, backend="torch")
+            for first in (0, 3, 8):
+                room = torch.full((size + 16,), 0xA5, dtype=torch.uint8, device=bench.device)
+                payload = encode(x, scheme, seed=3, backend="torch", out=room[first : first + size])
+                assert payload.data_ptr() == room.data_ptr() + first
+                assert torch.equal(payload, expected)
+                assert (room[:first] == 0xA5).all()
+                assert (room[first + size :] == 0xA5).all()
+            for dtype in DTYPES:
+                room = torch.full((x.numel() + 2,), 7.0, dtype=dtype, device=bench.device)
+                out = room[1:-1]
+                assert decode(payload, backend="torch", out=out) is out
+                assert torch.equal(out, decode(expected, backend="torch").to(dtype))
+                assert room[0] == room[-1] == 7.0
+    kept, factors = torch.ones_like(x), torch.ones_like(x, requires_grad=True)
+    loss = (kept * factors).sum()
+    decode(payload, backend="torch", out=kept)
+    refuses(RuntimeError, "modified by an inplace operation", loss.backward)
+    memory = torch.zeros(4 * x.numel() + payload.numel() + 8, dtype=torch.uint8, device=bench.device)
+    inside = memory[8 : 8 + payload.numel()].copy_(payload)
+    floats = memory[: 4 * x.numel()].view(torch.float32)
+    refuses(ValueError, "overlap", lambda: decode(inside, backend="torch", out=floats))
+    if bench.on_gpu:
+        says = "must be on cuda"
+        refuses(ValueError, says, lambda: decode(payload, out=torch.empty(x.numel())))
+        refuses(ValueError, says, lambda: encode(x, QSGD(4), out=torch.empty(size, dtype=torch.uint8)))
+
+
+def refuses(error, says, call):
+    try:
+        call()
+    except error as found:
+        if says in str(found):
+            return
+        raise
+    raise AssertionError(f"no error that says {says!r}")
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
