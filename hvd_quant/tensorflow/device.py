@@ -9,7 +9,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from hvd_quant.codec import tf_ops
+from hvd_quant.codec import tf_ops, tf_rounding
 from hvd_quant.codec.message import MessageLayout, lengths_fault
 from hvd_quant.exchange.layout import GroupLayout
 from hvd_quant.tensorflow.steps import Steps, call, once_reduced
@@ -111,7 +111,7 @@ def _encode(
     tensors: list[tf.Tensor], bucket: GroupLayout, layout: MessageLayout, stage: str, use: tf.Tensor
 ) -> tf.Tensor:
     base, _, shifts = bucket.noise_keys(layout, stage)
-    return tf_ops.encode_message(tensors, layout, tf_ops.step_seeds(base, use), shifts)
+    return tf_ops.encode_message(tensors, layout, tf_rounding.step_seeds(base, use), shifts)
 
 
 def _encode_mean(bucket: GroupLayout, received: tf.Tensor, sizes: tf.Tensor, use: tf.Tensor) -> tf.Tensor:
@@ -129,7 +129,7 @@ def _encode_mean(bucket: GroupLayout, received: tf.Tensor, sizes: tf.Tensor, use
             # The noise is that of the chunk, whose segments have the gradients' names.
             base, _, shifts = bucket.noise_keys(own, "mean")
             values = _decode_flat(parts, flat, tf.constant(1.0))
-            return tf_ops.encode_message([values], flat, tf_ops.step_seeds(base, use), shifts)
+            return tf_ops.encode_message([values], flat, tf_rounding.step_seeds(base, use), shifts)
 
         return tf.cond(tf.reduce_all(tf.equal(tf_ops.problems(parts, flat), 0)), encoded, nothing)
 

@@ -26,8 +26,12 @@ FLOORS = [
 ALLOWED = {
     "codec/cuda.py": {"torch"},
     "codec/nvrtc.py": {"torch"},
+    "codec/torch_bytes.py": {"torch"},
     "codec/torch_ops.py": {"torch"},
+    "codec/torch_rounding.py": {"torch"},
+    "codec/tf_bytes.py": {"tensorflow"},
     "codec/tf_ops.py": {"tensorflow"},
+    "codec/tf_rounding.py": {"tensorflow"},
     "horovod.py": {"horovod"},
     "torch": {"torch", "horovod"},
     "tensorflow": {"tensorflow", "keras", "horovod"},

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.traffic import SYNCHRONISING, Traffic, traffic_of
 from hvd_quant import NUQSGD, QSGD
-from hvd_quant.codec import torch_ops
+from hvd_quant.codec import torch_ops, torch_rounding
 from hvd_quant.codec.message import MessageLayout, Segment
 from hvd_quant.codec.noise import Noise
 
@@ -30,7 +30,7 @@ BUDGETS = {
 
 @pytest.mark.parametrize("scheme", BUDGETS, ids=str)
 def test_bytes_and_operations(scheme, monkeypatch):
-    monkeypatch.setattr(torch_ops, "_times", torch.mul)  # what it is on a GPU, see below
+    monkeypatch.setattr(torch_rounding, "_times", torch.mul)  # what it is on a GPU, see below
     values = torch.randn(COUNT)
     payload = torch_ops.encode(values, scheme, 1)
     encode = traffic_of(lambda: torch_ops.encode(values, scheme, 1))
@@ -44,10 +44,10 @@ def test_bytes_and_operations(scheme, monkeypatch):
 
 def test_products_are_one_operation_on_a_gpu_and_the_same_on_a_cpu():
     codes, factors = torch.empty(4, 8, dtype=torch.int8, device="meta"), torch.empty(4, 1, device="meta")
-    assert traffic_of(lambda: torch_ops._times(codes, factors)).operations == ["mul"]
+    assert traffic_of(lambda: torch_rounding._times(codes, factors)).operations == ["mul"]
     factors = torch.tensor([0.0, -0.0, 1 / 3, 2.0**-149, 2.0**-126, 3e38, torch.inf, torch.nan])[:, None]
     codes = torch.arange(-128, 128, dtype=torch.int8).repeat(len(factors), 1)
-    bits = [(codes * factors).view(torch.int32), torch_ops._times(codes, factors).view(torch.int32)]
+    bits = [(codes * factors).view(torch.int32), torch_rounding._times(codes, factors).view(torch.int32)]
     assert torch.equal(*bits)
 
 
@@ -91,7 +91,7 @@ def test_encoding_does_not_wait(scheme, error_feedback, monkeypatch):
         patch.setattr(torch.Tensor, "to", to_another_type)
         call()
     # Of torch's meta tensors, which have no data, nothing can be copied to the host.
-    monkeypatch.setattr(torch_ops, "_generator", lambda *_: None)
+    monkeypatch.setattr(torch_rounding, "_generator", lambda *_: None)
     encoding(scheme, error_feedback, "meta")()
 
 
