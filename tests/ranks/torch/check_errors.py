@@ -1,7 +1,6 @@
 """Differences between ranks and misuse: the same clear error on every rank, and never a hang."""
 
 import copy
-import functools
 import pickle
 import time
 
@@ -87,7 +86,7 @@ def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
 
 
 def check_other_number_of_compressors(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
     if hvd.rank() == 0:
         extra = hq.QSGDCompressor()
     model = mlp()
@@ -179,7 +178,7 @@ def check_reset_while_a_gradient_is_on_its_way():
 
 @pytest.mark.ranks_differ
 def check_reset_on_one_rank_only(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
     compressor = hq.QSGDCompressor()
     hvd.allreduce(own_randn(5000), compression=compressor, name="before")
     if hvd.rank() == 0:
@@ -340,17 +339,6 @@ def check_two_stock_optimizers_and_one_compressor(exchange):
     assert f'what others lack is ["{exchange}.b"] on rank 0, [] on rank' in same_mismatch(error)
 
 
-def check_a_rank_that_is_late_and_differs(monkeypatch):
-    """The others have waited for it in vain, and gone on."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 3.0)
-    model = mlp()
-    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8)))
-    if hvd.rank() == 0:
-        time.sleep(5)
-    error = step_error(model, optimizer)
-    assert "bits is 4 on rank 0" in same_mismatch(error)
-
-
 def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient(monkeypatch):
     """What these have handed to Horovod must not stay there and be taken for a later step's."""
     monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
@@ -401,21 +389,6 @@ def check_process_set_that_horovod_does_not_know():
         hq.QSGDCompressor(process_set=hvd.ProcessSet([0]))
 
 
-def check_ranks_that_notice_late():
-    """A rank may be busy between backward and step; the others wait for it to explain."""
-    model = mlp()
-    optimizer = optimizer_of(model, hq.QSGDCompressor(bits=first_and_rest(4, 8)))
-
-    def step():
-        backward(model)
-        if hvd.rank() == 0:
-            time.sleep(12)
-        optimizer.step()
-
-    error = error_of(step)
-    assert "bits is 4 on rank 0" in same_mismatch(error)
-
-
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def check_one_reduction_that_is_not_supported(exchange):
     """Ranks that ask for the results in different orders: who is refused first must not hold up the other."""
@@ -453,23 +426,6 @@ def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkey
             result = compressors[i].decompress(hvd.synchronize(handle), context)
             assert torch.isfinite(result).all()
         hvd.barrier()
-
-
-def check_a_question_asked_in_vain_does_not_spoil_the_next_error(monkeypatch):
-    """Of another compressor, as after giving up the first."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
-    for late in (True, False, False):
-        compressor = hq.QSGDCompressor()
-        control, context = compressor.compress(own_randn(first_and_rest(5000, 6000)))
-        handle = hvd.allreduce_async(control, name="differs")
-        reduced = hvd.synchronize(handle)
-        if late and hvd.rank() != 0:
-            time.sleep(2)
-        error = error_of(functools.partial(compressor.decompress, reduced, context))
-        assert isinstance(error, hq.RankMismatchError)
-        hvd.barrier()
-        if not late:
-            assert "named_parameters" in same_mismatch(error)
 
 
 def check_tensor_in_an_autograd_graph():
