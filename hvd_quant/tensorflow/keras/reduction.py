@@ -135,7 +135,7 @@ class Reduction:
                         _warn_of_sparse_gradients(self._compression, variable)
                 results[i] = _named(gradient, f"gradient_{i}")
                 shared.append(i)
-            if self.is_quantized:
+            if self.is_quantized and self._compression.options.overrides:
                 names = [(variable_name(variable), results[i]) for i, variable in enumerate(variables)]
                 self._compression.name_gradients(names)
             for group in self._grouped(shared, results, variables):
