@@ -212,7 +212,7 @@ def measure_grace(x: np.ndarray) -> Speeds | None:
     except ImportError:
         return None
     values = torch.from_numpy(x[:EAGER_VALUES])
-    codec = QSGDCompressor(QSGD(bits=4).steps)
+    codec = QSGDCompressor(QSGD(bits=4).num_levels)
     sent = [codec.compress(values, "benchmark") for _ in range(2)]
     return best_speeds(
         values.numel(),

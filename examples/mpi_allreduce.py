@@ -39,7 +39,7 @@ def rounding_moments(x: np.ndarray, scheme: hvd_quant.QSGD) -> tuple[np.ndarray,
     N^2 sum (l_(j+1) - r) (r - l_j).
     """
     starts = np.arange(0, x.size, scheme.bucket_size)
-    steps = np.maximum.reduceat(np.abs(x), starts).astype(np.float64) / scheme.steps
+    steps = np.maximum.reduceat(np.abs(x), starts).astype(np.float64) / scheme.num_levels
     steps = np.maximum(steps, np.finfo(np.float32).tiny).repeat(scheme.bucket_size)[: x.size]
     share = np.abs(x) / steps % 1.0
     spread = share * (1.0 - share)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from horovod.common.process_sets import ProcessSet
 
 from hvd_quant.exchange import cost
-from hvd_quant.exchange.topology import NOT_BY_HOSTS
+from hvd_quant.exchange.topology import NOT_HIERARCHICAL
 from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.routing import Routing
 from hvd_quant.schemes import DQSGD, Scheme, rounding_for
@@ -129,11 +129,11 @@ class HorovodCompressor:
         Raises:
             ValueError: the exchange that the user asked for is none for these hosts; on every rank.
         """
-        by_hosts = alike and hvd.local_size() > 1 and hvd.cross_size() > 1
+        hierarchical = alike and hvd.local_size() > 1 and hvd.cross_size() > 1
         # Of all ranks this is known without asking them: one that came late would leave the others waiting.
         everyone = self.process_set.process_set_id == 0
-        if self.options.exchange == "hierarchical" and everyone and hvd.size() > 1 and not by_hosts:
-            raise ValueError(NOT_BY_HOSTS)
+        if self.options.exchange == "hierarchical" and everyone and hvd.size() > 1 and not hierarchical:
+            raise ValueError(NOT_HIERARCHICAL)
         # Where hosts have unequally many ranks, Horovod's number is none of the host.
         return hvd.cross_rank() if alike else -1 - hvd.rank()
 

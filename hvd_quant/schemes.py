@@ -114,7 +114,7 @@ class Scheme(ABC):
         object.__setattr__(self, "bucket_size", int(self.bucket_size))
 
     @property
-    def steps(self) -> int:
+    def num_levels(self) -> int:
         """s, the number of levels above zero: 2^(bits-1) - 1."""
         return 2 ** (self.bits - 1) - 1
 
@@ -152,11 +152,11 @@ class QSGD(Scheme):
     spacing: ClassVar[str] = "uniform"
 
     def levels(self) -> np.ndarray:
-        return np.arange(self.steps + 1) / self.steps
+        return np.arange(self.num_levels + 1) / self.num_levels
 
     def _variance_bound(self, d: int) -> float:
-        quadratic = d / self.steps**2 if self.norm == "l2" else d / (4 * self.steps**2)
-        return min(quadratic, math.sqrt(d) / self.steps)
+        quadratic = d / self.num_levels**2 if self.norm == "l2" else d / (4 * self.num_levels**2)
+        return min(quadratic, math.sqrt(d) / self.num_levels)
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class NUQSGD(Scheme):
     spacing: ClassVar[str] = "exponential"
 
     def levels(self) -> np.ndarray:
-        return np.append(0.0, 2.0 ** np.arange(1 - self.steps, 1))
+        return np.append(0.0, 2.0 ** np.arange(1 - self.num_levels, 1))
 
     def _variance_bound(self, d: int) -> float:
-        reach = 2.0 ** (1 - self.steps) * math.sqrt(d)  # l_1 sqrt(d)
+        reach = 2.0 ** (1 - self.num_levels) * math.sqrt(d)  # l_1 sqrt(d)
         return 1 / 8 + 2 / 9 * reach**2 if reach <= 9 / 4 else reach - 1
 
 

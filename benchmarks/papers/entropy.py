@@ -83,7 +83,7 @@ def run(workers: int) -> list[Record]:
                 record = {"gradient": shape, "values": x.size, "case": case, "bits": bits, "bucket_size": d}
                 record["norms"] = 32 * math.ceil(x.size / d) / x.size  # bits a value
                 record["entropy"], record["entropy_half"] = interval(entropies)
-                record["bound"] = bound(scheme.steps, d) if norm == "l2" else None
+                record["bound"] = bound(scheme.num_levels, d) if norm == "l2" else None
                 for coding in CODINGS:
                     coded = QSGD(bits=bits, norm=norm, bucket_size=d, coding=coding)
                     sizes = [

@@ -253,7 +253,7 @@ def print_model(cases: Sequence[Case], markdown: bool) -> None:
         if case.rate == "unshaped" or not all(row in case.rows for row in EXCHANGES):
             continue
         slots = case.slots if case.hosts > 1 else 1
-        link = cost.Link(cost.HOROVOD_LATENCY, parse_rate(case.rate) / 8, ranks_a_host=slots)
+        link = cost.Link(cost.HOROVOD_LATENCY, parse_rate(case.rate) / 8, ranks_per_host=slots)
         cells = []
         for row, exchange in ((ALLGATHER, "allgather"), (SCATTER, "scatter_allgather")):
             payload, buckets = (case.rows[row][key] for key in ("payload_bytes", "buckets"))

@@ -140,8 +140,8 @@ def _measured(diagnosis: Facts, met: meeting.Meeting) -> Facts:
     slowest = min(codecs, key=lambda codec: codec["encode_values_s"])
     steps = measure.predict(speeds, met.size, slowest)
     diagnosis |= {"measured": measure.as_json(speeds, steps)}
-    by_hosts = len(hosts) > 1 and len(ranks) == 1 and ranks != {1}
-    return _with(diagnosis, *measure.judge(speeds, steps, met.size, len(hosts) == 1, by_hosts))
+    hierarchical = len(hosts) > 1 and len(ranks) == 1 and ranks != {1}
+    return _with(diagnosis, *measure.judge(speeds, steps, met.size, len(hosts) == 1, hierarchical))
 
 
 # --- what goes wrong between ranks ------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def predict(
 
 
 def judge(
-    speeds: Mapping[str, Speed], steps: Mapping[str, float], size: int, one_host: bool, by_hosts: bool
+    speeds: Mapping[str, Speed], steps: Mapping[str, float], size: int, one_host: bool, hierarchical: bool
 ) -> Iterator[Finding]:
     """What of it will hurt.
 
@@ -113,7 +113,7 @@ def judge(
         steps: as `predict` returns them.
         size: ranks.
         one_host: whether all ranks are on the same.
-        by_hosts: whether the exchange by hosts is to be had, of which these speeds tell nothing.
+        hierarchical: whether the exchange by hosts is to be had, of which these speeds tell nothing.
     """
     for name, speed in speeds.items():
         if speed.latency > SLOW_LATENCY:
@@ -125,7 +125,7 @@ def judge(
                 "Look for more ranks than cores, HOROVOD_CYCLE_TIME, or a slow network; larger fusion_bytes "
                 "make fewer buckets.",
             )
-    if by_hosts:
+    if hierarchical:
         return
     own = {name.partition(", ")[2]: seconds for name, seconds in steps.items() if name.startswith("4 bits")}
     best = min(own, key=own.__getitem__)

@@ -19,7 +19,7 @@ def packed(scheme: Scheme) -> Scheme:
     return replace(scheme, coding="packed")
 
 
-def compact(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
+def entropy_encode(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
     """Code a packed payload.
 
     Args:
@@ -43,8 +43,8 @@ def compact(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
     return coded
 
 
-def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
-    """Undo `compact`, and check all of the payload.
+def entropy_decode(payload: np.ndarray, header: wire.Header) -> np.ndarray:
+    """Undo `entropy_encode`, and check all of the payload.
 
     Args:
         payload: contiguous uint8.
@@ -62,8 +62,8 @@ def expand(payload: np.ndarray, header: wire.Header) -> np.ndarray:
     return expanded
 
 
-def expand_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
-    """As `expand`, for a payload that others may follow.
+def entropy_decode_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
+    """As `entropy_decode`, for a payload that others may follow.
 
     Returns:
         The packed payload, and the bytes that the coded one takes.

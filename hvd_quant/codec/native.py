@@ -15,14 +15,14 @@ from hvd_quant.schemes import Scheme
 
 __all__ = [
     "DTYPES",
-    "add_lost",
-    "average",
-    "collect",
+    "add_error",
     "decode_mean",
     "decode_messages",
     "empty",
     "encode",
     "encode_message",
+    "mean_float32",
+    "pack_float32",
     "step_seeds",
     "threads",
 ]
@@ -233,7 +233,7 @@ def decode_messages(
     )
 
 
-def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
+def add_error(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
     """Error feedback of a mean: add ``times`` what it has lost, where the sum is finite.
 
     Args:
@@ -246,7 +246,7 @@ def add_lost(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
     np.copyto(residual, kept, where=np.isfinite(kept))
 
 
-def collect(
+def pack_float32(
     values: Sequence[np.ndarray],
     layout: MessageLayout,
     preamble: bytes,
@@ -285,8 +285,8 @@ def collect(
         end += segment.count
 
 
-def average(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> None:
-    """Write the mean of what `collect` has written on several ranks.
+def mean_float32(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) -> None:
+    """Write the mean of what `pack_float32` has written on several ranks.
 
     Args:
         parts: uint8.

@@ -198,14 +198,14 @@ def _quantize(values: tf.Tensor, scheme: Scheme, seed: tf.Tensor, shift: int) ->
         norms < TINY_NORM, TINY_PRESCALE, tf.where(norms < TINY_PRESCALE, 1.0, 1.0 / TINY_PRESCALE)
     )
     # What the norm becomes. An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
-    top = float(scheme.steps) if scheme.spacing == "uniform" else TOP_POWER
+    top = float(scheme.num_levels) if scheme.spacing == "uniform" else TOP_POWER
     scaled_norms = tf.where(norms > 0, norms * prescale, 1.0)
     scale = top / scaled_norms
     scale = tf.where(scaled_norms * scale > top, tf.math.nextafter(scale, tf.zeros_like(scale)), scale)
     scale = tf.where(tf.math.is_nan(norms), 0.0, scale)
     scaled = tf.math.multiply_no_nan(x * prescale[:, tf.newaxis], scale[:, tf.newaxis])
     split = _split_uniform if scheme.spacing == "uniform" else _split_powers
-    whole, fraction, negated = split(scaled, scheme.steps)
+    whole, fraction, negated = split(scaled, scheme.num_levels)
     if scheme.rounding == "nearest":  # needs no noise
         whole += tf.cast(fraction >= 0.5, tf.float32)
     else:
@@ -275,7 +275,7 @@ def _values(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
     values = _powers(codes, scheme) if scheme.spacing == "exponential" else tf.cast(codes, tf.float32)
     if scheme.spacing == "uniform":
         # In float64: no graph rewriting of this division changes its float32.
-        norms = tf.cast(tf.cast(norms, tf.float64) / scheme.steps, tf.float32)
+        norms = tf.cast(tf.cast(norms, tf.float64) / scheme.num_levels, tf.float32)
     return tf.reshape(values * norms, [-1])[: segment.count]
 
 
@@ -297,7 +297,7 @@ def _exact_values(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
     else:
         # The scaled-up values of tiny norms are rounded like normal numbers, before they are scaled down.
         tiny = tf.abs(norms) < TINY_NORM / UNIT
-        steps = norms / scheme.steps
+        steps = norms / scheme.num_levels
         steps = tf.where(tiny, _as_float32(steps), _as_float32(steps * UNIT) / UNIT)
         values = tf.cast(codes, tf.float64) * steps
         values = _round_to_float32(tf.where(tiny, _as_float32(values), values))
@@ -359,7 +359,9 @@ def _codes(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
 def _powers(codes: tf.Tensor, scheme: Scheme) -> tf.Tensor:
     """sign(c) * 2^(|c| - steps) for every code c, 0 for 0: float32."""
     every = np.arange(256).astype(np.uint8).view(np.int8).astype(np.int32)
-    powers = np.sign(every) * np.exp2(np.minimum(np.abs(every), 2 ** (scheme.bits - 1)) - float(scheme.steps))
+    powers = np.sign(every) * np.exp2(
+        np.minimum(np.abs(every), 2 ** (scheme.bits - 1)) - float(scheme.num_levels)
+    )
     return tf.gather(tf.constant(powers, tf.float32), tf.cast(tf.bitcast(codes, tf.uint8), tf.int32))
 
 
@@ -423,7 +425,7 @@ def _may_be_subnormal(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
         if segment.count == 0:
             continue
         payloads = messages[:, offset : offset + segment.payload_size]
-        steps = segment.scheme.steps
+        steps = segment.scheme.num_levels
         ratio = steps if segment.scheme.spacing == "uniform" else 2.0 ** (steps - 1)
         safe = np.float32(SAFE_VALUE * ratio).view(np.uint32)
         # Compared as the numbers that their bits are, because a subnormal float would be a zero.

@@ -284,20 +284,20 @@ def decode_messages(
         raise ValueError(_FOUND_BY_KERNELS)
 
 
-def add_lost(residual: torch.Tensor, lost: torch.Tensor, times: int) -> None:
-    """Add ``times`` what a mean has lost, where the sum is finite; see `hvd_quant.codec.native.add_lost`."""
+def add_error(residual: torch.Tensor, lost: torch.Tensor, times: int) -> None:
+    """Add ``times`` what a mean has lost, where the sum is finite; see `hvd_quant.codec.native.add_error`."""
     kept = residual + times * lost
     residual.copy_(torch.where(kept.isfinite(), kept, residual))
 
 
-def collect(
+def pack_float32(
     values: Sequence[torch.Tensor],
     layout: MessageLayout,
     preamble: bytes,
     out: torch.Tensor,
     residuals: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Write a preamble and the values of a layout's segments; see `hvd_quant.codec.native.collect`."""
+    """Write a preamble and the values of a layout's segments; see `hvd_quant.codec.native.pack_float32`."""
     out[:PREAMBLE_SIZE] = cuda.constant(preamble, out.device)
     floats, end = out[PREAMBLE_SIZE:].view(torch.float32), 0
     for segment in layout.segments:
@@ -314,8 +314,8 @@ def collect(
         end += segment.count
 
 
-def average(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -> None:
-    """Write the mean of what has been collected; see `hvd_quant.codec.native.average`.
+def mean_float32(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -> None:
+    """Write the mean of what has been collected; see `hvd_quant.codec.native.mean_float32`.
 
     Waits for the device once.
     """
@@ -380,8 +380,8 @@ def _round_down_fast(
     codes' bits. It costs precision: sums are multiples of ``unit``. The noise keeps away from 0 and 1 by as
     much, so that a value on a level stays there, and that no rounding error leads beyond the last level.
     """
-    norms.clamp_(min=scheme.steps * SMALLEST_NORMAL)
-    step = _divided(norms, scheme.steps).unsqueeze(1)
+    norms.clamp_(min=scheme.num_levels * SMALLEST_NORMAL)
+    step = _divided(norms, scheme.num_levels).unsqueeze(1)
     offset = 2.0**scheme.bits
     unit = offset * 2.0**-MANTISSA_BITS
     scaled = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -396,15 +396,15 @@ def _round_down(
     x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
 ) -> None:
     """Codes of uniform levels, with all the precision that value / step has."""
-    norms.clamp_(min=scheme.steps * SMALLEST_NORMAL)
-    scaled = x / _divided(norms, scheme.steps).unsqueeze(1)
+    norms.clamp_(min=scheme.num_levels * SMALLEST_NORMAL)
+    scaled = x / _divided(norms, scheme.num_levels).unsqueeze(1)
     if scheme.rounding == "nearest":
         floor = scaled.add_(0.5).floor_()
     else:
         floor, noise = scaled.floor(), torch.empty_like(scaled)
         _uniform(noise, 0.0, 1.0, seed, shift)
         floor += noise < scaled.sub_(floor)
-    codes.copy_(floor.clamp_(-scheme.steps, scheme.steps))
+    codes.copy_(floor.clamp_(-scheme.num_levels, scheme.num_levels))
 
 
 def _round_to_power(
@@ -418,7 +418,7 @@ def _round_to_power(
     """
     norms.clamp_(min=2 * SMALLEST_NORMAL)
     scaled = (x / (norms / 2).unsqueeze(1)).abs_()
-    lowest = 2.0 ** (2 - scheme.steps)
+    lowest = 2.0 ** (2 - scheme.num_levels)
     lifted = torch.add(torch.tensor(lowest / 2), scaled, alpha=0.5)
     bits = torch.maximum(scaled, lifted, out=scaled).view(torch.int32)
     below = (127 + round(math.log2(lowest)) - 1) << MANTISSA_BITS  # becomes level 0
@@ -467,12 +467,12 @@ def _dequantize(payload: torch.Tensor, scheme: Scheme, count: int) -> torch.Tens
     packed = payload[norms_end : norms_end + wire.codes_size(scheme, count)]
     codes = _unpack(packed, scheme.bits, _up(count, bucket_size)).view(-1, bucket_size)
     if scheme.spacing == "exponential":
-        powers = cuda.constant(_powers(scheme.steps), payload.device).view(torch.float32)
+        powers = cuda.constant(_powers(scheme.num_levels), payload.device).view(torch.float32)
         values = powers[codes.view(torch.uint8).to(torch.int32)]
         values *= norms
     else:
         tiny = norms.abs() < TINY_NORM
-        values = _times(codes, _divided(torch.where(tiny, norms * TINY_PRESCALE, norms), scheme.steps))
+        values = _times(codes, _divided(torch.where(tiny, norms * TINY_PRESCALE, norms), scheme.num_levels))
         values *= torch.where(tiny, 1.0 / TINY_PRESCALE, 1.0)
     return values.view(-1)[:count]
 

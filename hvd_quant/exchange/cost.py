@@ -31,13 +31,13 @@ class Link:
         latency: seconds that a collective takes however small it is.
         bandwidth: bytes a second that a host can receive, or a rank, where all are on one host.
         codec_rate: values a second that a rank can encode or decode.
-        ranks_a_host: that share the bandwidth. More than 1 only if hosts are several, and alike in this.
+        ranks_per_host: that share the bandwidth. More than 1 only if hosts are several, and alike in this.
     """
 
     latency: float
     bandwidth: float
     codec_rate: float = 2e9
-    ranks_a_host: int = 1
+    ranks_per_host: int = 1
 
     def seconds(self, collectives: int, received_bytes: float, coded: float) -> float:
         """What it takes to exchange so many bytes, of which so many values are decoded or encoded again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvd_quant.exchange.algorithms import Algorithm, Encoded, Work
+from hvd_quant.exchange.algorithms import Algorithm, BucketData, Encoded
 from hvd_quant.exchange.transport import Buffer, Handle, Transport
 
 
@@ -14,20 +14,20 @@ class Exchange:
     Whatever arrives, it goes through all of its stages, lest another rank waits for ever.
 
     Args:
-        work: what is exchanged.
+        data: what is exchanged.
         algorithm: what is done.
         transport: between the ranks.
         name: the same on all ranks, and no other exchange's at the same time.
     """
 
-    def __init__(self, work: Work, algorithm: Algorithm, transport: Transport, name: str) -> None:
-        self.work, self.algorithm, self.name = work, algorithm, name
+    def __init__(self, data: BucketData, algorithm: Algorithm, transport: Transport, name: str) -> None:
+        self.data, self.algorithm, self.name = data, algorithm, name
         self.received_bytes = 0  # from other ranks
         self._transport = transport
         self._failure: ValueError | None = None
         self._encoded: Encoded = []
         self._stage = 0
-        self._handle: Handle | None = self._start(*self.algorithm.stages[0].prepare(work, ()))
+        self._handle: Handle | None = self._start(*self.algorithm.stages[0].prepare(data, ()))
 
     @property
     def stages_left(self) -> int:
@@ -40,10 +40,10 @@ class Exchange:
         return getattr(self._transport, stage.collective)(message, sizes, name)
 
     def _next_stage(self) -> None:
-        parts, rank = self._receive(), self.work.bucket.rank
+        parts, rank = self._receive(), self.data.bucket.rank
         self._stage += 1
         try:
-            message, sizes = self.algorithm.stages[self._stage].prepare(self.work, parts)
+            message, sizes = self.algorithm.stages[self._stage].prepare(self.data, parts)
         except ValueError as error:
             self._failure = self._failure or error
             message, sizes = parts[rank][:0], [0] * len(parts)  # nobody takes an empty message for a mean
@@ -66,7 +66,7 @@ class Exchange:
         received = self._handle.wait()
         self._handle = None
         self.received_bytes += sum(
-            len(part) for rank, part in enumerate(received) if rank != self.work.bucket.rank
+            len(part) for rank, part in enumerate(received) if rank != self.data.bucket.rank
         )
         return received
 
@@ -82,11 +82,11 @@ class Exchange:
         """
         self.advance(wait=True)
         if self._handle is not None:
-            self._encoded = self.algorithm.encoded(self.work.bucket, self._receive())
+            self._encoded = self.algorithm.encoded(self.data.bucket, self._receive())
         if self._failure is not None:
             raise self._failure
         for layout, messages in self._encoded:
-            self.work.codec.decode_messages(messages, layout, out, factor)
+            self.data.codec.decode_messages(messages, layout, out, factor)
 
     def ready(self) -> bool:
         """Whether `finish` would not wait for another rank."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import MAX_BITS, MIN_BITS
@@ -24,7 +24,7 @@ class HasEntry(Protocol):
 T = TypeVar("T", bound=HasEntry)
 
 
-class Group(Generic[T]):
+class FusionGroup(Generic[T]):
     """Entries that are to travel together, and the gradients that have come of them.
 
     Args:
@@ -39,8 +39,8 @@ class Group(Generic[T]):
         self.open = False  # more entries may join
         self.times_sent = 0
         self._splits = 0
-        self._bucket: FusedBucket | None = None
-        self._buckets: dict[tuple[Entry, ...], FusedBucket] = {}  # of schemes that come and go
+        self._bucket: GroupLayout | None = None
+        self._buckets: dict[tuple[Entry, ...], GroupLayout] = {}  # of schemes that come and go
         self._buffers: dict[str, Buffer] = {}
 
     @property
@@ -62,22 +62,22 @@ class Group(Generic[T]):
         self._bucket = None
         return entries
 
-    def split(self) -> Group[T]:
+    def split(self) -> FusionGroup[T]:
         """Keep what has arrived, and return a group of the others."""
-        others: Group[T] = Group(f"{self.name}.{self._splits}")
+        others: FusionGroup[T] = FusionGroup(f"{self.name}.{self._splits}")
         self._splits += 1
         for entry in self.take_out([key for key in self.entries if key not in self.arrived]):
             others.put(entry)
         return others
 
-    def bucket(self, size: int, rank: int, seed: object, topology: Topology | None = None) -> FusedBucket:
+    def bucket(self, size: int, rank: int, seed: object, topology: Topology | None = None) -> GroupLayout:
         """The fused bucket of the entries."""
         if self._bucket is None:
             entries = tuple(self.entries.values())
             if entries not in self._buckets:
                 if len(self._buckets) == _BUCKETS_KEPT:
                     self._buckets.clear()
-                self._buckets[entries] = FusedBucket(entries, size, rank, seed, topology, self._buffers)
+                self._buckets[entries] = GroupLayout(entries, size, rank, seed, topology, self._buffers)
             self._bucket = self._buckets[entries]
         return self._bucket
 
@@ -96,9 +96,9 @@ class Fusion(Generic[T]):
 
     def __init__(self, fusion_bytes: int) -> None:
         self.fusion_bytes = fusion_bytes
-        self._group_of: dict[str, Group[T]] = {}
-        self._open: dict[str, Group[T]] = {}  # by device
-        self._waiting: dict[str, Group[T]] = {}  # groups of which some have come, by name, in order
+        self._group_of: dict[str, FusionGroup[T]] = {}
+        self._open: dict[str, FusionGroup[T]] = {}  # by device
+        self._waiting: dict[str, FusionGroup[T]] = {}  # groups of which some have come, by name, in order
         self._groups = 0
 
     def plan(self, entries: Sequence[Entry]) -> None:
@@ -113,11 +113,11 @@ class Fusion(Generic[T]):
                 group.put(entry)
                 self._group_of[entry.key] = group
 
-    def _new_group(self) -> Group[T]:
+    def _new_group(self) -> FusionGroup[T]:
         self._groups += 1
-        return Group(str(self._groups - 1))
+        return FusionGroup(str(self._groups - 1))
 
-    def group_of(self, entry: Entry) -> Group[T]:
+    def group_of(self, entry: Entry) -> FusionGroup[T]:
         """The group that the entry belongs to: the open one, from now on, if it is new or on a new device.
 
         An entry that has changed otherwise keeps its place, because changed ones may come in another order on
@@ -140,7 +140,7 @@ class Fusion(Generic[T]):
         self._group_of[entry.key] = group
         return group
 
-    def add(self, gradient: T) -> tuple[Group[T], list[T]] | None:
+    def add(self, gradient: T) -> tuple[FusionGroup[T], list[T]] | None:
         """Note that a gradient has come.
 
         Returns:
@@ -159,7 +159,7 @@ class Fusion(Generic[T]):
         """Whether some gradients have come and not been sent."""
         return bool(self._waiting)
 
-    def flush(self) -> list[tuple[Group[T], list[T]]]:
+    def flush(self) -> list[tuple[FusionGroup[T], list[T]]]:
         """Everything that has come, to be sent now, whether its group is complete or not."""
         groups = list(self._waiting.values())
         for group in groups:
@@ -169,12 +169,12 @@ class Fusion(Generic[T]):
                 self._group_of.update(dict.fromkeys(others.entries, others))
         return [self._take(group) for group in groups]
 
-    def _close(self, group: Group[T]) -> None:
+    def _close(self, group: FusionGroup[T]) -> None:
         if group.open:
             group.open = False
             self._open = {device: other for device, other in self._open.items() if other is not group}
 
-    def _take(self, group: Group[T]) -> tuple[Group[T], list[T]]:
+    def _take(self, group: FusionGroup[T]) -> tuple[FusionGroup[T], list[T]]:
         gradients = [group.arrived[key] for key in group.entries]
         group.arrived.clear()
         group.times_sent += 1

@@ -56,7 +56,7 @@ def digest(*what: object) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=PREAMBLE_SIZE).digest()
 
 
-class FusedBucket:
+class GroupLayout:
     """The messages and the noise of the gradients that travel together.
 
     Args:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 
-NOT_BY_HOSTS = (
+NOT_HIERARCHICAL = (
     'exchange="hierarchical" is for several hosts with equally many ranks, two or more, on each: use '
     'exchange="auto", which takes it where it is quicker'
 )
@@ -23,7 +23,7 @@ class Topology:
         self.hosts = tuple(hosts)
 
     @cached_property
-    def ranks_a_host(self) -> int:
+    def ranks_per_host(self) -> int:
         """Ranks on every host; 1 where there is one host, or not all have equally many.
 
         Where it is more, hosts are several, and an exchange by hosts is to be had.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, GroupLayout
 
 _IDLE_BYTES = 256 << 20  # of buffers that are kept between calls
 _LAYOUT_BYTES = 1 << 16  # what a fused bucket counts for, however small its buffers are
@@ -12,10 +12,10 @@ class IdleBuckets:
     """Keeps them for later calls, at the cost of those that have not been used for longest."""
 
     def __init__(self) -> None:
-        self._idle: dict[Entry, list[FusedBucket]] = {}  # the most recently used ones last
+        self._idle: dict[Entry, list[GroupLayout]] = {}  # the most recently used ones last
         self.nbytes = 0
 
-    def take(self, entry: Entry) -> FusedBucket | None:
+    def take(self, entry: Entry) -> GroupLayout | None:
         """One for this entry, if there is one."""
         idle = self._idle.get(entry)
         if not idle:
@@ -24,7 +24,7 @@ class IdleBuckets:
         self.nbytes -= kept_bytes(bucket)
         return bucket
 
-    def put_back(self, bucket: FusedBucket) -> None:
+    def put_back(self, bucket: GroupLayout) -> None:
         """Keep one that is no longer used."""
         entry = bucket.entries[0]
         self._idle[entry] = [*self._idle.pop(entry, ()), bucket]
@@ -35,7 +35,7 @@ class IdleBuckets:
             if not self._idle[oldest]:
                 del self._idle[oldest]
 
-    def all(self) -> list[FusedBucket]:
+    def all(self) -> list[GroupLayout]:
         """All that are kept."""
         return [bucket for buckets in self._idle.values() for bucket in buckets]
 
@@ -45,6 +45,6 @@ class IdleBuckets:
         self.nbytes = 0
 
 
-def kept_bytes(bucket: FusedBucket) -> int:
+def kept_bytes(bucket: GroupLayout) -> int:
     """What it counts for."""
     return _LAYOUT_BYTES + sum(buffer.nbytes for buffer in bucket.buffers.values())

@@ -15,10 +15,10 @@ from mpi4py import MPI
 from hvd_quant import wire
 from hvd_quant.codec import native
 from hvd_quant.exchange import cost
-from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
 from hvd_quant.exchange.algorithms.uncompressed import CODEC, UNCOMPRESSED
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.mpi.buckets import IdleBuckets
 from hvd_quant.mpi.explain import explain
@@ -340,19 +340,19 @@ class QuantizedComm:
             out[:] = values
             return
         entry = Entry(json.dumps(call), values.size, call["dtype"], scheme or QSGD())
-        bucket = self._idle.take(entry) or FusedBucket(
+        bucket = self._idle.take(entry) or GroupLayout(
             [entry], self.size, self.rank, state.seed, self._routing.topology
         )
         transport = MpiTransport(self._comm, number, bucket.buffers)
-        work = Work(bucket, [values], np.array([use], np.uint64), native, buffers=bucket.buffers)
+        data = BucketData(bucket, [values], np.array([use], np.uint64), native, buffers=bucket.buffers)
         if scheme is None:
-            algorithm, work.codec = UNCOMPRESSED, CODEC
+            algorithm, data.codec = UNCOMPRESSED, CODEC
         else:
             whole = bucket.whole
             algorithm = ALGORITHMS[self._routing.algorithm(whole.size, whole.count)]
             if state.residuals is not None:
-                work.residuals = [state.residuals.of(name, values.size, values)]
-        exchange = Exchange(work, algorithm, transport, f"call {number}")
+                data.residuals = [state.residuals.of(name, values.size, values)]
+        exchange = Exchange(data, algorithm, transport, f"call {number}")
         while not exchange.ready():
             yield
         try:
@@ -362,5 +362,5 @@ class QuantizedComm:
             raise RankMismatchError(f"in call {number}, {explanation}") from error
         finally:
             statistics.received_bytes += exchange.received_bytes
-            statistics.wire_bytes += work.encoded_bytes
+            statistics.wire_bytes += data.encoded_bytes
         self._idle.put_back(bucket)

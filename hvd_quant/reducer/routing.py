@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from hvd_quant.exchange.algorithms import choose
 from hvd_quant.exchange.cost import Link
-from hvd_quant.exchange.topology import NOT_BY_HOSTS, Topology
+from hvd_quant.exchange.topology import NOT_HIERARCHICAL, Topology
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Routing:
         Raises:
             ValueError: the exchange that the user asked for is none for that; on every rank.
         """
-        if self.exchange == "hierarchical" and topology.ranks_a_host == 1 and self.size > 1:
-            raise ValueError(NOT_BY_HOSTS)
+        if self.exchange == "hierarchical" and topology.ranks_per_host == 1 and self.size > 1:
+            raise ValueError(NOT_HIERARCHICAL)
         self.topology = topology
 
-    def algorithm(self, nbytes: int, count: int, *, by_hosts: bool = True) -> str:
+    def algorithm(self, nbytes: int, count: int, *, hierarchical: bool = True) -> str:
         """The name of the algorithm for so many values in so many bytes."""
-        ranks_a_host = self.topology.ranks_a_host if self.topology is not None else 1
-        link = replace(self.link, ranks_a_host=ranks_a_host)
-        return choose(self.exchange, link, self.size, nbytes, count, by_hosts=by_hosts)
+        ranks_per_host = self.topology.ranks_per_host if self.topology is not None else 1
+        link = replace(self.link, ranks_per_host=ranks_per_host)
+        return choose(self.exchange, link, self.size, nbytes, count, hierarchical=hierarchical)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
 from hvd_quant.exchange.driver import Exchange
-from hvd_quant.exchange.fusion import Fusion, Group
-from hvd_quant.exchange.layout import Entry, FusedBucket, digest
+from hvd_quant.exchange.fusion import Fusion, FusionGroup
+from hvd_quant.exchange.layout import Entry, GroupLayout, digest
 from hvd_quant.exchange.transport import Transport
 from hvd_quant.reducer import waiting
 from hvd_quant.reducer.agreement import Agreement
@@ -54,7 +54,7 @@ class Sending:
         self._transport: Transport | None = None
         self._routing: Routing | None = None
         self._fusion: Fusion[Gradient] = Fusion(fusion_bytes)
-        self._ready: deque[tuple[Group[Gradient], list[Gradient]]] = deque()  # for the next slots
+        self._ready: deque[tuple[FusionGroup[Gradient], list[Gradient]]] = deque()  # for the next slots
         self._underway: list[Exchange] = []  # not yet at their last collective
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
         self._sent: list[SentBucket] = []  # in this round
@@ -103,13 +103,13 @@ class Sending:
         self.announced, self._sent = self._sent, []
         exchanges = [sent.exchange for sent in self.announced]
         # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
-        rows = sorted((one.name, one.algorithm.name, one.work.bucket.digest.hex()) for one in exchanges)
+        rows = sorted((one.name, one.algorithm.name, one.data.bucket.digest.hex()) for one in exchanges)
         self._rounds.announce(digest(rows))
         for sent in self.announced:
             for gradient in sent.gradients:
                 gradient.state = State.ANNOUNCED
 
-    def _send(self, group: Group[Gradient], gradients: list[Gradient]) -> None:
+    def _send(self, group: FusionGroup[Gradient], gradients: list[Gradient]) -> None:
         """Encode a fused bucket and start its exchange."""
         bucket = self._bucket(group)
         first = gradients[0]
@@ -120,19 +120,19 @@ class Sending:
             pairs = zip(bucket.entries, values, strict=True)
             residuals = [kept.of(entry.key, entry.count, like) for entry, like in pairs]
         uses = np.array([gradient.use for gradient in gradients], np.uint64)
-        work = Work(bucket, values, uses, first.codec, residuals, bucket.buffers)
+        data = BucketData(bucket, values, uses, first.codec, residuals, bucket.buffers)
         algorithm = ALGORITHMS[self._routing.algorithm(bucket.whole.size, bucket.whole.count)]
         # Horovod remembers collectives by their names, and then does not notice that a rank has called
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
         name = self._agreement.name(f"{group.name}.{group.times_sent}")
-        sent = SentBucket(Exchange(work, algorithm, self._transport, name), gradients)
+        sent = SentBucket(Exchange(data, algorithm, self._transport, name), gradients)
         self._state.statistics.messages += 1
         for gradient in gradients:
             gradient.sent, gradient.state = sent, State.SENT
         self._underway.append(sent.exchange)
         self._sent.append(sent)
 
-    def _bucket(self, group: Group[Gradient]) -> FusedBucket:
+    def _bucket(self, group: FusionGroup[Gradient]) -> GroupLayout:
         seed = (self._state.seed, self._ranks)
         return group.bucket(self._transport.size, self._transport.rank, seed, self._routing.topology)
 
@@ -167,10 +167,10 @@ class Sending:
         for sent in self.announced:
             exchange = sent.exchange
             self._wait(exchange.ready)
-            pairs = zip(sent.gradients, exchange.work.values, strict=True)
+            pairs = zip(sent.gradients, exchange.data.values, strict=True)
             exchange.finish([gradient.out(values) for gradient, values in pairs], factor)
             statistics.received_bytes += exchange.received_bytes
-            statistics.wire_bytes += exchange.work.encoded_bytes
+            statistics.wire_bytes += exchange.data.encoded_bytes
             sent.factor = factor
             for gradient in sent.gradients:
                 gradient.state = State.RECEIVED

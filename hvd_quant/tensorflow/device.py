@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvd_quant.codec import tf_ops
 from hvd_quant.codec.message import MessageLayout
-from hvd_quant.exchange.layout import FusedBucket
+from hvd_quant.exchange.layout import GroupLayout
 from hvd_quant.tensorflow.steps import Steps, call, once_reduced
 
 
@@ -86,7 +86,7 @@ def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: h
         return tf.identity(received)
 
 
-def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor, bucket: FusedBucket) -> tf.Tensor:
+def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout) -> tf.Tensor:
     """What the mean is to be multiplied by. Counts the step."""
     raw_bytes = sum(entry.nbytes for entry in bucket.entries)
     if steps.algorithm == "allgather":
@@ -105,13 +105,13 @@ def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor, bucket: Fused
 
 
 def _encode(
-    tensors: list[tf.Tensor], bucket: FusedBucket, layout: MessageLayout, stage: str, use: tf.Tensor
+    tensors: list[tf.Tensor], bucket: GroupLayout, layout: MessageLayout, stage: str, use: tf.Tensor
 ) -> tf.Tensor:
     base, _, shifts = bucket.noise_keys(layout, stage)
     return tf_ops.encode_message(tensors, layout, tf_ops.step_seeds(base, use), shifts)
 
 
-def _encode_mean(bucket: FusedBucket, received: tf.Tensor, sizes: tf.Tensor, use: tf.Tensor) -> tf.Tensor:
+def _encode_mean(bucket: GroupLayout, received: tf.Tensor, sizes: tf.Tensor, use: tf.Tensor) -> tf.Tensor:
     """The message with the mean of all ranks' messages about the own chunk.
 
     These have come end to end, each of its size. If something is wrong with them, it is an empty message,

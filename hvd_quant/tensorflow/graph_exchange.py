@@ -123,7 +123,7 @@ class GraphExchange:
         scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
         # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
-        return routing.algorithm(nbytes, sum(counts), by_hosts=not device.has_gpu())
+        return routing.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
 
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""

@@ -17,8 +17,8 @@ import tensorflow as tf
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, cut
-from hvd_quant.exchange.algorithms import ALGORITHMS, Encoded, Stage, Work
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData, Encoded, Stage
+from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.reducer import control
 from hvd_quant.reducer.mismatch import RankMismatchError
@@ -109,7 +109,7 @@ class Steps:
     ranks: Ranks
     fingerprint: int
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    _buckets: dict[tuple, FusedBucket] = field(default_factory=dict, init=False, repr=False)
+    _buckets: dict[tuple, GroupLayout] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -148,8 +148,8 @@ class Steps:
         bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
         residuals = self.progress.residuals_of(self.keys, counts)
-        work = self._work(bucket, [_values(gradient) for gradient in gradients], use, residuals)
-        message, sizes = self._prepared(self.stages[0], work, ())
+        data = self._data(bucket, [_values(gradient) for gradient in gradients], use, residuals)
+        message, sizes = self._prepared(self.stages[0], data, ())
         raw_bytes = sum(gradient.nbytes for gradient in gradients)
         self._count_sent(raw_bytes, 0)
         return message, sizes, np.array(bits, np.int32)
@@ -180,18 +180,18 @@ class Steps:
         residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
         parts = self._parts(self.stages[number - 1], received, sizes)
         # Of the values themselves only the memory's kind is looked at.
-        work = self._work(bucket, [received], use, residuals)
+        data = self._data(bucket, [received], use, residuals)
         try:
-            return self._prepared(self.stages[number], work, parts)
+            return self._prepared(self.stages[number], data, parts)
         except ValueError:
             return received[:0], np.zeros(self.ranks.size, sizes_type(self.stages[number]))
 
     def _prepared(
-        self, stage: Stage, work: Work, parts: Sequence[np.ndarray]
+        self, stage: Stage, data: BucketData, parts: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
         """A stage's message and sizes, -1 for None."""
-        message, sizes = stage.prepare(work, parts)
-        self.progress.count(wire_bytes=work.encoded_bytes)
+        message, sizes = stage.prepare(data, parts)
+        self.progress.count(wire_bytes=data.encoded_bytes)
         return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
 
     def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
@@ -275,13 +275,13 @@ class Steps:
             self.progress.note_square(float(reduced[control.SQUARE]) / factor)
         return factor
 
-    def _work(
-        self, bucket: FusedBucket, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
-    ) -> Work:
+    def _data(
+        self, bucket: GroupLayout, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
+    ) -> BucketData:
         # Fresh memory, because TensorFlow keeps what it is given.
-        return Work(bucket, values, np.full(len(self.gradients), use, np.uint64), native, residuals)
+        return BucketData(bucket, values, np.full(len(self.gradients), use, np.uint64), native, residuals)
 
-    def bucket(self, shapes: Sequence[Shape], bits: int) -> FusedBucket:
+    def bucket(self, shapes: Sequence[Shape], bits: int) -> GroupLayout:
         """The fused bucket of gradients of these shapes, in a step with so many bits."""
         key = (tuple(shapes), bits)
         bucket = self._buckets.get(key)
@@ -290,7 +290,7 @@ class Steps:
             if len(self._buckets) >= _BUCKETS_KEPT:
                 self._buckets.clear()
             ranks = self.ranks
-            bucket = FusedBucket(entries, ranks.size, ranks.rank, ranks.seed, ranks.topology)
+            bucket = GroupLayout(entries, ranks.size, ranks.rank, ranks.seed, ranks.topology)
             self._buckets[key] = bucket
         return bucket
 
@@ -301,7 +301,7 @@ class Steps:
     def _what(self) -> str:
         return ", ".join(map(str, self.gradients))
 
-    def _explain(self, bucket: FusedBucket, encoded: Encoded) -> str:
+    def _explain(self, bucket: GroupLayout, encoded: Encoded) -> str:
         messages = [(layout, message) for layout, messages in encoded for message in messages]
         gathered = self.stages[-1].collective == "allgather"
         others = [

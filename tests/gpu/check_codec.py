@@ -69,7 +69,7 @@ def steps(values, payload, scheme):
     norms = payload[wire.HEADER_SIZE :][: wire.norms_size(scheme, values.size)].view(np.float32)
     norms = np.repeat(norms.astype(np.float64), min(scheme.bucket_size, values.size))[: values.size]
     if scheme.spacing == "uniform":
-        return norms / scheme.steps + norms * 2.0**-21
+        return norms / scheme.num_levels + norms * 2.0**-21
     return np.maximum(norms * scheme.levels()[1], np.abs(values)) + norms * 2.0**-21
 
 

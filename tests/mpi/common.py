@@ -30,7 +30,7 @@ def steps_of(x, scheme):
     steps = np.empty(x.size)
     for start in range(0, x.size, scheme.bucket_size):
         bucket = slice(start, start + scheme.bucket_size)
-        steps[bucket] = np.abs(x[bucket]).max() / scheme.steps
+        steps[bucket] = np.abs(x[bucket]).max() / scheme.num_levels
     return steps
 
 

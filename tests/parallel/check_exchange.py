@@ -37,7 +37,7 @@ def assert_means(model, local, exchange, factor=1.0):
         assert same_everywhere(parameter.grad)
         gradients = [gradients[i] for gradients in local]
         exact = torch.stack(gradients).double().mean(0)
-        step = max(gradient.abs().max().item() for gradient in gradients) / SCHEME.steps
+        step = max(gradient.abs().max().item() for gradient in gradients) / SCHEME.num_levels
         error = (parameter.grad.double() - factor * exact).abs().max().item()
         assert error <= factor * step * roundings(exchange)
 
@@ -367,7 +367,7 @@ def check_sub_groups_side_by_side():
         for i, parameter in enumerate(models[0].parameters()):
             own_half = [one[0][i] for one in local[hvd.rank() % 2 :: 2]]
             exact = torch.stack(own_half).mean(0)
-            step = max(gradient.abs().max().item() for gradient in own_half) / SCHEME.steps
+            step = max(gradient.abs().max().item() for gradient in own_half) / SCHEME.num_levels
             assert (parameter.grad - exact).abs().max().item() <= step * roundings(exchange)
         assert_means(models[1], [one[1] for one in local], exchange)
         models = [mlp(), mlp()]

@@ -47,7 +47,7 @@ def norms_of(payload, scheme, count):
 
 def smallest_norm(scheme):
     """What torch's operations raise smaller norms to; see docs/wire-format.md."""
-    return (scheme.steps if scheme.spacing == "uniform" else 2) * 2.0**-126
+    return (scheme.num_levels if scheme.spacing == "uniform" else 2) * 2.0**-126
 
 
 def assert_within_a_step(values, decoded, payload, scheme):
@@ -56,7 +56,7 @@ def assert_within_a_step(values, decoded, payload, scheme):
     error = np.abs(decoded.astype(np.float64) - values.astype(np.float64))
     finite = np.isfinite(norms)
     if scheme.spacing == "uniform":
-        step = norms / scheme.steps
+        step = norms / scheme.num_levels
     else:  # between a power of two and the next, the distance is the lower one, so below the value
         step = np.maximum(norms * scheme.levels()[1], np.abs(values.astype(np.float64)))
     assert (error <= step + norms * 2.0**-22 + 2.0**-149)[finite].all()
@@ -103,7 +103,9 @@ def test_values_on_a_level_are_exact(backend, kind, bits, exponent):
     scheme = kind(bits=bits, norm="max", bucket_size=2 * 127)
     levels = np.append(-scheme.levels()[:0:-1], scheme.levels())
     if kind is QSGD:
-        levels = np.round(levels * scheme.steps)  # the norm s * 2^e makes every step of the arithmetic exact
+        levels = np.round(
+            levels * scheme.num_levels
+        )  # the norm s * 2^e makes every step of the arithmetic exact
     values = np.ldexp(np.tile(levels, 3000 // levels.size)[: 10 * scheme.bucket_size], exponent)
     values = np.concatenate([values, np.ldexp(levels, exponent)]).astype(np.float32)
     for seed in range(3):
@@ -409,7 +411,7 @@ def test_values_on_levels_stay_there_in_torch(scheme, noise, monkeypatch):
     )
     levels, rng = np.concatenate([-scheme.levels(), scheme.levels()]), np.random.default_rng(3)
     whole = dataclasses.replace(scheme, bucket_size=levels.size)
-    norms = (scheme.steps if scheme.spacing == "uniform" else 1) * rng.integers(1, 2**15, (500, 1))
+    norms = (scheme.num_levels if scheme.spacing == "uniform" else 1) * rng.integers(1, 2**15, (500, 1))
     values = (norms * levels).astype(np.float32)  # exactly
     decoded = decode(encode(values.ravel(), whole, backend="torch"), backend="torch")
     np.testing.assert_array_equal(decoded, values.ravel())

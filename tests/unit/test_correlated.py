@@ -10,7 +10,7 @@ from test_exchange import entries_of, mean_of
 
 from hvd_quant import NUQSGD, QSGD, decode, encode
 from hvd_quant.codec.noise import shift
-from hvd_quant.exchange.layout import FusedBucket
+from hvd_quant.exchange.layout import GroupLayout
 
 KINDS = [QSGD, NUQSGD]
 each_backend = pytest.mark.parametrize("backend", EACH, indirect=True)
@@ -41,7 +41,7 @@ def test_the_mean_of_equal_gradients_is_nearly_exact(backend, kind, bits, norm, 
     mean = np.mean(parts, axis=0, dtype=np.float64)
     n = np.abs(x).max() if norm == "max" else np.linalg.norm(x.astype(np.float64))
     levels = scheme.levels() * n
-    j = np.clip(np.searchsorted(levels, np.abs(x), side="right") - 1, 0, scheme.steps - 1)
+    j = np.clip(np.searchsorted(levels, np.abs(x), side="right") - 1, 0, scheme.num_levels - 1)
     step = levels[j + 1] - levels[j]
     assert (np.abs(mean - x) <= step / size + n * 2.0**-20).all()
 
@@ -83,7 +83,7 @@ def test_errors_of_similar_gradients_cancel_in_the_exchange(ranks, kind):
 
 def test_ranks_share_the_noise_of_the_first_rounding_alone():
     entries = entries_of([5000, 5000], QSGD(rounding="correlated"))
-    one, two = (FusedBucket(entries, 2, rank, seed=3) for rank in range(2))
+    one, two = (GroupLayout(entries, 2, rank, seed=3) for rank in range(2))
     uses = np.array([4, 4], np.uint64)
     for stage in ("whole", "chunk"):
         layout = one.whole if stage == "whole" else one.chunks[1]

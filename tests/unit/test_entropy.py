@@ -16,10 +16,10 @@ from test_message import noise_of
 from hvd_quant import NUQSGD, QSGD, decode, encode, wire
 from hvd_quant.codec import _native, native, torch_ops
 from hvd_quant.codec.message import MessageLayout, Segment, cut
-from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.in_process import Network
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, GroupLayout
 
 CODED = ("elias", "huffman")
 STORED, DENSE, SPARSE = range(3)
@@ -207,7 +207,7 @@ def test_elias_codes_are_within_the_theorem(kind, bits):
     # QSGD, Theorem 3.2, for each bucket of d values. Its o(1) is taken as 0, which makes the bound smaller.
     count, d = 2**16, 2**13
     scheme = QSGD(bits, "l2", d, "elias")
-    s = scheme.steps
+    s = scheme.num_levels
     bound = (3 + 1.5 * math.log2(2 * (s**2 + d) / (s * (s + math.sqrt(d))))) * s * (s + math.sqrt(d)) + 32
     payload = encode(gradient(kind, count), scheme)
     assert 8 * (payload.size - wire.HEADER_SIZE) <= bound * count / d
@@ -556,10 +556,10 @@ def test_exchange(exchange, coding):
         entries = [Entry(str(i), count, "float32", scheme) for i, count in enumerate(counts)]
         exchanges = []
         for rank in range(ranks):
-            bucket = FusedBucket(entries, ranks, rank, 0)
+            bucket = GroupLayout(entries, ranks, rank, 0)
             uses = np.zeros(len(counts), np.uint64)
-            work = Work(bucket, values[rank], uses, native)
-            exchanges.append(Exchange(work, ALGORITHMS[exchange], network.ranks[rank], how))
+            data = BucketData(bucket, values[rank], uses, native)
+            exchanges.append(Exchange(data, ALGORITHMS[exchange], network.ranks[rank], how))
         for one in exchanges:
             assert one.advance(wait=False)
         outs = [[np.empty(count, np.float32) for count in counts] for _ in range(ranks)]
@@ -568,7 +568,7 @@ def test_exchange(exchange, coding):
         for out in outs[1:]:
             assert all(same(a, b) for a, b in zip(out, outs[0], strict=True))
         results[how] = outs[0], sum(one.received_bytes for one in exchanges)
-        assert all(one.work.encoded_bytes > 0 for one in exchanges)
+        assert all(one.data.encoded_bytes > 0 for one in exchanges)
     assert all(same(a, b) for a, b in zip(results["packed"][0], results[coding][0], strict=True))
     assert results[coding][1] < results["packed"][1]
 

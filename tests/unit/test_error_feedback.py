@@ -11,10 +11,10 @@ from test_message import layout_of, noise_of
 
 from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import _native, native, torch_ops
-from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.in_process import Network
-from hvd_quant.exchange.layout import FusedBucket
+from hvd_quant.exchange.layout import GroupLayout
 
 KINDS = [QSGD, NUQSGD]
 each_backend = pytest.mark.parametrize("backend", EACH, indirect=True)
@@ -150,14 +150,14 @@ def test_over_many_steps_nothing_is_lost(ranks, kind, exchange):
     counts, scheme = [3000, 10, 2500], kind(bits=3, norm="max", rounding="nearest")
     residuals = [[np.zeros(count, np.float32) for count in counts] for _ in range(ranks)]
     topology = topology_of(ranks)
-    buckets = [FusedBucket(entries_of(counts, scheme), ranks, rank, 0, topology) for rank in range(ranks)]
+    buckets = [GroupLayout(entries_of(counts, scheme), ranks, rank, 0, topology) for rank in range(ranks)]
     brought, exact = [np.zeros(count) for count in counts], [np.zeros(count) for count in counts]
     for step in range(6):
         gradients = randn(ranks, counts, seed=step)
         network = Network(ranks)
         exchanges = [
             Exchange(
-                Work(
+                BucketData(
                     buckets[rank],
                     gradients[rank],
                     np.full(3, step, np.uint64),
@@ -214,21 +214,21 @@ def test_a_mean_that_lost_too_much_for_float32_leaves_the_residual(codec):
     residual = np.array([1.0, 3e38, -3e38], np.float32)
     lost = np.array([0.5, 1e38, np.nan], np.float32)
     arrays = (residual, lost) if codec is native else (torch.from_numpy(residual), torch.from_numpy(lost))
-    codec.add_lost(*arrays, 4)
+    codec.add_error(*arrays, 4)
     np.testing.assert_array_equal(residual, np.array([3.0, 3e38, -3e38], np.float32))
 
 
 def test_residuals_stay_finite_where_gradients_are_as_large_as_float32_has_them():
     ranks, scheme = 4, QSGD(bits=2, bucket_size=64)
     residuals = [np.zeros(256, np.float32) for _ in range(ranks)]
-    buckets = [FusedBucket(entries_of([256], scheme), ranks, rank, 0) for rank in range(ranks)]
+    buckets = [GroupLayout(entries_of([256], scheme), ranks, rank, 0) for rank in range(ranks)]
     for step in range(60):
         network, exchanges = Network(ranks), []
         for rank in range(ranks):
             values = randoms(256, seed=ranks * step + rank)
             values *= np.float32(8e37) / np.abs(values).max()
-            work = Work(buckets[rank], [values], np.array([step], np.uint64), native, [residuals[rank]])
-            exchanges.append(Exchange(work, ALGORITHMS["scatter_allgather"], network.ranks[rank], "step"))
+            data = BucketData(buckets[rank], [values], np.array([step], np.uint64), native, [residuals[rank]])
+            exchanges.append(Exchange(data, ALGORITHMS["scatter_allgather"], network.ranks[rank], "step"))
         for one in exchanges:
             one.advance(wait=False)
         for one in exchanges:

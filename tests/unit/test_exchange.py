@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from hvd_quant import NUQSGD, QSGD
 from hvd_quant.codec import native
-from hvd_quant.exchange.algorithms import ALGORITHMS, Work
+from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.in_process import Network
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 
 EXCHANGES = sorted(ALGORITHMS)
@@ -43,9 +43,9 @@ def start(network, gradients, scheme, exchange, seed=0, use=0, codec=native, top
     uses = np.full(len(counts), use, np.uint64)
     exchanges = []
     for rank, transport in enumerate(network.ranks):
-        bucket = FusedBucket(entries_of(counts, scheme), network.size, rank, seed, topology)
-        work = Work(bucket, gradients[rank], uses, codec)
-        exchanges.append(Exchange(work, ALGORITHMS[exchange], transport, "x"))
+        bucket = GroupLayout(entries_of(counts, scheme), network.size, rank, seed, topology)
+        data = BucketData(bucket, gradients[rank], uses, codec)
+        exchanges.append(Exchange(data, ALGORITHMS[exchange], transport, "x"))
     return exchanges
 
 
@@ -61,7 +61,7 @@ def finish(exchanges):
     go_on(exchanges)
     results = []
     for one in exchanges:
-        out = [np.full_like(value, np.nan) for value in one.work.values]
+        out = [np.full_like(value, np.nan) for value in one.data.values]
         assert one.ready()
         one.finish(out)
         results.append(out)
@@ -163,9 +163,9 @@ def test_variance_is_the_one_of_the_roundings(exchange):
 
     def exact_variance(values):
         norms = np.abs(values.reshape(-1, 512)).max(1, keepdims=True)
-        r = np.abs(values.reshape(-1, 512)) / norms * scheme.steps
+        r = np.abs(values.reshape(-1, 512)) / norms * scheme.num_levels
         down = np.floor(r)
-        return (((down + 1 - r) * (r - down)) * (norms / scheme.steps) ** 2).sum()
+        return (((down + 1 - r) * (r - down)) * (norms / scheme.num_levels) ** 2).sum()
 
     rounded = [one[0].astype(np.float64) for one in gradients]
     if exchange == "hierarchical":  # the hosts' means are
@@ -212,7 +212,7 @@ def test_no_two_segments_share_their_noise():
     half[::512] = 1.0
     patterns = []
     for rank, use in itertools.product(range(2), range(2)):
-        bucket = FusedBucket(entries, 2, rank, seed=3)
+        bucket = GroupLayout(entries, 2, rank, seed=3)
         for layout, stage in (
             (bucket.whole, "whole"),
             (bucket.chunks[1], "chunk"),
@@ -243,7 +243,7 @@ def test_hosts_exchange_means(hosts, each, scheme):
         assert [one.tobytes() for one in result] == [one.tobytes() for one in results[0]]
     assert_near_mean(results[0], gradients, scheme, "hierarchical")
     if scheme.coding == "packed":
-        payload = FusedBucket(entries_of(counts, scheme), ranks, 0, 0).whole.size
+        payload = GroupLayout(entries_of(counts, scheme), ranks, 0, 0).whole.size
         for host in range(hosts):
             own = range(host * each, (host + 1) * each)
             came = sum(
@@ -265,10 +265,10 @@ def test_hosts_with_correlated_rounding():
 
 
 def test_topology():
-    assert Topology([0, 0, 1, 1]).ranks_a_host == 2
-    assert Topology("abab").ranks_a_host == 2
+    assert Topology([0, 0, 1, 1]).ranks_per_host == 2
+    assert Topology("abab").ranks_per_host == 2
     for irregular in ([0, 0, 1], [0, 0], [0, 1], [0], [0, 0, 1, 1, 2]):
-        assert Topology(irregular).ranks_a_host == 1
+        assert Topology(irregular).ranks_per_host == 1
     assert Topology("abab").neighbours(2) == [0, 2]
     assert [Topology("abab").counterparts(rank) for rank in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert Topology("baab").counterparts(3) == [3, 2]
@@ -278,7 +278,7 @@ def test_topology():
 def test_received_bytes(ranks):
     counts = [200_000, 64, 131_072]
     gradients = randn(ranks, counts)
-    payload = FusedBucket(entries_of(counts, QSGD()), ranks, 0, 0).whole.size
+    payload = GroupLayout(entries_of(counts, QSGD()), ranks, 0, 0).whole.size
     for exchange, share in (("allgather", ranks - 1), ("scatter_allgather", 2 * (ranks - 1) / ranks)):
         network = Network(ranks)
         exchanges = start(network, gradients, QSGD(), exchange)
@@ -334,11 +334,11 @@ def test_damage_is_found_and_nobody_hangs(exchange, stage, damage):
     go_on(exchanges)
     if stage == "x.pass":  # which stays on the host
         for rank in (0, 2):
-            exchanges[rank].finish([np.empty_like(value) for value in exchanges[rank].work.values])
+            exchanges[rank].finish([np.empty_like(value) for value in exchanges[rank].data.values])
         exchanges = [exchanges[rank] for rank in (1, 3)]
     for one in exchanges:
         with pytest.raises(ValueError, match=r"message|payload"):
-            one.finish([np.empty_like(value) for value in one.work.values])
+            one.finish([np.empty_like(value) for value in one.data.values])
 
 
 def test_a_collective_that_cannot_begin():
@@ -365,7 +365,7 @@ def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
     """The memory still holds that one, encoded, under the right preamble."""
     ranks = 3
     gradients = randn(ranks, [5000])
-    buckets = [FusedBucket(entries_of([5000], QSGD()), ranks, rank, 0) for rank in range(ranks)]
+    buckets = [GroupLayout(entries_of([5000], QSGD()), ranks, rank, 0) for rank in range(ranks)]
     for step in range(2):
         network = Network(ranks)
         if step == 1:
@@ -380,7 +380,7 @@ def test_a_mean_that_cannot_be_computed_is_not_the_last_steps():
             network.post = spoiled_post
         exchanges = [
             Exchange(
-                Work(bucket, gradient, np.array([step], np.uint64), native),
+                BucketData(bucket, gradient, np.array([step], np.uint64), native),
                 ALGORITHMS["scatter_allgather"],
                 transport,
                 "x",
@@ -414,22 +414,24 @@ def test_ranks_that_differ_all_find_out(exchange, difference):
             entries.pop()
         values = [np.ones(entry.count, np.float32) for entry in entries]
         uses = np.zeros(len(entries), np.uint64)
-        bucket = FusedBucket(entries, ranks, rank, 0, topology_of(ranks))
-        exchanges.append(Exchange(Work(bucket, values, uses, native), ALGORITHMS[exchange], transport, "x"))
+        bucket = GroupLayout(entries, ranks, rank, 0, topology_of(ranks))
+        exchanges.append(
+            Exchange(BucketData(bucket, values, uses, native), ALGORITHMS[exchange], transport, "x")
+        )
     go_on(exchanges)
     for one in exchanges:
         with pytest.raises(ValueError, match="is not the one that was expected"):
-            one.finish([np.empty_like(value) for value in one.work.values])
+            one.finish([np.empty_like(value) for value in one.data.values])
 
 
 def test_memory_is_used_again():
-    bucket = FusedBucket(entries_of([5000], QSGD()), 1, 0, 0)
+    bucket = GroupLayout(entries_of([5000], QSGD()), 1, 0, 0)
     messages = []
     for use in range(3):
         network = Network(1)
         uses = np.array([use], np.uint64)
-        work = Work(bucket, [np.ones(5000, np.float32)], uses, native, buffers=bucket.buffers)
-        exchange = Exchange(work, ALGORITHMS["scatter_allgather"], network.ranks[0], "x")
+        data = BucketData(bucket, [np.ones(5000, np.float32)], uses, native, buffers=bucket.buffers)
+        exchange = Exchange(data, ALGORITHMS["scatter_allgather"], network.ranks[0], "x")
         exchange.finish([np.empty(5000, np.float32)])
         messages.append({name: id(buffer) for name, buffer in bucket.buffers.items()})
     assert messages[0]

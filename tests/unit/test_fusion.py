@@ -12,7 +12,7 @@ from hvd_quant import QSGD
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import ALGORITHMS, quickest
 from hvd_quant.exchange.fusion import Fusion
-from hvd_quant.exchange.layout import Entry, FusedBucket
+from hvd_quant.exchange.layout import Entry, GroupLayout
 
 
 def entry(key, count=100, **fields):
@@ -154,7 +154,7 @@ def test_chunks_hold_every_value_once_and_cut_between_buckets(counts, ranks, bit
         entry(str(i), count, scheme=QSGD(bits=bits[i], bucket_size=bucket_size))
         for i, count in enumerate(counts)
     ]
-    chunks = FusedBucket(entries, ranks, 0, 0).chunks
+    chunks = GroupLayout(entries, ranks, 0, 0).chunks
     assert len(chunks) == ranks
     seen = [np.zeros(count, int) for count in counts]
     last = (0, 0)
@@ -170,14 +170,14 @@ def test_chunks_hold_every_value_once_and_cut_between_buckets(counts, ranks, bit
 
 def test_chunks_are_of_nearly_equal_length():
     for ranks in (2, 3, 8):
-        chunks = FusedBucket([entry("a", 1_000_000), entry("b", 70_000)], ranks, 0, 0).chunks
+        chunks = GroupLayout([entry("a", 1_000_000), entry("b", 70_000)], ranks, 0, 0).chunks
         counts = [chunk.count for chunk in chunks]
         assert max(counts) - min(counts) <= 2 * 512
 
 
 def test_digests_tell_everything_apart_that_ranks_must_agree_on():
     def digest(*entries, size=2):
-        return FusedBucket(entries, size, 0, 0).digest
+        return GroupLayout(entries, size, 0, 0).digest
 
     base = digest(entry("a"), entry("b"))
     others = [
@@ -189,7 +189,7 @@ def test_digests_tell_everything_apart_that_ranks_must_agree_on():
         digest(entry("a"), entry("b"), size=3),
     ]
     assert base not in others
-    assert base == FusedBucket([entry("a"), entry("b")], 2, 1, 7).digest  # rank and seed are each rank's own
+    assert base == GroupLayout([entry("a"), entry("b")], 2, 1, 7).digest  # rank and seed are each rank's own
 
 
 # --- which exchange -------------------------------------------------------------------------------------
@@ -207,10 +207,10 @@ def test_two_ranks_take_the_allgather_and_many_do_not():
 
 def test_hosts_of_several_ranks_exchange_by_hosts():
     for hosts, each in ((2, 2), (2, 8), (4, 8)):
-        link = replace(SLOW, ranks_a_host=each)
+        link = replace(SLOW, ranks_per_host=each)
         assert quickest(link, hosts * each, 1 << 20, 2 << 20) == "hierarchical"
-    assert quickest(replace(SLOW, ranks_a_host=2), 64, 1 << 20, 2 << 20) == "scatter_allgather"
-    assert quickest(replace(SLOW, ranks_a_host=2), 4, 1000, 2000) == "allgather"
+    assert quickest(replace(SLOW, ranks_per_host=2), 64, 1 << 20, 2 << 20) == "scatter_allgather"
+    assert quickest(replace(SLOW, ranks_per_host=2), 4, 1000, 2000) == "allgather"
 
 
 @given(ranks=st.integers(1, 64), payload=st.integers(0, 2**40), count=st.integers(0, 2**40))

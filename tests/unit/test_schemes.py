@@ -63,21 +63,21 @@ def test_defaults():
 def test_levels(bits):
     scheme = QSGD(bits=bits)
     levels = scheme.levels()
-    assert scheme.steps == 2 ** (bits - 1) - 1
+    assert scheme.num_levels == 2 ** (bits - 1) - 1
     # With a sign each, and one zero, they are 2^bits - 1 codes.
     assert 2 * levels.size - 1 == 2**bits - 1
     assert levels.dtype == np.float64
     assert levels[0] == 0
     assert levels[-1] == 1
-    np.testing.assert_allclose(np.diff(levels), 1 / scheme.steps)
+    np.testing.assert_allclose(np.diff(levels), 1 / scheme.num_levels)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_levels_of_nuqsgd(bits):
     scheme = NUQSGD(bits=bits)
     levels = scheme.levels()
-    assert (levels.dtype, levels.size) == (np.float64, scheme.steps + 1)
-    assert (levels[0], levels[1], levels[-1]) == (0, 2.0 ** -(scheme.steps - 1), 1)
+    assert (levels.dtype, levels.size) == (np.float64, scheme.num_levels + 1)
+    assert (levels[0], levels[1], levels[-1]) == (0, 2.0 ** -(scheme.num_levels - 1), 1)
     assert (levels[2:] == 2 * levels[1:-1]).all()
 
 

@@ -77,7 +77,7 @@ def test_unbiased_with_the_exact_variance(backend, kind, name, bits, norm):
 
     scale = float(payload[wire.HEADER_SIZE :][:4].view(np.float32)[0])  # N
     levels = scheme.levels() * scale
-    j = np.clip(np.searchsorted(levels, np.abs(v), side="right") - 1, 0, scheme.steps - 1)
+    j = np.clip(np.searchsorted(levels, np.abs(v), side="right") - 1, 0, scheme.num_levels - 1)
     step = levels[j + 1] - levels[j]
     below = np.minimum(np.abs(v) - levels[j], step)  # (r - l_j) N
     above = step - below  # (l_j+1 - r) N
@@ -119,8 +119,8 @@ CONFIGURATIONS = [(4, 0.5), (4, 0.25), (8, 0.9), (2, 1 / 64)]  # bits, and what 
 def decisions(backend, kind, seed, bits, fraction, count=COUNT):
     """Which of ``count`` equal values are rounded up, centred and scaled to variance 1."""
     scheme = kind(bits=bits, norm="max", bucket_size=count + 1)
-    norm = scheme.steps if kind is QSGD else 1  # with it, levels are numbers that float32 can hold
-    low, high = scheme.levels()[scheme.steps // 2 :][:2] * norm
+    norm = scheme.num_levels if kind is QSGD else 1  # with it, levels are numbers that float32 can hold
+    low, high = scheme.levels()[scheme.num_levels // 2 :][:2] * norm
     values = np.full(count + 1, low + fraction * (high - low), np.float32)
     values[-1] = norm
     decoded = decode(encode(values, scheme, seed=seed, backend=backend), backend=backend)[:-1]

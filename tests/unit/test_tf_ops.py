@@ -338,7 +338,7 @@ def test_unbiased_with_the_exact_variance(kind, bits, norm):
     scale = float(message[PREAMBLE_SIZE + wire.HEADER_SIZE :][:4].view(np.float32)[0])  # N
     levels = scheme.levels() * scale
     v = v.astype(np.float64)
-    j = np.clip(np.searchsorted(levels, np.abs(v), side="right") - 1, 0, scheme.steps - 1)
+    j = np.clip(np.searchsorted(levels, np.abs(v), side="right") - 1, 0, scheme.num_levels - 1)
     step = levels[j + 1] - levels[j]
     below = np.minimum(np.abs(v) - levels[j], step)
     above = step - below
@@ -389,7 +389,7 @@ def test_correlated_rounding_makes_the_mean_of_equal_gradients_nearly_exact(kind
     for scheme, mean in zip(schemes, native_decode(messages, layout), strict=True):
         n = np.abs(x).max()
         levels = scheme.levels() * n
-        j = np.clip(np.searchsorted(levels, np.abs(x), side="right") - 1, 0, scheme.steps - 1)
+        j = np.clip(np.searchsorted(levels, np.abs(x), side="right") - 1, 0, scheme.num_levels - 1)
         assert (np.abs(mean - x) <= (levels[j + 1] - levels[j]) / size + n * 2.0**-20).all()
 
 

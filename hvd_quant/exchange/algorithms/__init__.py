@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvd_quant.exchange.algorithms.allgather import ALLGATHER
-from hvd_quant.exchange.algorithms.base import Algorithm, Codec, Encoded, Stage, Work
+from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Codec, Encoded, Stage
 from hvd_quant.exchange.algorithms.hierarchical import HIERARCHICAL
 from hvd_quant.exchange.algorithms.scatter_allgather import SCATTER_ALLGATHER
 from hvd_quant.exchange.cost import Link
@@ -12,11 +12,11 @@ __all__ = [
     "ALGORITHMS",
     "EXCHANGES",
     "Algorithm",
+    "BucketData",
     "Codec",
     "Encoded",
     "Link",
     "Stage",
-    "Work",
     "choose",
     "quickest",
 ]
@@ -25,7 +25,7 @@ ALGORITHMS: dict[str, Algorithm] = {one.name: one for one in (ALLGATHER, SCATTER
 EXCHANGES = ("auto", *ALGORITHMS)  # as users name them
 
 
-def quickest(link: Link, size: int, payload_bytes: int, count: int, *, by_hosts: bool = True) -> str:
+def quickest(link: Link, size: int, payload_bytes: int, count: int, *, hierarchical: bool = True) -> str:
     """The exchange that the model takes for the quickest: a function of its arguments alone.
 
     Args:
@@ -33,26 +33,26 @@ def quickest(link: Link, size: int, payload_bytes: int, count: int, *, by_hosts:
         size: ranks.
         payload_bytes: that a rank encodes its gradients into.
         count: values in them.
-        by_hosts: whether the exchange by hosts is to be had, if the link is of several ranks a host.
+        hierarchical: whether the exchange by hosts is to be had, if the link is of several ranks a host.
     """
-    by_hosts = by_hosts and link.ranks_a_host > 1
+    hierarchical = hierarchical and link.ranks_per_host > 1
     return min(
         (
             name
             for name, algorithm in ALGORITHMS.items()
-            if algorithm.fits(count) and (by_hosts or not algorithm.by_hosts)
+            if algorithm.fits(count) and (hierarchical or not algorithm.hierarchical)
         ),
         key=lambda name: ALGORITHMS[name].seconds(link, size, payload_bytes, count),
     )
 
 
 def choose(
-    exchange: str, link: Link, size: int, payload_bytes: int, count: int, *, by_hosts: bool = True
+    exchange: str, link: Link, size: int, payload_bytes: int, count: int, *, hierarchical: bool = True
 ) -> str:
     """The algorithm for so many values: the one that the user has named, the `quickest` for ``"auto"``.
 
     Where they are too many for the one that was named, it is another.
     """
     if exchange == "auto":
-        return quickest(link, size, payload_bytes, count, by_hosts=by_hosts)
+        return quickest(link, size, payload_bytes, count, hierarchical=hierarchical)
     return exchange if ALGORITHMS[exchange].fits(count) else "scatter_allgather"

@@ -7,27 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work
+from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage
 from hvd_quant.exchange.cost import Link
-from hvd_quant.exchange.layout import FusedBucket
+from hvd_quant.exchange.layout import GroupLayout
 from hvd_quant.exchange.transport import Buffer
 
 
-def _encode(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
+def _encode(data: BucketData, _: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
     """The message with all gradients."""
-    whole = work.bucket.whole
-    message = work.room("message", whole.size, "uint8")
-    noise = work.bucket.noise(whole, "whole", work.uses)
-    size = work.encoded_bytes = work.codec.encode_message(work.values, whole, noise, message, work.residuals)
-    return message[:size], [whole.fixed_size] * work.bucket.size
+    whole = data.bucket.whole
+    message = data.buffer("message", whole.size, "uint8")
+    noise = data.bucket.noise(whole, "whole", data.uses)
+    size = data.encoded_bytes = data.codec.encode_message(data.values, whole, noise, message, data.residuals)
+    return message[:size], [whole.fixed_size] * data.bucket.size
 
 
-def _encoded(bucket: FusedBucket, messages: Sequence[Buffer]) -> Encoded:
+def _encoded(bucket: GroupLayout, messages: Sequence[Buffer]) -> Encoded:
     return [(bucket.whole, list(messages))]
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
-    received = link.ranks_a_host * (size - link.ranks_a_host) * payload_bytes
+    received = link.ranks_per_host * (size - link.ranks_per_host) * payload_bytes
     return link.seconds(1, received, size * count)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from hvd_quant.codec.message import MessageLayout
 from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.cost import Link
-from hvd_quant.exchange.layout import FusedBucket
+from hvd_quant.exchange.layout import GroupLayout
 from hvd_quant.exchange.transport import Buffer
 
 
@@ -40,10 +40,10 @@ class Codec(Protocol):
     ) -> None:
         """Decode messages of one layout into ``factor`` times their mean."""
 
-    def add_lost(self, residual: Buffer, lost: Buffer, times: int) -> None:
+    def add_error(self, residual: Buffer, lost: Buffer, times: int) -> None:
         """Add ``times`` what a mean has lost to a residual, where the sum is finite."""
 
-    def collect(
+    def pack_float32(
         self,
         values: Sequence[Buffer],
         layout: MessageLayout,
@@ -56,7 +56,7 @@ class Codec(Protocol):
         Residuals are added, and become 0 in the buckets of quantization in which all sums are finite.
         """
 
-    def average(self, parts: Sequence[Buffer], preamble: bytes, out: Buffer) -> None:
+    def mean_float32(self, parts: Sequence[Buffer], preamble: bytes, out: Buffer) -> None:
         """Write the mean of what has been collected on several ranks, if it has this preamble."""
 
 
@@ -64,7 +64,7 @@ Encoded = list[tuple[MessageLayout, list[Buffer]]]
 
 
 @dataclass
-class Work:
+class BucketData:
     """A fused bucket to be exchanged.
 
     Args:
@@ -78,7 +78,7 @@ class Work:
         encoded_bytes: that the gradients have been encoded into; by the host's ranks together, if by hosts.
     """
 
-    bucket: FusedBucket
+    bucket: GroupLayout
     values: list[Buffer]
     uses: np.ndarray
     codec: Codec
@@ -86,7 +86,7 @@ class Work:
     buffers: dict[str, Buffer] | None = None
     encoded_bytes: int = 0
 
-    def room(self, purpose: str, count: int, dtype: str) -> Buffer:
+    def buffer(self, purpose: str, count: int, dtype: str) -> Buffer:
         """Memory on the gradients' device."""
         if self.buffers is None:
             return self.codec.empty(count, dtype, self.values[0])
@@ -112,7 +112,7 @@ class Stage:
 
     name: str
     collective: str
-    prepare: Callable[[Work, Sequence[Buffer]], tuple[Buffer, Sequence[int | None]]]
+    prepare: Callable[[BucketData, Sequence[Buffer]], tuple[Buffer, Sequence[int | None]]]
 
 
 @dataclass(frozen=True)
@@ -127,29 +127,29 @@ class Algorithm:
         seconds: what the model of `hvd_quant.exchange.cost` says that it takes, without the first encoding;
             told the link, the ranks, the bytes that a rank encodes its gradients into, and their values.
         fits: whether it can exchange so many values.
-        by_hosts: whether it is only for several hosts with equally many ranks, two or more, on each.
+        hierarchical: whether it is only for several hosts with equally many ranks, two or more, on each.
     """
 
     name: str
     stages: tuple[Stage, ...]
-    encoded: Callable[[FusedBucket, Sequence[Buffer]], Encoded]
+    encoded: Callable[[GroupLayout, Sequence[Buffer]], Encoded]
     seconds: Callable[[Link, int, int, int], float]
     fits: Callable[[int], bool] = lambda count: True
-    by_hosts: bool = False
+    hierarchical: bool = False
 
 
-def encode_mean(work: Work, mean: Buffer, chunk: MessageLayout, stage: str, ranks: int) -> Buffer:
+def encode_mean(data: BucketData, mean: Buffer, chunk: MessageLayout, stage: str, ranks: int) -> Buffer:
     """The message with a chunk's mean over so many ranks."""
     flat = chunk.flattened
-    message = work.room("mean's message", flat.size, "uint8")
-    noise = work.bucket.noise(chunk, stage, work.uses)
-    if not work.residuals:
-        return message[: work.codec.encode_message([mean], flat, noise, message)]
-    lost = work.room("mean's residual", flat.count, "float32")
+    message = data.buffer("mean's message", flat.size, "uint8")
+    noise = data.bucket.noise(chunk, stage, data.uses)
+    if not data.residuals:
+        return message[: data.codec.encode_message([mean], flat, noise, message)]
+    lost = data.buffer("mean's residual", flat.count, "float32")
     lost[:] = 0.0
-    size = work.codec.encode_message([mean], flat, noise, message, [lost])
+    size = data.codec.encode_message([mean], flat, noise, message, [lost])
     # What the mean lost is so many times as much of this rank's own gradients.
     for segment, place in zip(chunk.segments, flat.segments, strict=True):
-        residual = work.residuals[segment.tensor][segment.start : segment.start + segment.count]
-        work.codec.add_lost(residual, lost[place.start : place.start + place.count], ranks)
+        residual = data.residuals[segment.tensor][segment.start : segment.start + segment.count]
+        data.codec.add_error(residual, lost[place.start : place.start + place.count], ranks)
     return message[:size]

@@ -10,50 +10,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hvd_quant.codec.message import PREAMBLE_SIZE, cut
-from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work, encode_mean
+from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage, encode_mean
 from hvd_quant.exchange.cost import SHARED_MEMORY, Link
-from hvd_quant.exchange.layout import FusedBucket
+from hvd_quant.exchange.layout import GroupLayout
 from hvd_quant.exchange.transport import Buffer
 
 
-def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _collect(data: BucketData, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     """The values of each of the host's chunks as they are, for who averages it, and the parts' sizes."""
-    bucket = work.bucket
+    bucket = data.bucket
     sizes = [0] * bucket.size
     for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
         sizes[neighbour] = PREAMBLE_SIZE + 4 * chunk.count
-    message = work.room("values", sum(sizes), "uint8")
+    message = data.buffer("values", sum(sizes), "uint8")
     end = 0
     for number, (neighbour, chunk) in enumerate(zip(bucket.neighbours, bucket.host_chunks, strict=True)):
         part = message[end : end + sizes[neighbour]]
-        work.codec.collect(work.values, chunk, bucket.raw_preamble(number), part, work.residuals)
+        data.codec.pack_float32(data.values, chunk, bucket.raw_preamble(number), part, data.residuals)
         end += sizes[neighbour]
     return message, sizes
 
 
-def _encode_host_mean(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _encode_host_mean(data: BucketData, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     """The message with the mean of what all neighbours have sent about the own chunk of the host's."""
-    bucket = work.bucket
+    bucket = data.bucket
     number = bucket.own_host_chunk
     chunk = bucket.host_chunks[number]
-    mean = work.room("mean", chunk.count, "float32")
-    work.codec.average([parts[rank] for rank in bucket.neighbours], bucket.raw_preamble(number), mean)
-    message = encode_mean(work, mean, chunk, "host", len(bucket.neighbours))
-    work.encoded_bytes = len(message) * len(bucket.neighbours)
-    return _repeat(work, [message], bucket.counterparts)
+    mean = data.buffer("mean", chunk.count, "float32")
+    data.codec.mean_float32([parts[rank] for rank in bucket.neighbours], bucket.raw_preamble(number), mean)
+    message = encode_mean(data, mean, chunk, "host", len(bucket.neighbours))
+    data.encoded_bytes = len(message) * len(bucket.neighbours)
+    return _repeat(data, [message], bucket.counterparts)
 
 
-def _pass_on(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _pass_on(data: BucketData, parts: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     """What has come from the counterparts, for the neighbours."""
-    bucket = work.bucket
-    return _repeat(work, [parts[rank] for rank in bucket.counterparts], bucket.neighbours)
+    bucket = data.bucket
+    return _repeat(data, [parts[rank] for rank in bucket.counterparts], bucket.neighbours)
 
 
-def _repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tuple[Buffer, list[int]]:
+def _repeat(data: BucketData, messages: Sequence[Buffer], ranks: Sequence[int]) -> tuple[Buffer, list[int]]:
     """Messages end to end, once for each of some ranks, and the parts' sizes."""
     size = sum(map(len, messages))
-    sizes = [size if rank in ranks else 0 for rank in range(work.bucket.size)]
-    out = work.codec.empty(sum(sizes), "uint8", work.values[0])
+    sizes = [size if rank in ranks else 0 for rank in range(data.bucket.size)]
+    out = data.codec.empty(sum(sizes), "uint8", data.values[0])
     end = 0
     for message in list(messages) * len(ranks):
         out[end : end + len(message)] = message
@@ -61,7 +61,7 @@ def _repeat(work: Work, messages: Sequence[Buffer], ranks: Sequence[int]) -> tup
     return out, sizes
 
 
-def _encoded(bucket: FusedBucket, parts: Sequence[Buffer]) -> Encoded:
+def _encoded(bucket: GroupLayout, parts: Sequence[Buffer]) -> Encoded:
     """What the neighbours have passed on: for each of the host's chunks, the messages of all hosts."""
     return [
         (chunk, cut(parts[neighbour], [chunk.fixed_size] * len(bucket.counterparts)))
@@ -70,7 +70,7 @@ def _encoded(bucket: FusedBucket, parts: Sequence[Buffer]) -> Encoded:
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
-    here = link.ranks_a_host
+    here = link.ranks_per_host
     hosts = size / here
     local = (1 - 1 / here) * (4 * count + hosts * payload_bytes)
     exchanged = link.seconds(3, (hosts - 1) * payload_bytes, (hosts + 1 / here) * count)
@@ -92,5 +92,5 @@ HIERARCHICAL = Algorithm(
     _encoded,
     _seconds,
     _fits,
-    by_hosts=True,
+    hierarchical=True,
 )

@@ -11,9 +11,9 @@ import numpy as np
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout
-from hvd_quant.exchange.algorithms.base import Algorithm, Encoded, Stage, Work
+from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage
 from hvd_quant.exchange.cost import Link
-from hvd_quant.exchange.layout import FusedBucket, digest
+from hvd_quant.exchange.layout import GroupLayout, digest
 from hvd_quant.exchange.transport import Buffer
 
 
@@ -21,8 +21,8 @@ class Float32Codec:
     """Reads and writes messages of float32 values behind a layout's preamble: NumPy arrays."""
 
     empty = staticmethod(native.empty)
-    collect = staticmethod(native.collect)
-    average = staticmethod(native.average)
+    pack_float32 = staticmethod(native.pack_float32)
+    mean_float32 = staticmethod(native.mean_float32)
 
     @staticmethod
     def decode_messages(
@@ -31,7 +31,7 @@ class Float32Codec:
         """See `hvd_quant.exchange.algorithms.base.Codec`; of one message."""
         (message,) = messages
         values = np.empty(layout.count, np.float32)
-        native.average([message], layout.preamble, values)
+        native.mean_float32([message], layout.preamble, values)
         values *= np.float32(factor)
         end = 0
         for segment in layout.segments:
@@ -55,39 +55,39 @@ def _write(values: np.ndarray, out: np.ndarray, dtype: str) -> None:
 CODEC = Float32Codec()
 
 
-def _collect(work: Work, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
+def _collect(data: BucketData, _: Sequence[Buffer]) -> tuple[Buffer, list[int]]:
     """The values of each chunk, for who averages it, and the parts' sizes."""
-    bucket = work.bucket
+    bucket = data.bucket
     sizes = [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
-    message = work.room("values", sum(sizes), "uint8")
+    message = data.buffer("values", sum(sizes), "uint8")
     end = 0
     for number, (chunk, size) in enumerate(zip(bucket.chunks, sizes, strict=True)):
-        work.codec.collect(work.values, chunk, _preamble(bucket, number), message[end : end + size], ())
+        data.codec.pack_float32(data.values, chunk, _preamble(bucket, number), message[end : end + size], ())
         end += size
-    work.encoded_bytes = end
+    data.encoded_bytes = end
     return message, sizes
 
 
-def _average(work: Work, parts: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
+def _average(data: BucketData, parts: Sequence[Buffer]) -> tuple[Buffer, list[int | None]]:
     """The mean of the own chunk."""
-    bucket = work.bucket
+    bucket = data.bucket
     chunk = bucket.chunks[bucket.rank]
-    message = work.room("mean", PREAMBLE_SIZE + 4 * chunk.count, "uint8")
-    work.codec.average(parts, _preamble(bucket, bucket.rank), message[PREAMBLE_SIZE:].view(np.float32))
+    message = data.buffer("mean", PREAMBLE_SIZE + 4 * chunk.count, "uint8")
+    data.codec.mean_float32(parts, _preamble(bucket, bucket.rank), message[PREAMBLE_SIZE:].view(np.float32))
     message[:PREAMBLE_SIZE] = np.frombuffer(chunk.preamble, np.uint8)
     return message, [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
 
 
-def _preamble(bucket: FusedBucket, chunk: int) -> bytes:
+def _preamble(bucket: GroupLayout, chunk: int) -> bytes:
     return digest(bucket.digest.hex(), "uncompressed", chunk)
 
 
-def _encoded(bucket: FusedBucket, messages: Sequence[Buffer]) -> Encoded:
+def _encoded(bucket: GroupLayout, messages: Sequence[Buffer]) -> Encoded:
     return [(chunk, [message]) for chunk, message in zip(bucket.chunks, messages, strict=True)]
 
 
 def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
-    return link.seconds(2, 2 * link.ranks_a_host * (size - link.ranks_a_host) / size * 4 * count, 0)
+    return link.seconds(2, 2 * link.ranks_per_host * (size - link.ranks_per_host) / size * 4 * count, 0)
 
 
 UNCOMPRESSED = Algorithm(
