@@ -37,7 +37,7 @@ from hvd_quant.codec import native
 from hvd_quant.reducer import control
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import Steps
+from hvd_quant.tensorflow.steps import GradientSpec, Ranks, Steps
 
 BITS = 4
 NATIVE = "native codec, to memory that is kept"
@@ -73,14 +73,10 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
         Progress(TrainingState(scheme, 0)),
         "0",
         "gradient",
-        ["float32"],
-        [x.dtype],
-        [x.shape],
+        [GradientSpec("0.0", "float32", x.shape, scheme)],
         "allgather",
-        rank=0,
-        size=1,
-        seed=0,
-        fingerprint=fingerprint,
+        Ranks(rank=0, size=1, seed=0),
+        fingerprint,
     )
 
     def direct() -> list[np.ndarray]:

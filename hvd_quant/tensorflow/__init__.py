@@ -30,9 +30,11 @@ from hvd_quant.tensorflow.compressor import (
     QSGDCompressor,
     QuantizedCompressor,
 )
+from hvd_quant.tensorflow.tape import DistributedGradientTape
 
 __all__ = [
     "DQSGDCompressor",
+    "DistributedGradientTape",
     "NUQSGDCompressor",
     "QSGDCompressor",
     "QuantizedCompressor",

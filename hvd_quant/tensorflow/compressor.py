@@ -9,18 +9,16 @@ compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, tr
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.compression import Compressor
-from tensorflow.python.framework.func_graph import FuncGraph
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
 from hvd_quant.horovod import CompressorMethod, HorovodCompressor
@@ -32,55 +30,14 @@ from hvd_quant.reducer.routing import Routing
 from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.tensorflow import device, refusals
+from hvd_quant.tensorflow.graph_exchange import GraphExchange, variable
+from hvd_quant.tensorflow.names import GradientNames
 from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.stall import check
-from hvd_quant.tensorflow.steps import Steps, call, once_reduced, sizes_type
+from hvd_quant.tensorflow.steps import DTYPES, call
+from hvd_quant.tensorflow.traces import Member, Traces
 
-DTYPES = {
-    tf.float32: "float32",
-    tf.float64: "float64",
-    tf.float16: "float16",
-    tf.bfloat16: "bfloat16",
-}
-_SMALL = tf.float64  # what small gradients travel as: Horovod's groups are of one type, the control tensors'
-
-
-@dataclass(eq=False)
-class Group:
-    """Gradients that travel together.
-
-    Args:
-        name: its first gradient's place in the function that is traced.
-    """
-
-    name: str
-    tensors: list[tf.Tensor] = field(default_factory=list)
-    fingerprints: list[int] = field(default_factory=list)
-    steps: Steps | None = None  # once the exchange is laid out
-    results: list[tf.Tensor] = field(default_factory=list)
-    first: tf.Tensor | None = None  # the first control tensor to come back
-
-
-@dataclass(eq=False)
-class Trace:
-    """A function that is traced; or what is called eagerly."""
-
-    places: int = 0  # of gradients, taken so far
-    named: int = 0  # tensors that Horovod has been given to reduce, whatever they are
-    groups: dict[int, Group] = field(default_factory=dict)  # open ones, by the identity of their graph
-    # Of small gradients, as they are and as they are sent. Counted whenever the last group is sent.
-    passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    last: Steps | None = None
-
-
-@dataclass(eq=False)
-class Member:
-    """What ``compress`` hands to ``decompress``: a place in a group, or what a small gradient was."""
-
-    group: Group | None
-    index: int
-    dtype: tf.DType
-    shape: tf.TensorShape
+_MANY = 10  # compressors alive: more than models are trained in one process
 
 
 class QuantizedCompressor(HorovodCompressor, Compressor):
@@ -102,6 +59,12 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             next one (Karimireddy et al., ICML 2019). It takes a float32 a value of memory.
         fusion_bytes: how many bytes of gradients `hvd_quant.tensorflow.keras.DistributedOptimizer` has travel
             together. Horovod's own functions have ``groups=`` for that.
+        overrides: which gradients are quantized otherwise, or not at all: a mapping of shell patterns on
+            their variables' names to schemes or None, such as ``{"*/bias": None, "embed*": QSGD(bits=8)}``,
+            or the path of a YAML or TOML file with one; see `hvd_quant.reducer.overrides.Overrides`. The
+            first pattern that matches holds. ``min_numel`` holds for all. It needs the variables' names:
+            `hvd_quant.tensorflow.DistributedGradientTape` and
+            `hvd_quant.tensorflow.keras.DistributedOptimizer` tell them by themselves.
         process_set: the ranks that take part; give Horovod's function the same.
         seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
             ``rounding="correlated"`` all ranks need the same one.
@@ -118,19 +81,21 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         exchange: str = "auto",
         error_feedback: bool = False,
         fusion_bytes: int = FUSION_BYTES,
+        overrides: Mapping[str, Scheme | None] | str | os.PathLike | None = None,
         process_set: hvd.ProcessSet = hvd.global_process_set,
         seed: int = 0,
     ) -> None:
-        options = Options(scheme, None, min_numel, exchange, error_feedback, fusion_bytes, seed)
+        options = Options(scheme, overrides, min_numel, exchange, error_feedback, fusion_bytes, seed)
         super().__init__(options, process_set)
         self._state = TrainingState(scheme, options.seed, Residuals() if error_feedback else None)
         self._progress = Progress(self._state)
         check.watch(self._progress)
         self._router: Routing | None = None  # until all ranks have told where they are
-        self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
-        self._eager = Trace()
+        self._traces = Traces(self._progress, self._number)
+        self._exchange = GraphExchange(options, process_set, self._progress, self._number)
+        self._names = GradientNames(options)
         self._zero: tf.Variable | None = None  # until there is a gradient: the user may set up devices
-        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
+        _warn_of_many()
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
@@ -149,41 +114,35 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             RankMismatchError: the ranks are configured differently.
             RuntimeError: Horovod is not initialised; or TensorFlow is in the manner of TensorFlow 1, or
                 compiles this function by XLA; or error feedback or DQ-SGD is used outside of a function.
+            ValueError: there are ``overrides``, and nobody has told the gradient's name.
         """
+        told = self._names.of(tensor)  # as it was handed over: what is made of it is another tensor
         tensor = tf.convert_to_tensor(tensor)
         if tensor.dtype in DTYPES:
             self._check_place()
         self._begin()  # whatever the dtype is, which may differ: all ranks submit the same number
-        trace, graph = self._trace()
+        trace, graph = self._traces.at_hand()
         if tensor.dtype not in DTYPES:
-            return self._named(trace, tensor), None
+            return self._traces.named(trace, tensor), None
         count = tensor.shape.num_elements()
-        if count == 0 or (count is not None and count < self.options.min_numel):
-            self._count_small(trace, count * tensor.dtype.size, count * _SMALL.size)
-            small = tf.cast(tensor, _SMALL)
-            if tensor.shape == (control.SIZE,):
-                # Not to be taken for a control tensor, which other ranks may have in its place.
-                small = tf.reshape(small, control.OTHER_SHAPE)
-            return self._named(trace, small), Member(None, 0, tensor.dtype, tensor.shape)
-
-        group = trace.groups.get(graph)
-        if group is None:
-            group = trace.groups[graph] = Group(f"{trace.places}")
-        if trace is not self._eager:
-            trace.places += 1
+        scheme = self._names.scheme(told, count)
+        if scheme is None:
+            alone = told is not None and not told.grouped and not self._names.is_small(count)
+            return self._traces.passed(trace, tensor, alone)
+        group = trace.open_group(graph)
         index = len(group.tensors)
-        fingerprint = control.fingerprint(
-            {
-                **self._config(self._router),
-                "name": f"{group.name}.{index}",
-                "shape": str(tensor.shape),
-                "dtype": DTYPES[tensor.dtype],
-            }
-        )
-        group.tensors.append(tensor)
-        group.fingerprints.append(fingerprint)
+        description = {
+            **self._config(self._router),
+            "name": f"{group.name}.{index}",
+            "shape": str(tensor.shape),
+            "dtype": DTYPES[tensor.dtype],
+        }
+        if scheme != self.options.scheme:
+            description["override"] = str(scheme)
+        fingerprint = control.fingerprint(description)
+        group.add(tensor, scheme, fingerprint)
         control_tensor = self._control(tensor, fingerprint)
-        return self._named(trace, control_tensor), Member(group, index, tensor.dtype, tensor.shape)
+        return self._traces.named(trace, control_tensor), Member(group, index, tensor.dtype, tensor.shape)
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
@@ -205,12 +164,12 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             return tensor
         group = ctx.group
         if group is None:
-            return tf.reshape(tf.cast(tensor, ctx.dtype), ctx.shape)
+            restored = tf.cast(tensor, ctx.dtype)
+            return tf.reshape(restored, ctx.shape) if ctx.shape.is_fully_defined() else restored
         if group.first is None:
-            trace, graph = self._trace()
-            if trace.groups.get(graph) is group:
-                del trace.groups[graph]
-            self._exchange(group, trace, tensor)
+            trace, graph = self._traces.at_hand()
+            trace.close_group(group, graph)
+            self._exchange.lay_out(group, trace, tensor, self._router)
             group.first = tensor
             return group.results[ctx.index]
         steps, fingerprint = group.steps, group.fingerprints[ctx.index]
@@ -229,6 +188,33 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     # --- what users call --------------------------------------------------------------------------------
 
+    def name_gradients(self, gradients: Iterable[tuple[str, Any]], *, grouped: bool = False) -> None:
+        """Tell which variables the gradients are of that Horovod will be handed, for ``overrides``.
+
+        To be called once for all gradients of a step, with the same tensors that Horovod's function gets, in
+        the same traced function. The first call warns of patterns that hold for none of its names.
+
+        Args:
+            gradients: names, each with a tensor of any shape and dtype. What is none (None, or a sparse
+                gradient, which travels uncompressed) counts as a name alone.
+            grouped: whether ``hvd.grouped_allreduce`` reduces them. Horovod's groups are of one dtype, and
+                a gradient with None for an override travels as float64 there; by itself, in its own dtype.
+
+        Raises:
+            TypeError: something is no name.
+            ValueError: a tensor is given under two names.
+        """
+        self._names.tell(gradients, grouped)
+
+    def is_left_out(self, name: str, count: int | None) -> bool:
+        """Whether a gradient travels uncompressed by an override, and not because it is small.
+
+        Args:
+            name: of its variable.
+            count: of its values; None if it is not known.
+        """
+        return self._names.is_left_out(name, count)
+
     def stats(self) -> dict[str, Any]:
         """What this rank has contributed so far.
 
@@ -241,7 +227,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             compressor was made.
         """
         with self._progress.lock:
-            self._note_uses()
+            self._exchange.note_uses()
             return self._state.stats(in_step=self._progress.in_step)
 
     def reset(self) -> None:
@@ -250,7 +236,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         To be called on every rank, before training goes on after an exception.
         """
         self._progress.forget_step()
-        self._eager = Trace()
+        self._traces.forget_eager()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
@@ -263,7 +249,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             if progress.in_flight:
                 raise RuntimeError("take a compressor's state between steps: gradients are on their way")
             progress.end_step()
-            self._note_uses()
+            self._exchange.note_uses()
             return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -287,25 +273,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     # --- layout -----------------------------------------------------------------------------------------
 
-    def _trace(self) -> tuple[Trace, int]:
-        """What is traced, and the identity of the graph at hand, which may be a branch in that."""
-        if tf.executing_eagerly():
-            return self._eager, 0
-        graph = root = tf.compat.v1.get_default_graph()
-        while isinstance(root.outer_graph, FuncGraph):
-            root = root.outer_graph
-        if root not in self._traces:
-            self._traces[root] = Trace()
-        return self._traces[root], id(graph)
-
-    def _count_small(self, trace: Trace, raw_bytes: int, sent_bytes: int) -> None:
-        """Note a gradient that is left to Horovod: now, or in every step of what is traced."""
-        if trace is self._eager:
-            self._progress.count(raw_bytes, sent_bytes)
-        else:
-            trace.passed_bytes[0] += raw_bytes
-            trace.passed_bytes[1] += sent_bytes
-
     def _check_place(self) -> None:
         if not tf.executing_eagerly():
             refusals.refuse_xla()
@@ -314,18 +281,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
                 "them within a tf.function"
             )
-
-    def _named(self, trace: Trace, tensor: tf.Tensor) -> tf.Tensor:
-        """What Horovod is to reduce, with a name of our own, by which it finds the other ranks'.
-
-        Those of operations have numbers, and a rank that traces something more than others would have other
-        ones. The name does not depend on what the tensor is, so that Horovod finds out if that differs. Of
-        what is called eagerly it takes no tensor's name.
-        """
-        if trace is self._eager:
-            return tensor
-        trace.named += 1
-        return tf.identity(tensor, f"hvd_quant_{self._number}_reduced_{trace.named - 1}")
 
     def _control(self, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
         """The control tensor of a gradient."""
@@ -340,83 +295,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
             control_tensor = tf.concat([control_tensor[: control.SQUARE], [square]], 0)
         return control_tensor
-
-    def _exchange(self, group: Group, trace: Trace, reduced: tf.Tensor) -> None:
-        """Lay out a group's exchange: Horovod's collectives, and the steps between them."""
-        tensors = group.tensors
-        group.steps = steps = Steps(
-            self._progress,
-            group.name,
-            f"hvd_quant_{self._number}_{group.name}",
-            [DTYPES[tensor.dtype] for tensor in tensors],
-            [np.dtype(tensor.dtype.as_numpy_dtype) for tensor in tensors],
-            [tuple(tensor.shape) if tensor.shape.is_fully_defined() else None for tensor in tensors],
-            self._algorithm(tensors),
-            self.process_set.rank() if self.process_set.included() else 0,
-            self.process_set.size() if self.process_set.included() else 1,
-            (self.seed, self.process_set.ranks),
-            group.fingerprints[0],
-            self._router.topology,
-            trace.passed_bytes,
-        )
-        if trace.last is not None:
-            trace.last.passed_bytes = [0, 0]
-        trace.last = steps if trace is not self._eager else None
-        with tf.device("/CPU:0"):
-            use = tf.identity(self._counter(group.name).assign_add(1)) - 1
-        if device.has_gpu() and device.can_exchange(steps):
-            results = device.exchange(steps, tensors, use, reduced, self.process_set)
-        else:
-            results = self._exchange_by_host(steps, tensors, use, reduced)
-        group.results = [
-            tf.ensure_shape(result, tensor.shape) for result, tensor in zip(results, tensors, strict=True)
-        ]
-        group.tensors = []  # eager ones need not wait for the garbage collector
-
-    def _exchange_by_host(
-        self, steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
-    ) -> list[tf.Tensor]:
-        """Lay out a group's exchange, with the native codec between Horovod's collectives."""
-        with tf.device("/CPU:0"):
-            shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
-            first = sizes_type(steps.stages[0])
-            message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, first, tf.int32])
-            received = message = once_reduced(message, reduced)
-            for number, stage in enumerate(steps.stages):
-                if number > 0:
-                    inputs = [received, sizes, use, bits, *shapes]
-                    message, sizes = call(partial(steps.relay, number), inputs, [tf.uint8, sizes_type(stage)])
-                message = steps.named(tf.ensure_shape(message, [None]), stage.name)
-                sizes = tf.ensure_shape(sizes, [steps.size])
-                if stage.collective == "alltoall":
-                    received, sizes = hvd.alltoall(message, splits=sizes, process_set=self.process_set)
-                else:
-                    received = hvd.allgather(message, process_set=self.process_set)
-            return call(
-                steps.receive, [received, sizes, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
-            )
-
-    def _algorithm(self, tensors: list[tf.Tensor]) -> str:
-        """The exchange's name: a function of what all ranks know when they trace, whenever they do."""
-        counts = [tensor.shape.num_elements() for tensor in tensors]
-        if None in counts or self._router.topology is None:
-            return self.options.exchange if self.options.exchange != "auto" else "allgather"
-        scheme = self.options.scheme
-        scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
-        nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
-        # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
-        return self._router.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
-
-    def _counter(self, name: str) -> tf.Variable:
-        """How often a group has come. A variable, because a number would be the traced one for ever."""
-        if name not in self._uses:
-            self._uses[name] = _variable(self._state.uses[name], tf.int64, "hvd_quant_uses")
-        return self._uses[name]
-
-    def _note_uses(self) -> None:
-        """Have the state know how often each group has come by now."""
-        for name, uses in self._uses.items():
-            self._state.uses[name] = int(uses.numpy())
 
     # --- agreement between ranks ------------------------------------------------------------------------
 
@@ -433,7 +311,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             )
         host = self._host(hvd, hvd.is_homogeneous())
         routing = self._routing(hvd)
-        self._zero = _variable(0.0, tf.float64, "hvd_quant_zero")
+        self._zero = variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope(), self._progress.waiting("the other ranks' first gradients"):
                 told = hvd.allgather_object(
@@ -454,11 +332,19 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         }
 
 
-def _variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
-    """A scalar of our own, which may be made while a function is traced."""
-    # Of this class itself: of tf.Variable, tf.function allows none after its first call.
-    with tf.init_scope(), tf.device("/CPU:0"):
-        return ResourceVariable(value, trainable=False, dtype=dtype, name=name)
+def _warn_of_many() -> None:
+    """Warn, once a process, where a compressor seems to be made in every step."""
+    # Those that Horovod's caches or graphs hold count, and no others: the stall check keeps none alive.
+    if len(check.watched) >= _MANY and not _warned:
+        _warned.append(True)
+        warnings.warn(
+            f"{len(check.watched)} compressors are in memory by now: make a compressor once, outside of the "
+            "step. One in every step is traced and kept by Horovod and TensorFlow, and memory piles up",
+            stacklevel=4,
+        )
+
+
+_warned: list[bool] = []
 
 
 class QSGDCompressor(QuantizedCompressor, scheme=QSGD):

@@ -29,7 +29,7 @@ def can_exchange(steps: Steps) -> bool:
     return (
         None not in steps.shapes
         and progress.state.schedule is None
-        and progress.scheme_at(0).coding == "packed"
+        and all(one.scheme.coding == "packed" for one in steps.gradients)
         and progress.state.residuals is None
         and steps.algorithm != "hierarchical"
     )
@@ -54,9 +54,9 @@ def exchange(
     if steps.algorithm == "allgather":
         message = once_reduced(_encode(tensors, bucket, bucket.whole, "whole", use), reduced)
         received = _gather(steps, message, reduced, process_set)
-        messages = _cut(steps, received, [bucket.whole.size] * steps.size)
+        messages = _cut(steps, received, [bucket.whole.size] * steps.ranks.size)
         dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received, bucket)
-        ranks = range(steps.size)
+        ranks = range(steps.ranks.size)
         return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor, ranks)
 
     sizes = [chunk.size for chunk in bucket.chunks]

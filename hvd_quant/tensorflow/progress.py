@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hvd_quant.reducer.state import TrainingState
-from hvd_quant.schemes import DQSGD, Scheme
 from hvd_quant.tensorflow.memory import Memory
 
 
@@ -29,11 +28,6 @@ class Progress:
         self.in_flight: dict[str, int] = {}
         self._sent = itertools.count()
         self._seen: set[str] = set()  # groups that have come in this step
-
-    def scheme_at(self, bits: int) -> Scheme:
-        """The scheme with so many bits; any number where there is no schedule."""
-        scheme = self.state.scheme
-        return scheme.at(bits) if isinstance(scheme, DQSGD) else scheme
 
     def send(self, group: str) -> int:
         """Note that a group is sent; returns the bits of its step, 0 where there is no schedule.

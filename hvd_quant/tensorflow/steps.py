@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,67 @@ from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.reducer import control
 from hvd_quant.reducer.mismatch import RankMismatchError
+from hvd_quant.schemes import DQSGD, Scheme
 from hvd_quant.tensorflow.progress import Progress
 
 _BUCKETS_KEPT = 16  # of a group whose shapes or bits change
 
 Shape = tuple[int, ...]
+
+
+# What is quantized, as `hvd_quant.codec.message.DTYPES` calls it.
+DTYPES = {
+    tf.float32: "float32",
+    tf.float64: "float64",
+    tf.float16: "float16",
+    tf.bfloat16: "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class GradientSpec:
+    """What is known of a gradient when its exchange is laid out.
+
+    Args:
+        key: what it is called on every rank.
+        dtype: one of the values of `DTYPES`.
+        shape: None if it is known only when the gradient comes.
+        scheme: how it is quantized.
+    """
+
+    key: str
+    dtype: str
+    shape: Shape | None
+    scheme: Scheme | DQSGD
+
+    @cached_property
+    def kind(self) -> np.dtype:
+        """The result's type, as NumPy knows it."""
+        return np.dtype(tf.as_dtype(self.dtype).as_numpy_dtype)
+
+    def entry(self, shape: Shape, bits: int) -> Entry:
+        """It as a part of a fused bucket, in a step with so many bits."""
+        scheme = self.scheme.at(bits) if isinstance(self.scheme, DQSGD) else self.scheme
+        return Entry(self.key, int(np.prod(shape)), self.dtype, scheme)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {self.shape if self.shape is not None else 'unknown'}"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who exchanges gradients.
+
+    Args:
+        rank, size: of the process set.
+        seed: of the noise; anything that JSON can hold.
+        topology: where the ranks are.
+    """
+
+    rank: int
+    size: int
+    seed: object
+    topology: Topology | None = None
 
 
 @dataclass
@@ -36,14 +93,10 @@ class Steps:
         progress: the compressor's.
         name: of the group, the same on all ranks.
         title: what its messages are called in a graph.
-        dtypes: of the gradients, as `hvd_quant.codec.message.DTYPES` calls them.
-        types: of the results, as NumPy knows them.
-        shapes: of the gradients; None for those known only when they come.
+        gradients: that it holds.
         algorithm: the exchange's name.
-        rank, size: of the process set.
-        seed: of the noise; anything that JSON can hold.
+        ranks: that take part.
         fingerprint: of the first gradient's control tensor.
-        topology: where the ranks are.
         passed_bytes: of gradients that Horovod reduces uncompressed in the same step, as they are and as
             they are sent.
     """
@@ -51,22 +104,27 @@ class Steps:
     progress: Progress
     name: str
     title: str
-    dtypes: Sequence[str]
-    types: Sequence[np.dtype]
-    shapes: Sequence[Shape | None]
+    gradients: Sequence[GradientSpec]
     algorithm: str
-    rank: int
-    size: int
-    seed: object
+    ranks: Ranks
     fingerprint: int
-    topology: Topology | None = None
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
+    _buckets: dict[tuple, GroupLayout] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self.keys = [f"{self.name}.{i}" for i in range(len(self.dtypes))]
-        self._buckets: dict[tuple, GroupLayout] = {}
-        self._algorithm = ALGORITHMS[self.algorithm]
-        self.stages = self._algorithm.stages
+    @cached_property
+    def keys(self) -> list[str]:
+        """What the gradients are called."""
+        return [gradient.key for gradient in self.gradients]
+
+    @cached_property
+    def shapes(self) -> list[Shape | None]:
+        """Of the gradients; None for those known only when they come."""
+        return [gradient.shape for gradient in self.gradients]
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """Of the exchange."""
+        return ALGORITHMS[self.algorithm].stages
 
     def named(self, message: tf.Tensor, stage: str) -> tf.Tensor:
         """A message with a name, by which Horovod finds the other ranks'.
@@ -126,7 +184,7 @@ class Steps:
         try:
             return self._prepared(self.stages[number], data, parts)
         except ValueError:
-            return received[:0], np.zeros(self.size, sizes_type(self.stages[number]))
+            return received[:0], np.zeros(self.ranks.size, sizes_type(self.stages[number]))
 
     def _prepared(self, stage: Stage, data: BucketData, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
         """A stage's message and sizes, -1 for None."""
@@ -141,7 +199,7 @@ class Steps:
             parts = in_rank_order([received[end - size : end] for end, size in zip(ends, sizes, strict=True)])
         else:
             parts = cut(received, [None if size < 0 else size for size in sizes.tolist()])
-        received_bytes = sum(part.size for rank, part in enumerate(parts) if rank != self.rank)
+        received_bytes = sum(part.size for rank, part in enumerate(parts) if rank != self.ranks.rank)
         self.progress.count(received_bytes=received_bytes)
         return parts
 
@@ -173,17 +231,19 @@ class Steps:
         bucket = self.bucket(all_shapes, int(bits))
         factor = self.check(reduced, self.fingerprint)
         results = [
-            self.progress.memory.empty(key, int(np.prod(shape)), np.dtype(_memory(kind))).reshape(shape)
-            for key, shape, kind in zip(self.keys, all_shapes, self.types, strict=True)
+            self.progress.memory.empty(one.key, int(np.prod(shape)), np.dtype(_memory(one.kind))).reshape(
+                shape
+            )
+            for one, shape in zip(self.gradients, all_shapes, strict=True)
         ]
-        encoded = self._algorithm.encoded(bucket, self._parts(self.stages[-1], received, sizes))
+        encoded = ALGORITHMS[self.algorithm].encoded(bucket, self._parts(self.stages[-1], received, sizes))
         try:
             for layout, messages in encoded:
                 native.decode_messages(messages, layout, results, factor)
         except ValueError as error:
             raise RankMismatchError(self._explain(bucket, encoded)) from error
         self.progress.receive(self.name)
-        return [result.view(kind) for result, kind in zip(results, self.types, strict=True)]
+        return [result.view(one.kind) for result, one in zip(results, self.gradients, strict=True)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Note a step whose bytes are known beforehand, and were not counted by the others."""
@@ -193,7 +253,7 @@ class Steps:
     def _count_sent(self, raw_bytes: int, encoded_bytes: int) -> None:
         """Note what a step sends, with what Horovod reduces beside it."""
         raw, sent = self.passed_bytes
-        encoded_bytes += control.NBYTES * len(self.keys)
+        encoded_bytes += control.NBYTES * len(self.gradients)
         self.progress.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
 
     def check(self, reduced: np.ndarray, fingerprint: int) -> float:
@@ -203,7 +263,7 @@ class Steps:
             RankMismatchError, UnsupportedReductionError: as `receive`.
         """
         try:
-            factor = control.check(reduced[: control.SQUARE].tolist(), fingerprint, self.size)
+            factor = control.check(reduced[: control.SQUARE].tolist(), fingerprint, self.ranks.size)
         except control.FingerprintMismatch:
             raise RankMismatchError(
                 f"the ranks have different gradients at place {self.name}: on this rank {self._what()}. "
@@ -217,21 +277,18 @@ class Steps:
         self, bucket: GroupLayout, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
     ) -> BucketData:
         # Fresh memory, because TensorFlow keeps what it is given.
-        return BucketData(bucket, values, np.full(len(self.keys), use, np.uint64), native, residuals)
+        return BucketData(bucket, values, np.full(len(self.gradients), use, np.uint64), native, residuals)
 
     def bucket(self, shapes: Sequence[Shape], bits: int) -> GroupLayout:
         """The fused bucket of gradients of these shapes, in a step with so many bits."""
         key = (tuple(shapes), bits)
         bucket = self._buckets.get(key)
         if bucket is None:
-            scheme = self.progress.scheme_at(bits)
-            entries = [
-                Entry(name, int(np.prod(shape)), dtype, scheme)
-                for name, shape, dtype in zip(self.keys, shapes, self.dtypes, strict=True)
-            ]
+            entries = [one.entry(shape, bits) for one, shape in zip(self.gradients, shapes, strict=True)]
             if len(self._buckets) >= _BUCKETS_KEPT:
                 self._buckets.clear()
-            bucket = GroupLayout(entries, self.size, self.rank, self.seed, self.topology)
+            ranks = self.ranks
+            bucket = GroupLayout(entries, ranks.size, ranks.rank, ranks.seed, ranks.topology)
             self._buckets[key] = bucket
         return bucket
 
@@ -240,10 +297,7 @@ class Steps:
         return [shape if shape is not None else tuple(next(rest).tolist()) for shape in self.shapes]
 
     def _what(self) -> str:
-        return ", ".join(
-            f"{dtype} of shape {shape if shape is not None else 'unknown'}"
-            for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
-        )
+        return ", ".join(map(str, self.gradients))
 
     def _explain(self, bucket: GroupLayout, encoded: Encoded) -> str:
         messages = [(layout, message) for layout, messages in encoded for message in messages]
@@ -253,8 +307,9 @@ class Steps:
             for rank, (layout, message) in enumerate(messages)
             if gathered and message[:PREAMBLE_SIZE].tobytes() != layout.preamble
         ]
-        who = f"rank {', '.join(others)} has" if 0 < len(others) < self.size else "some rank has"
-        return f"{self.mismatch(who)} Here {bucket.entries[0].scheme} holds."
+        who = f"rank {', '.join(others)} has" if 0 < len(others) < self.ranks.size else "some rank has"
+        schemes = " and ".join(dict.fromkeys(str(entry.scheme) for entry in bucket.entries))
+        return f"{self.mismatch(who)} Here {schemes} holds."
 
     def mismatch(self, who: str) -> str:
         """What to say when others have sent something else."""

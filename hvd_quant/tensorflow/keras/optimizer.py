@@ -46,7 +46,8 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         name: for it.
         device_dense: where gradients are reduced; by default where Horovod has it.
         device_sparse: where sparse ones are.
-        compression: one of our compressors, or Horovod's ``Compression``.
+        compression: one of our compressors, or Horovod's ``Compression``. The names that ``overrides`` go by
+            are the variables' paths, such as ``"sequential/dense/kernel"``.
         sparse_as_dense: make sparse gradients dense, and have them quantized.
         gradient_predivide_factor: divide by it before the sum, and multiply by it after that.
         op: ``hvd.Average`` or ``hvd.Sum``.
@@ -68,6 +69,11 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     refuse_class(compression)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         _check_legacy(optimizer)
+        if isinstance(compression, QuantizedCompressor) and compression.options.overrides:
+            raise ValueError(
+                "overrides need the variables' names, and gradients of legacy Keras are reduced by Horovod's "
+                "own optimizer, which does not tell them: leave out overrides, or use Keras 3"
+            )
         import horovod.tensorflow.keras as hvd_keras
 
         return hvd_keras.DistributedOptimizer(

@@ -12,6 +12,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
+from hvd_quant.tensorflow.names import variable_name
 
 Gradient = tf.Tensor | tf.IndexedSlices | None
 Groups = int | Sequence[Sequence[Any]] | None
@@ -134,6 +135,9 @@ class Reduction:
                         _warn_of_sparse_gradients(self._compression, variable)
                 results[i] = _named(gradient, f"gradient_{i}")
                 shared.append(i)
+            if self.is_quantized and self._compression.options.overrides:
+                names = [(variable_name(variable), results[i]) for i, variable in enumerate(variables)]
+                self._compression.name_gradients(names)
             for group in self._grouped(shared, results, variables):
                 reduced = self._reduce_group([results[i] for i in group])
                 for i, gradient in zip(group, reduced, strict=True):
@@ -158,6 +162,20 @@ class Reduction:
         self, indices: list[int], gradients: Sequence[Gradient], variables: Sequence[Any]
     ) -> list[list[int]]:
         """Which gradients are reduced together."""
+        # Horovod's groups are of one type, float64 as the control tensors: large gradients that an override
+        # leaves uncompressed go by themselves.
+        alone = [i for i in indices if self._is_left_out(gradients[i], variables[i])]
+        shared = [i for i in indices if i not in alone]
+        return [*self._together(shared, gradients, variables), *([i] for i in alone)]
+
+    def _is_left_out(self, gradient: Gradient, variable: Any) -> bool:
+        if not self.is_quantized or isinstance(gradient, tf.IndexedSlices):
+            return False
+        return self._compression.is_left_out(variable_name(variable), gradient.shape.num_elements())
+
+    def _together(
+        self, indices: list[int], gradients: Sequence[Gradient], variables: Sequence[Any]
+    ) -> list[list[int]]:
         groups = self._groups
         if isinstance(groups, (list, tuple)):
             place = {self._key(variables[i]): i for i in indices}

@@ -38,3 +38,17 @@ def check_fit(wrapper, passes, kind):
     assert same_everywhere(*model.get_weights())
     assert not np.array_equal(start[0], model.get_weights()[0])
     assert compressor.stats()["messages"] == 2 * 2 * 4 // passes
+
+
+def check_overrides_are_refused():
+    """Horovod's own optimizer reduces, and tells no names."""
+    import horovod.tensorflow.keras as hvd_keras
+
+    sgd = tf.keras.optimizers.legacy.SGD(0.1)
+    with pytest.raises(ValueError, match="overrides need the variables' names"):
+        hqk.DistributedOptimizer(sgd, compression=hq.QSGDCompressor(overrides={"*": None}))
+    compressor = hq.QSGDCompressor(overrides={"*": None})
+    optimizer = hvd_keras.DistributedOptimizer(sgd, compression=compressor)
+    variable = tf.Variable(tf.zeros([40, 50]))
+    with pytest.raises(ValueError, match="overrides need the variables' names"):
+        optimizer.minimize(lambda: tf.reduce_sum(variable * own_randn(40, 50)), [variable])

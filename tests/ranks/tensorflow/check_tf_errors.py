@@ -304,7 +304,7 @@ def check_compressors_are_not_copied():
         ({"seed": -1}, ValueError),
         ({"process_set": 3}, TypeError),
         ({"process_set": hvd.ProcessSet([0])}, ValueError),
-        ({"overrides": {}}, TypeError),
+        ({"overrides": []}, TypeError),
     ],
 )
 def check_arguments(options, error):

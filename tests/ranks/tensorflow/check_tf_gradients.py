@@ -347,6 +347,7 @@ def check_memory_is_flat_and_nothing_is_traced_again():
 
 
 def check_no_warnings_in_use():
+    compressor = hq.QSGDCompressor()  # may be one of many in this process
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        Mlp().gradients(hq.QSGDCompressor(), 0)
+        Mlp().gradients(compressor, 0)

@@ -1,0 +1,139 @@
+"""The exchange of a group of gradients as operations: Horovod's collectives, and the steps between them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from hvd_quant import wire
+from hvd_quant.reducer.options import Options
+from hvd_quant.reducer.routing import Routing
+from hvd_quant.schemes import DQSGD
+from hvd_quant.tensorflow import device
+from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.steps import DTYPES, GradientSpec, Ranks, Steps, call, once_reduced, sizes_type
+from hvd_quant.tensorflow.traces import Group, Trace
+
+
+class GraphExchange:
+    """Lays out the exchanges of one compressor.
+
+    Args:
+        options: what the user asked for.
+        process_set: the ranks that take part.
+        progress: the compressor's.
+        number: the compressor's.
+    """
+
+    def __init__(
+        self, options: Options, process_set: hvd.ProcessSet, progress: Progress, number: int
+    ) -> None:
+        self._options, self._process_set = options, process_set
+        self._progress, self._number = progress, number
+        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
+
+    def lay_out(self, group: Group, trace: Trace, reduced: tf.Tensor, routing: Routing) -> None:
+        """Lay out a group's exchange, once.
+
+        Args:
+            group: gets its steps and its results.
+            trace: what it is in.
+            reduced: the first control tensor, as it comes back.
+            routing: what decides on the algorithm.
+        """
+        tensors = group.tensors
+        group.steps = steps = Steps(
+            self._progress,
+            group.name,
+            f"hvd_quant_{self._number}_{group.name}",
+            [
+                GradientSpec(
+                    f"{group.name}.{i}",
+                    DTYPES[tensor.dtype],
+                    tuple(tensor.shape) if tensor.shape.is_fully_defined() else None,
+                    scheme,
+                )
+                for i, (tensor, scheme) in enumerate(zip(tensors, group.schemes, strict=True))
+            ],
+            self._algorithm(tensors, routing),
+            self._ranks(routing),
+            group.fingerprints[0],
+            trace.passed_bytes,
+        )
+        trace.end_with(steps)
+        with tf.device("/CPU:0"):
+            use = tf.identity(self._counter(group.name).assign_add(1)) - 1
+        if device.has_gpu() and device.can_exchange(steps):
+            results = device.exchange(steps, tensors, use, reduced, self._process_set)
+        else:
+            results = self._by_host(steps, tensors, use, reduced)
+        group.results = [
+            tf.ensure_shape(result, tensor.shape) for result, tensor in zip(results, tensors, strict=True)
+        ]
+        group.tensors = []  # eager ones need not wait for the garbage collector
+
+    def note_uses(self) -> None:
+        """Have the state know how often each group has come by now."""
+        for name, uses in self._uses.items():
+            self._progress.state.uses[name] = int(uses.numpy())
+
+    def _by_host(
+        self, steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Lay out a group's exchange, with the native codec between Horovod's collectives."""
+        with tf.device("/CPU:0"):
+            shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
+            first = sizes_type(steps.stages[0])
+            message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, first, tf.int32])
+            received = message = once_reduced(message, reduced)
+            for number, stage in enumerate(steps.stages):
+                if number > 0:
+                    inputs = [received, sizes, use, bits, *shapes]
+                    message, sizes = call(partial(steps.relay, number), inputs, [tf.uint8, sizes_type(stage)])
+                message = steps.named(tf.ensure_shape(message, [None]), stage.name)
+                sizes = tf.ensure_shape(sizes, [steps.ranks.size])
+                if stage.collective == "alltoall":
+                    received, sizes = hvd.alltoall(message, splits=sizes, process_set=self._process_set)
+                else:
+                    received = hvd.allgather(message, process_set=self._process_set)
+            return call(
+                steps.receive, [received, sizes, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
+            )
+
+    def _ranks(self, routing: Routing) -> Ranks:
+        process_set = self._process_set
+        seed = (self._options.seed, process_set.ranks)
+        if not process_set.included():
+            return Ranks(0, 1, seed, routing.topology)
+        return Ranks(process_set.rank(), process_set.size(), seed, routing.topology)
+
+    def _algorithm(self, tensors: list[tf.Tensor], routing: Routing) -> str:
+        """The exchange's name: a function of what all ranks know when they trace, whenever they do.
+
+        Of overrides it knows nothing: names may differ between ranks, by mistake, and those that go by
+        different algorithms would wait for each other for ever, and see no error.
+        """
+        counts = [tensor.shape.num_elements() for tensor in tensors]
+        if None in counts or routing.topology is None:
+            return self._options.exchange if self._options.exchange != "auto" else "allgather"
+        scheme = self._options.scheme
+        scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
+        nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
+        # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
+        return routing.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
+
+    def _counter(self, name: str) -> tf.Variable:
+        """How often a group has come. A variable, because a number would be the traced one for ever."""
+        if name not in self._uses:
+            self._uses[name] = variable(self._progress.state.uses[name], tf.int64, "hvd_quant_uses")
+        return self._uses[name]
+
+
+def variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
+    """A scalar of our own, which may be made while a function is traced."""
+    # Of this class itself: of tf.Variable, tf.function allows none after its first call.
+    with tf.init_scope(), tf.device("/CPU:0"):
+        return ResourceVariable(value, trainable=False, dtype=dtype, name=name)
