@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Runs all tests: lint, unit tests, and the multi-rank tests under both of Horovod's controllers.
-# Sets everything up first where that has not been done. Arguments are handed to pytest.
+# Runs all tests: lint, unit tests, and the multi-rank tests under both of Horovod's controllers; two at a time.
+#
+#   scripts/test.sh            # everything
+#   scripts/test.sh --quick    # lint, the unit tests, and one job under each controller
+#   scripts/test.sh tests/unit -k wire
+#
+# Sets everything up first where that has not been done. Other arguments are handed to pytest.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,4 +13,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+if [ "${1:-}" = --quick ]; then
+  shift
+  set -- tests/unit tests/ranks/test_torch.py::test_a_first_job "$@"
+fi
+# What several ranks run comes first (tests/conftest.py), and takes longest; unit tests fill the gaps.
+exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"

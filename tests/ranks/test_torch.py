@@ -17,6 +17,12 @@ BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_
 PROMISES = "mean_on_every_rank or same_seed or non_finite or different_exchange or sub_groups"
 
 
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+def test_a_first_job(controller):
+    """What `scripts/test.sh --quick` runs on several ranks."""
+    run_checks(2, controller, "torch/check_exchange.py", "mean_on_every_rank or same_seed or non_finite")
+
+
 @pytest.mark.parametrize(
     ("ranks", "controller", "checks", "selection"),
     [
