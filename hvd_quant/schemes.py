@@ -101,6 +101,8 @@ class Scheme(ABC):
     coding: str = "packed"
     rounding: str = "independent"
 
+    name: ClassVar[str]  # in files of overrides
+    wire_id: ClassVar[int]  # in payloads
     spacing: ClassVar[str]  # of the levels, one of SPACINGS
 
     def __post_init__(self) -> None:
@@ -149,6 +151,8 @@ class QSGD(Scheme):
     min(d / (4 s^2), sqrt(d) / s): a value's variance is at most (N / s)^2 / 4, and N <= |v|.
     """
 
+    name: ClassVar[str] = "qsgd"
+    wire_id: ClassVar[int] = 1
     spacing: ClassVar[str] = "uniform"
 
     def levels(self) -> np.ndarray:
@@ -176,6 +180,8 @@ class NUQSGD(Scheme):
 
     norm: str = "l2"
 
+    name: ClassVar[str] = "nuqsgd"
+    wire_id: ClassVar[int] = 2
     spacing: ClassVar[str] = "exponential"
 
     def levels(self) -> np.ndarray:
@@ -184,6 +190,9 @@ class NUQSGD(Scheme):
     def _variance_bound(self, d: int) -> float:
         reach = 2.0 ** (1 - self.num_levels) * math.sqrt(d)  # l_1 sqrt(d)
         return 1 / 8 + 2 / 9 * reach**2 if reach <= 9 / 4 else reach - 1
+
+
+SCHEMES = (QSGD, NUQSGD)  # all that payloads can have; a wire_id is never used again
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from hvd_quant.schemes import CODINGS, NORMS, NUQSGD, QSGD, Scheme
+from hvd_quant.schemes import CODINGS, NORMS, SCHEMES, Scheme
 
 MAGIC = b"HVDQ"
 VERSION = 1
@@ -21,8 +21,7 @@ ALIGNMENT = 8  # of the payload's size, so that payloads laid end to end stay al
 CHECKSUM_WORD = 3
 FIRST_BODY_WORD = HEADER_SIZE // 4
 
-_SCHEMES = {1: QSGD, 2: NUQSGD}
-_SCHEME_IDS = {scheme: number for number, scheme in _SCHEMES.items()}
+_SCHEMES = {scheme.wire_id: scheme for scheme in SCHEMES}
 
 # magic, version, scheme, bits, norm, coding, 3 reserved bytes, checksum, bucket size, count
 _HEADER = struct.Struct("<4sBBBBB3sIQQ")
@@ -90,7 +89,7 @@ def pack_header(scheme: Scheme, count: int, body_checksum: int) -> bytes:
         return _HEADER.pack(
             MAGIC,
             VERSION,
-            _SCHEME_IDS[type(scheme)],
+            scheme.wire_id,
             scheme.bits,
             NORMS.index(scheme.norm),
             CODINGS.index(scheme.coding),

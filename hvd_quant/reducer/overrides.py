@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hvd_quant.schemes import NUQSGD, QSGD, Scheme
+from hvd_quant.schemes import SCHEMES, Scheme
 
-_SCHEMES = {"qsgd": QSGD, "nuqsgd": NUQSGD}
+_SCHEMES = {scheme.name: scheme for scheme in SCHEMES}
 
 
 class Overrides:
