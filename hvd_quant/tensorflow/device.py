@@ -31,7 +31,7 @@ def can_exchange(steps: Steps) -> bool:
         and progress.state.schedule is None
         and all(one.scheme.coding == "packed" for one in steps.gradients)
         and progress.state.residuals is None
-        and steps.algorithm != "hierarchical"
+        and steps.algorithm in ("allgather", "scatter_allgather")
     )
 
 

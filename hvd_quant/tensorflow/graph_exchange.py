@@ -9,8 +9,8 @@ import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.reducer.options import Options
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.schemes import DQSGD
 from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.progress import Progress
@@ -35,14 +35,14 @@ class GraphExchange:
         self._progress, self._number = progress, number
         self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
 
-    def lay_out(self, group: Group, trace: Trace, reduced: tf.Tensor, routing: Routing) -> None:
+    def lay_out(self, group: Group, trace: Trace, reduced: tf.Tensor, choice: ExchangeChoice) -> None:
         """Lay out a group's exchange, once.
 
         Args:
             group: gets its steps and its results.
             trace: what it is in.
             reduced: the first control tensor, as it comes back.
-            routing: what decides on the algorithm.
+            choice: what decides on the algorithm.
         """
         tensors = group.tensors
         group.steps = steps = Steps(
@@ -58,8 +58,8 @@ class GraphExchange:
                 )
                 for i, (tensor, scheme) in enumerate(zip(tensors, group.schemes, strict=True))
             ],
-            self._algorithm(tensors, routing),
-            self._ranks(routing),
+            self._algorithm(tensors, choice),
+            self._ranks(choice),
             group.fingerprints[0],
             trace.passed_bytes,
         )
@@ -103,27 +103,27 @@ class GraphExchange:
                 steps.receive, [received, sizes, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
             )
 
-    def _ranks(self, routing: Routing) -> Ranks:
+    def _ranks(self, choice: ExchangeChoice) -> Ranks:
         process_set = self._process_set
         seed = (self._options.seed, process_set.ranks)
         if not process_set.included():
-            return Ranks(0, 1, seed, routing.topology)
-        return Ranks(process_set.rank(), process_set.size(), seed, routing.topology)
+            return Ranks(0, 1, seed, choice.topology)
+        return Ranks(process_set.rank(), process_set.size(), seed, choice.topology)
 
-    def _algorithm(self, tensors: list[tf.Tensor], routing: Routing) -> str:
+    def _algorithm(self, tensors: list[tf.Tensor], choice: ExchangeChoice) -> str:
         """The exchange's name: a function of what all ranks know when they trace, whenever they do.
 
         Of overrides it knows nothing: names may differ between ranks, by mistake, and those that go by
         different algorithms would wait for each other for ever, and see no error.
         """
         counts = [tensor.shape.num_elements() for tensor in tensors]
-        if None in counts or routing.topology is None:
+        if None in counts or choice.topology is None:
             return self._options.exchange if self._options.exchange != "auto" else "allgather"
         scheme = self._options.scheme
         scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
         # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
-        return routing.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
+        return choice.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
 
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""

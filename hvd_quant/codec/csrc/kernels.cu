@@ -1,5 +1,5 @@
 // The codec's kernels for a GPU, in one pass over memory. NVRTC compiles them at run time (cuda.py), without any
-// header; the tests compile them as C++ too (tests/unit/emulator.hpp), where there is no GPU. They compute what
+// header; the tests compile them as C++ too (tests/support/emulator.hpp), where there is no GPU. They compute what
 // kernels.hpp computes, to the same bits, noise included: with floating-point operations that are not fused. Only the
 // squares of a Euclidean norm are added in another order, so that very rarely its last bit is another one.
 //
