@@ -8,7 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any, ClassVar
 
 from horovod.common.process_sets import ProcessSet
@@ -36,32 +36,27 @@ def refuse_class(compression: object) -> None:
         )
 
 
-class CompressorMethod:
-    """Decorates the first method that Horovod calls: where Horovod has the class itself, that is refused.
+class _CompressorType(type):
+    """The class of compressors' classes: where Horovod calls ``compress`` of one, in place of a compressor's.
 
     Called on the class, with the tensor for ``self``, the method would miss an argument, and say no more.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        functools.update_wrapper(self, function)
+    def __getattribute__(cls, name: str) -> Any:
+        attribute = super().__getattribute__(name)
+        if name != "compress":
+            return attribute
 
-    def __get__(
-        self, instance: HorovodCompressor | None, owner: type[HorovodCompressor]
-    ) -> Callable[..., Any]:
-        if instance is not None:
-            return MethodType(self._function, instance)
+        @functools.wraps(attribute)
+        def compress(*args: Any, **options: Any) -> Any:
+            if not (args and isinstance(args[0], cls)):
+                refuse_class(cls)
+            return attribute(*args, **options)
 
-        @functools.wraps(self._function)
-        def of_class(*args: Any, **options: Any) -> Any:
-            if not (args and isinstance(args[0], owner)):
-                refuse_class(owner)
-            return self._function(*args, **options)
-
-        return of_class
+        return compress
 
 
-class HorovodCompressor:
+class HorovodCompressor(metaclass=_CompressorType):
     """A compressor of either framework. Those that are named after a scheme take its arguments:
 
         >>> class QSGDCompressor(QuantizedCompressor, scheme=QSGD): ...

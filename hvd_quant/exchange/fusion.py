@@ -126,7 +126,10 @@ class Fusion(Generic[T]):
         group = self._group_of.get(entry.key)
         if group is not None:
             known = group.entries[entry.key]
-            if known is entry or known == entry:
+            if known is entry:
+                return group
+            if known == entry:
+                group.entries[entry.key] = entry  # found at once next time
                 return group
             if known.device == entry.device:
                 group.put(entry)

@@ -68,15 +68,20 @@ class Gradient:
         control: its control tensor.
     """
 
-    __slots__ = ("control", "description", "entry", "named", "sent", "state", "use")
+    __slots__ = ("control", "description", "entry", "named", "sent", "use", "waits_as")
 
     codec: ClassVar[Codec]  # or an attribute, where devices differ
 
     def __init__(self, entry: Entry, named: bool, description: Description, control: Control) -> None:
         self.entry, self.named, self.description, self.control = entry, named, description, control
-        self.state = State.IDLE
+        self.waits_as = State.IDLE  # where it is, while it has not been sent
         self.use = 0  # how often it has been exchanged before
-        self.sent: SentBucket | None = None
+        self.sent: SentBucket | None = None  # until its result has been taken
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        return self.waits_as if self.sent is None else self.sent.state
 
     @property
     def key(self) -> str:

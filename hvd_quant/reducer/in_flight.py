@@ -20,6 +20,8 @@ from hvd_quant.reducer.gradient import Gradient, State
 from hvd_quant.reducer.rounds import Rounds
 from hvd_quant.reducer.state import TrainingState
 
+_GROUPED = State.GROUPED  # looked up for every gradient
+
 
 @dataclass(slots=True)
 class SentBucket:
@@ -27,6 +29,7 @@ class SentBucket:
 
     exchange: Exchange
     gradients: list[Gradient]
+    state: State = State.SENT
     factor: float | None = None  # that the results have been multiplied by, once they are there
 
 
@@ -58,6 +61,7 @@ class BucketsInFlight:
         self._underway: list[Exchange] = []  # not yet at their last collective
         # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
         self._sent: list[SentBucket] = []  # in this round
+        self.in_round = False  # whether gradients have come since the last round
         self.announced: list[SentBucket] = []  # in the round of which the results are waited for
 
     def begin(
@@ -77,7 +81,7 @@ class BucketsInFlight:
     def add(self, gradient: Gradient) -> None:
         """Have a gradient travel, in the next slot after its fused bucket is complete."""
         gradient.use = self._state.use(gradient.entry.key)
-        gradient.state = State.GROUPED
+        gradient.waits_as, self.in_round = _GROUPED, True
         if (ready := self._fusion.add(gradient)) is not None:
             self._ready.append(ready)
             self._rounds.slots.completed.append(self._rounds.slots.gradients)
@@ -89,11 +93,6 @@ class BucketsInFlight:
             return True
         return False
 
-    @property
-    def in_round(self) -> bool:
-        """Whether gradients have come since the last round."""
-        return bool(self._sent or self._ready or self._fusion.waiting)
-
     def end_round(self) -> None:
         """Send everything that has come, for nothing more will before a result is used, and tell what it was.
 
@@ -102,14 +101,13 @@ class BucketsInFlight:
         self._ready.extend(self._fusion.flush())
         while self.send_next():
             pass
-        self.announced, self._sent = self._sent, []
+        self.announced, self._sent, self.in_round = self._sent, [], False
         exchanges = [sent.exchange for sent in self.announced]
         # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
         rows = sorted((one.name, one.algorithm.name, one.data.bucket.digest.hex()) for one in exchanges)
         self._rounds.announce(digest(rows))
         for sent in self.announced:
-            for gradient in sent.gradients:
-                gradient.state = State.ANNOUNCED
+            sent.state = State.ANNOUNCED
 
     def _send(self, group: FusionGroup[Gradient], gradients: list[Gradient]) -> None:
         """Encode a fused bucket and start its exchange."""
@@ -130,7 +128,7 @@ class BucketsInFlight:
         sent = SentBucket(Exchange(data, algorithm, self._transport, name), gradients)
         self._state.statistics.messages += 1
         for gradient in gradients:
-            gradient.sent, gradient.state = sent, State.SENT
+            gradient.sent = sent
         self._underway.append(sent.exchange)
         self._sent.append(sent)
 
@@ -174,8 +172,7 @@ class BucketsInFlight:
             statistics.received_bytes += exchange.received_bytes
             statistics.wire_bytes += exchange.data.encoded_bytes
             sent.factor = factor
-            for gradient in sent.gradients:
-                gradient.state = State.RECEIVED
+            sent.state = State.RECEIVED
         # All results are there, but some rank may wait for more. Or it has not come so far, and waits for us
         # elsewhere: then what it says is looked at in the next round.
         polling.wait_for(self._rounds.all_announced)
@@ -202,5 +199,5 @@ class BucketsInFlight:
         self._ready.clear()
         self._underway.clear()
         self._sent.clear()
-        self.announced = []
+        self.announced, self.in_round = [], False
         self._fusion = Fusion(self._fusion.fusion_bytes)

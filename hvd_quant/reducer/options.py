@@ -56,6 +56,7 @@ class Options:
         check_integer("seed", self.seed, 0, 2**64 - 1)
         native.threads()  # this and the next check what the environment says
         cost.stated_bandwidth()
+        self._has_overrides = bool(self.overrides)
         self.min_numel, self.fusion_bytes = int(self.min_numel), int(self.fusion_bytes)
         self.seed = int(self.seed)
 
@@ -79,7 +80,7 @@ class Options:
         """
         if count < self.min_numel:
             return None
-        return self.overrides.scheme(name, present) if self.overrides and name is not None else present
+        return self.overrides.scheme(name, present) if self._has_overrides and name is not None else present
 
     def describe(self) -> Description:
         """What must be the same on all ranks."""

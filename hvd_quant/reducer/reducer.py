@@ -33,6 +33,8 @@ from hvd_quant.reducer.rounds import RoundLeft, Rounds
 from hvd_quant.reducer.stall import enumeration
 from hvd_quant.reducer.state import TrainingState
 
+_IDLE, _ABANDONED = State.IDLE, State.ABANDONED  # looked up for every gradient
+
 
 class Reducer:
     """Exchanges a compressor's gradients. Its caller holds `lock`.
@@ -157,7 +159,7 @@ class Reducer:
         self.in_flight[key] = gradient
         gradient.hold(tensor)
         if self._held is not None:
-            gradient.state = State.SUBMITTED
+            gradient.waits_as = State.SUBMITTED
             self._held.append(gradient)
         else:
             self._sending.add(gradient)
@@ -169,7 +171,7 @@ class Reducer:
         submits an operation that counts, and does nothing.
         """
         slots = self._rounds.slots
-        while slots.due():
+        for _ in range(slots.due()):
             if not self._sending.send_next():
                 slots.skipped += 1
                 self._transport.level(1, 0)
@@ -187,7 +189,7 @@ class Reducer:
             UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
             RuntimeError: `reset` was called since the gradient was submitted.
         """
-        if gradient.state is State.ABANDONED:
+        if gradient.waits_as is _ABANDONED:
             raise RuntimeError(
                 f"reset() was called while gradient {gradient.key!r} was in flight: clear the optimizer's "
                 "state too, by optimizer.load_state_dict(optimizer.state_dict())"
@@ -216,7 +218,7 @@ class Reducer:
         if factor != gradient.sent.factor:
             sending.decode_again(gradient, factor)
         del self.in_flight[gradient.entry.key]
-        gradient.state, gradient.sent = State.IDLE, None
+        gradient.waits_as, gradient.sent = _IDLE, None
         if self.state.schedule is not None:
             self.state.note_square(reduced[control_tensor.SQUARE] / factor)
             if not self.in_flight:
@@ -235,7 +237,7 @@ class Reducer:
     def clear(self) -> None:
         """Forget what is in flight. The next gradient begins a new generation."""
         for gradient in self.in_flight.values():
-            gradient.state, gradient.sent = State.ABANDONED, None
+            gradient.waits_as, gradient.sent = _ABANDONED, None
             gradient.release()
         self.in_flight.clear()
         self.known.clear()

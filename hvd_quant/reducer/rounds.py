@@ -36,9 +36,9 @@ class Slots:
         self.skipped = 0  # in which no message was ready
         self.completed: list[int] = []  # after how many gradients fused buckets of this round were complete
 
-    def due(self) -> bool:
-        """Whether a message is to be submitted now; takes the slot."""
-        due = self.used < bisect_right(self.agreed, self.gradients)
+    def due(self) -> int:
+        """How many messages are to be submitted now; takes the slots."""
+        due = bisect_right(self.agreed, self.gradients) - self.used
         self.used += due
         return due
 

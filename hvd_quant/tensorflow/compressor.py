@@ -22,7 +22,7 @@ from horovod.tensorflow.compression import Compressor
 
 from hvd_quant import wire
 from hvd_quant.exchange.choice import ExchangeChoice
-from hvd_quant.horovod import CompressorMethod, HorovodCompressor
+from hvd_quant.horovod import HorovodCompressor
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.agreement import agree
 from hvd_quant.reducer.errors import Description
@@ -99,7 +99,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
-    @CompressorMethod
     @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing
     def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
         """Lay out what Horovod is to reduce in place of a gradient.

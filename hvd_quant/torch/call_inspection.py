@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+# Functions of Horovod's that compress a tensor by itself, from which nearly all calls come.
+_ALONE = frozenset(("_allreduce_grad_async", "allreduce"))
 # Functions of Horovod's that compress several tensors and reduce them by one operation; what they call these.
 _GROUPED = {"_grouped_allreduce_grad_async": "ps", "grouped_allreduce": "tensors"}
 
@@ -15,6 +17,8 @@ def reduced_together() -> Sequence[object] | None:
     To be called by a compressor's ``compress``.
     """
     frame = sys._getframe(2)
+    if frame.f_code.co_name in _ALONE:
+        return None
     if frame.f_code.co_name not in _GROUPED:
         frame = frame.f_back  # a comprehension has a frame of its own before Python 3.12
     name = _GROUPED.get(frame.f_code.co_name) if frame is not None else None

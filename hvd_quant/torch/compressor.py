@@ -21,7 +21,7 @@ from horovod.torch.compression import Compressor
 
 from hvd_quant.codec import cuda
 from hvd_quant.exchange.layout import Entry
-from hvd_quant.horovod import CompressorMethod, HorovodCompressor
+from hvd_quant.horovod import HorovodCompressor
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.gradient import Parameter
 from hvd_quant.reducer.options import FUSION_BYTES, Options
@@ -126,7 +126,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     # --- what Horovod calls -----------------------------------------------------------------------------
 
-    @CompressorMethod
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Take a gradient for the exchange, and start that if its fused bucket is complete.
 
@@ -165,7 +164,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         reducer, state = self._reducer, self._state
         name = self._name(tensor)
         state.statistics.raw_bytes += tensor.nbytes
-        scheme = reducer.scheme_of(name, tensor.numel())
+        scheme = self.options.scheme_of(name, tensor.numel(), state.present_scheme)
         if scheme is None:
             state.statistics.wire_bytes += tensor.nbytes
             if name is not None:

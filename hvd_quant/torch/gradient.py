@@ -95,8 +95,10 @@ class TorchGradient(Gradient):
     def hold(self, tensor: torch.Tensor) -> None:
         """Take this step's values, which are read when they are sent."""
         self._tensor = tensor
-        self._version = _version_of(tensor)
-        self.stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        if self.named:
+            self._version = tensor._version
+        if tensor.is_cuda:
+            self.stream = torch.cuda.current_stream(tensor.device)
 
     @property
     def codec(self) -> Any:  # type: ignore[override]
@@ -124,7 +126,7 @@ class TorchGradient(Gradient):
 
     def out(self, values: Buffer) -> Buffer:
         """See `Gradient`."""
-        if self.named and self._version != _version_of(self._tensor):
+        if self.named and self._version != self._tensor._version:
             _warn_of_lost_change(self.key)
         if self._in_place:
             self._result = self._tensor
@@ -149,11 +151,6 @@ class TorchGradient(Gradient):
         """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
         result, self._result, self._tensor, self.stream = self._result, None, None, None
         return result
-
-
-def _version_of(tensor: torch.Tensor) -> int:
-    """How often operations have written to the tensor."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 _lost_change = False  # whether the user has been warned
