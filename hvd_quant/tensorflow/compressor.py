@@ -3,7 +3,7 @@
 Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result; in a
 ``tf.function`` it does so once, when the function is traced. So these two lay out operations: ``compress`` a
 control tensor for Horovod to reduce (see `hvd_quant.reducer.control`), ``decompress`` the exchange of the
-quantized gradient, which runs in every step (`hvd_quant.tensorflow.steps`). Gradients that have been
+quantized gradient, which runs in every step (`hvd_quant.tensorflow.group_steps`). Gradients that have been
 compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, travel together.
 """
 
@@ -31,10 +31,10 @@ from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.tensorflow import device, refusals
 from hvd_quant.tensorflow.graph_exchange import GraphExchange, variable
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import DTYPES, call
 from hvd_quant.tensorflow.names import GradientNames
-from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.stall import check
-from hvd_quant.tensorflow.steps import DTYPES, call
 from hvd_quant.tensorflow.traces import Member, Traces
 
 _MANY = 10  # compressors alive: more than models are trained in one process
@@ -88,11 +88,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         options = Options(scheme, overrides, min_numel, exchange, error_feedback, fusion_bytes, seed)
         super().__init__(options, process_set)
         self._state = TrainingState(scheme, options.seed, Residuals() if error_feedback else None)
-        self._progress = Progress(self._state)
-        check.watch(self._progress)
+        self._graph_state = GraphState(self._state)
+        check.watch(self._graph_state)
         self._router: Routing | None = None  # until all ranks have told where they are
-        self._traces = Traces(self._progress, self._number)
-        self._exchange = GraphExchange(options, process_set, self._progress, self._number)
+        self._traces = Traces(self._graph_state, self._number)
+        self._exchange = GraphExchange(options, process_set, self._graph_state, self._number)
         self._names = GradientNames(options)
         self._zero: tf.Variable | None = None  # until there is a gradient: the user may set up devices
         _warn_of_many()
@@ -226,16 +226,16 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             over wire bytes. With a schedule of bits also ``bits``, a list of those of each step since the
             compressor was made.
         """
-        with self._progress.lock:
+        with self._graph_state.lock:
             self._exchange.note_uses()
-            return self._state.stats(in_step=self._progress.in_step)
+            return self._state.stats(in_step=self._graph_state.in_step)
 
     def reset(self) -> None:
         """Forget the gradients of a step that has failed, but not the noise and the statistics.
 
         To be called on every rank, before training goes on after an exception.
         """
-        self._progress.forget_step()
+        self._graph_state.forget_step()
         self._traces.forget_eager()
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,11 +244,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         With ``error_feedback`` every rank has a state of its own. To be taken between steps, and not in a
         traced function.
         """
-        progress = self._progress
-        with progress.lock:
-            if progress.in_flight:
+        graph_state = self._graph_state
+        with graph_state.lock:
+            if graph_state.in_flight:
                 raise RuntimeError("take a compressor's state between steps: gradients are on their way")
-            progress.end_step()
+            graph_state.end_step()
             self._exchange.note_uses()
             return self._state.state_dict()
 
@@ -313,7 +313,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         routing = self._routing(hvd)
         self._zero = variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
-            with tf.init_scope(), self._progress.waiting("the other ranks' first gradients"):
+            with tf.init_scope(), self._graph_state.waiting("the other ranks' first gradients"):
                 told = hvd.allgather_object(
                     (self._config(routing), host),
                     name="hvd_quant.agreement",

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hvd_quant.codec import tf_ops, tf_rounding
 from hvd_quant.codec.message import MessageLayout, lengths_fault
 from hvd_quant.exchange.layout import GroupLayout
-from hvd_quant.tensorflow.steps import Steps, call, once_reduced
+from hvd_quant.tensorflow.group_steps import GroupSteps, call, once_reduced
 
 
 def has_gpu() -> bool:
@@ -20,23 +20,27 @@ def has_gpu() -> bool:
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def can_exchange(steps: Steps) -> bool:
+def can_exchange(steps: GroupSteps) -> bool:
     """Whether what a group sends is known when it is traced: its shapes, its bits, and the size of its codes.
 
     Error feedback, too, is left to the CPU.
     """
-    progress = steps.progress
+    graph_state = steps.graph_state
     return (
         None not in steps.shapes
-        and progress.state.schedule is None
+        and graph_state.state.schedule is None
         and all(one.scheme.coding == "packed" for one in steps.gradients)
-        and progress.state.residuals is None
+        and graph_state.state.residuals is None
         and steps.algorithm != "hierarchical"
     )
 
 
 def exchange(
-    steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet
+    steps: GroupSteps,
+    tensors: list[tf.Tensor],
+    use: tf.Tensor,
+    reduced: tf.Tensor,
+    process_set: hvd.ProcessSet,
 ) -> list[tf.Tensor]:
     """Lay out a group's exchange.
 
@@ -78,7 +82,9 @@ def exchange(
     ]
 
 
-def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet) -> tf.Tensor:
+def _gather(
+    steps: GroupSteps, message: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet
+) -> tf.Tensor:
     """All ranks' messages end to end.
 
     Nothing is looked at before everything has come, the control tensor included: a rank that has found an
@@ -89,7 +95,7 @@ def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: h
         return tf.identity(received)
 
 
-def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout) -> tf.Tensor:
+def _factor(steps: GroupSteps, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout) -> tf.Tensor:
     """What the mean is to be multiplied by. Counts the step."""
     raw_bytes = sum(entry.nbytes for entry in bucket.entries)
     if steps.algorithm == "allgather":
@@ -147,7 +153,7 @@ def _decode_flat(
     return values
 
 
-def _cut(steps: Steps, received: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+def _cut(steps: GroupSteps, received: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
     """The messages that have come end to end."""
     size = tf.size(received)
     with tf.device("/CPU:0"):

@@ -13,9 +13,17 @@ from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.routing import Routing
 from hvd_quant.schemes import DQSGD
 from hvd_quant.tensorflow import device
-from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import DTYPES, GradientSpec, Ranks, Steps, call, once_reduced, sizes_type
-from hvd_quant.tensorflow.traces import Group, Trace
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import (
+    DTYPES,
+    GradientSpec,
+    GroupSteps,
+    Ranks,
+    call,
+    once_reduced,
+    sizes_type,
+)
+from hvd_quant.tensorflow.traces import Trace, TracedGroup
 
 
 class GraphExchange:
@@ -24,18 +32,18 @@ class GraphExchange:
     Args:
         options: what the user asked for.
         process_set: the ranks that take part.
-        progress: the compressor's.
+        graph_state: the compressor's.
         number: the compressor's.
     """
 
     def __init__(
-        self, options: Options, process_set: hvd.ProcessSet, progress: Progress, number: int
+        self, options: Options, process_set: hvd.ProcessSet, graph_state: GraphState, number: int
     ) -> None:
         self._options, self._process_set = options, process_set
-        self._progress, self._number = progress, number
+        self._graph_state, self._number = graph_state, number
         self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
 
-    def lay_out(self, group: Group, trace: Trace, reduced: tf.Tensor, routing: Routing) -> None:
+    def lay_out(self, group: TracedGroup, trace: Trace, reduced: tf.Tensor, routing: Routing) -> None:
         """Lay out a group's exchange, once.
 
         Args:
@@ -45,8 +53,8 @@ class GraphExchange:
             routing: what decides on the algorithm.
         """
         tensors = group.tensors
-        group.steps = steps = Steps(
-            self._progress,
+        group.steps = steps = GroupSteps(
+            self._graph_state,
             group.name,
             f"hvd_quant_{self._number}_{group.name}",
             [
@@ -78,10 +86,10 @@ class GraphExchange:
     def note_uses(self) -> None:
         """Have the state know how often each group has come by now."""
         for name, uses in self._uses.items():
-            self._progress.state.uses[name] = int(uses.numpy())
+            self._graph_state.state.uses[name] = int(uses.numpy())
 
     def _by_host(
-        self, steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
+        self, steps: GroupSteps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
     ) -> list[tf.Tensor]:
         """Lay out a group's exchange, with the native codec between Horovod's collectives."""
         with tf.device("/CPU:0"):
@@ -128,7 +136,7 @@ class GraphExchange:
     def _counter(self, name: str) -> tf.Variable:
         """How often a group has come. A variable, because a number would be the traced one for ever."""
         if name not in self._uses:
-            self._uses[name] = variable(self._progress.state.uses[name], tf.int64, "hvd_quant_uses")
+            self._uses[name] = variable(self._graph_state.state.uses[name], tf.int64, "hvd_quant_uses")
         return self._uses[name]
 
 

@@ -7,17 +7,17 @@ from collections.abc import Hashable
 import horovod.tensorflow as hvd
 
 from hvd_quant.stall import StallCheck, enumeration
-from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.graph_state import GraphState
 
 
-def in_flight(watched: list[Progress]) -> list[Hashable]:
+def in_flight(watched: list[GraphState]) -> list[Hashable]:
     """What has been sent and not received: the compressor's number, what it is, and how much came before."""
     if not hvd.is_initialized():
         return []
     return [(id(one), what, number) for one in watched for what, number in list(one.in_flight.items())]
 
 
-def describe(keys: list[Hashable], watched: list[Progress]) -> list[str]:
+def describe(keys: list[Hashable], watched: list[GraphState]) -> list[str]:
     """The lines that say what these are."""
     waited_for = enumeration(dict.fromkeys(what for _, what, _ in keys))
     return [
@@ -26,4 +26,4 @@ def describe(keys: list[Hashable], watched: list[Progress]) -> list[str]:
     ]
 
 
-check: StallCheck[Progress] = StallCheck(in_flight, describe)
+check: StallCheck[GraphState] = StallCheck(in_flight, describe)

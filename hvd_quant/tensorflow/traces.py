@@ -11,8 +11,8 @@ from tensorflow.python.framework.func_graph import FuncGraph
 
 from hvd_quant.reducer import control
 from hvd_quant.schemes import DQSGD, Scheme
-from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import Steps
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import GroupSteps
 
 _GROUPED = (
     tf.float64
@@ -20,7 +20,7 @@ _GROUPED = (
 
 
 @dataclass(eq=False)
-class Group:
+class TracedGroup:
     """Gradients that travel together.
 
     Args:
@@ -31,7 +31,7 @@ class Group:
     tensors: list[tf.Tensor] = field(default_factory=list)
     schemes: list[Scheme | DQSGD] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
-    steps: Steps | None = None  # once the exchange is laid out
+    steps: GroupSteps | None = None  # once the exchange is laid out
     results: list[tf.Tensor] = field(default_factory=list)
     first: tf.Tensor | None = None  # the first control tensor to come back
 
@@ -49,26 +49,26 @@ class Trace:
     is_eager: bool = False
     places: int = 0  # of gradients, taken so far
     named: int = 0  # tensors that Horovod has been given to reduce, whatever they are
-    groups: dict[int, Group] = field(default_factory=dict)  # open ones, by the identity of their graph
+    groups: dict[int, TracedGroup] = field(default_factory=dict)  # open ones, by the identity of their graph
     # Of uncompressed gradients, as they are and as they are sent. Counted whenever the last group is sent.
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    last: Steps | None = None
+    last: GroupSteps | None = None
 
-    def open_group(self, graph: int) -> Group:
+    def open_group(self, graph: int) -> TracedGroup:
         """The group that a gradient in this graph joins."""
         group = self.groups.get(graph)
         if group is None:
-            group = self.groups[graph] = Group(f"{self.places}")
+            group = self.groups[graph] = TracedGroup(f"{self.places}")
         if not self.is_eager:
             self.places += 1
         return group
 
-    def close_group(self, group: Group, graph: int) -> None:
+    def close_group(self, group: TracedGroup, graph: int) -> None:
         """Have no gradient join a group any more."""
         if self.groups.get(graph) is group:
             del self.groups[graph]
 
-    def end_with(self, steps: Steps) -> None:
+    def end_with(self, steps: GroupSteps) -> None:
         """Note the group that is laid out last: what is passed in this function is counted with it."""
         if self.last is not None:
             self.last.passed_bytes = [0, 0]
@@ -79,7 +79,7 @@ class Trace:
 class Member:
     """What ``compress`` hands to ``decompress``: a place in a group, or what an uncompressed gradient was."""
 
-    group: Group | None
+    group: TracedGroup | None
     index: int
     dtype: tf.DType
     shape: tf.TensorShape
@@ -89,12 +89,12 @@ class Traces:
     """All functions that are traced with a compressor.
 
     Args:
-        progress: the compressor's.
+        graph_state: the compressor's.
         number: the compressor's.
     """
 
-    def __init__(self, progress: Progress, number: int) -> None:
-        self._progress, self._number = progress, number
+    def __init__(self, graph_state: GraphState, number: int) -> None:
+        self._graph_state, self._number = graph_state, number
         self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
         self._eager = Trace(is_eager=True)
 
@@ -127,7 +127,7 @@ class Traces:
         if count is not None:
             raw_bytes, sent_bytes = count * tensor.dtype.size, count * sent.dtype.size
             if trace.is_eager:
-                self._progress.count(raw_bytes, sent_bytes)
+                self._graph_state.count(raw_bytes, sent_bytes)
             else:  # in every step of what is traced
                 trace.passed_bytes[0] += raw_bytes
                 trace.passed_bytes[1] += sent_bytes

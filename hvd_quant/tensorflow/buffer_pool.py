@@ -12,7 +12,7 @@ from hvd_quant.codec import native
 _ON_CPU = np.empty(0, np.uint8)
 
 
-class Memory:
+class BufferPool:
     """Room for what TensorFlow keeps as long as it likes. It may be called from several threads.
 
     One room is kept for each key: as much memory as the results of one step have.
@@ -20,7 +20,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rooms: dict[str, tuple[np.ndarray, weakref.ref[np.ndarray]]] = {}
+        self._buffers: dict[str, tuple[np.ndarray, weakref.ref[np.ndarray]]] = {}
 
     def empty(self, key: str, count: int, dtype: np.dtype) -> np.ndarray:
         """Room for ``count`` values, whose content is undefined; from a cache line on.
@@ -30,13 +30,13 @@ class Memory:
         """
         size = count * dtype.itemsize
         with self._lock:
-            kept = self._rooms.get(key)
+            kept = self._buffers.get(key)
             if kept is not None and kept[0].size == size and kept[1]() is None:
-                room = kept[0]
+                buffer = kept[0]
             else:
-                room = native.empty(size, "uint8", _ON_CPU)
+                buffer = native.empty(size, "uint8", _ON_CPU)
             # A view of a view is a view of what owns the memory, and keeps this alone; but over a memoryview
             # NumPy sees no further, so that this array lives as long as any view of it.
-            array = np.frombuffer(memoryview(room), dtype)
-            self._rooms[key] = room, weakref.ref(array)
+            array = np.frombuffer(memoryview(buffer), dtype)
+            self._buffers[key] = buffer, weakref.ref(array)
         return array

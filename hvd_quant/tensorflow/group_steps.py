@@ -23,7 +23,7 @@ from hvd_quant.exchange.topology import Topology
 from hvd_quant.reducer import control
 from hvd_quant.reducer.mismatch import RankMismatchError
 from hvd_quant.schemes import DQSGD, Scheme
-from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.graph_state import GraphState
 
 _BUCKETS_KEPT = 16  # of a group whose shapes or bits change
 
@@ -86,11 +86,11 @@ class Ranks:
 
 
 @dataclass
-class Steps:
+class GroupSteps:
     """A group of gradients that travel together.
 
     Args:
-        progress: the compressor's.
+        graph_state: the compressor's.
         name: of the group, the same on all ranks.
         title: what its messages are called in a graph.
         gradients: that it holds.
@@ -101,7 +101,7 @@ class Steps:
             they are sent.
     """
 
-    progress: Progress
+    graph_state: GraphState
     name: str
     title: str
     gradients: Sequence[GradientSpec]
@@ -144,10 +144,10 @@ class Steps:
             scalar.
         """
         *gradients, use = map(np.asarray, arrays)  # what has no dimensions comes as a NumPy scalar
-        bits = self.progress.send(self.name)
+        bits = self.graph_state.send(self.name)
         bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
-        residuals = self.progress.residuals_of(self.keys, counts)
+        residuals = self.graph_state.residuals_of(self.keys, counts)
         data = self._data(bucket, [_values(gradient) for gradient in gradients], use, residuals)
         message, sizes = self._prepared(self.stages[0], data, Messages(()))
         raw_bytes = sum(gradient.nbytes for gradient in gradients)
@@ -177,7 +177,7 @@ class Steps:
             The message, and its sizes. An empty one, which nobody takes for one, if there is none.
         """
         bucket = self.bucket(self._all_shapes(shapes), int(bits))
-        residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
+        residuals = self.graph_state.residuals_of(self.keys, [entry.count for entry in bucket.entries])
         parts = self._parts(self.stages[number - 1], received, sizes)
         # Of the values themselves only the memory's kind is looked at.
         data = self._data(bucket, [received], use, residuals)
@@ -189,7 +189,7 @@ class Steps:
     def _prepared(self, stage: Stage, data: BucketData, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
         """A stage's message and sizes, -1 for None."""
         message, sizes = stage.prepare(data, parts)
-        self.progress.count(wire_bytes=data.encoded_bytes)
+        self.graph_state.count(wire_bytes=data.encoded_bytes)
         return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
 
     def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> Messages:
@@ -200,7 +200,7 @@ class Steps:
         else:
             parts = cut(received, [None if size < 0 else size for size in sizes.tolist()])
         received_bytes = sum(part.size for rank, part in enumerate(parts) if rank != self.ranks.rank)
-        self.progress.count(received_bytes=received_bytes)
+        self.graph_state.count(received_bytes=received_bytes)
         return parts
 
     def receive(
@@ -231,7 +231,7 @@ class Steps:
         bucket = self.bucket(all_shapes, int(bits))
         factor = self.check(reduced, self.fingerprint)
         results = [
-            self.progress.memory.empty(one.key, int(np.prod(shape)), np.dtype(_memory(one.kind))).reshape(
+            self.graph_state.buffers.empty(one.key, int(np.prod(shape)), np.dtype(_memory(one.kind))).reshape(
                 shape
             )
             for one, shape in zip(self.gradients, all_shapes, strict=True)
@@ -242,19 +242,19 @@ class Steps:
                 native.decode_messages(messages, layout, results, factor)
         except ValueError as error:
             raise RankMismatchError(self._explain(bucket, encoded)) from error
-        self.progress.receive(self.name)
+        self.graph_state.receive(self.name)
         return [result.view(one.kind) for result, one in zip(results, self.gradients, strict=True)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Note a step whose bytes are known beforehand, and were not counted by the others."""
         self._count_sent(raw_bytes, encoded_bytes)
-        self.progress.count(received_bytes=received_bytes)
+        self.graph_state.count(received_bytes=received_bytes)
 
     def _count_sent(self, raw_bytes: int, encoded_bytes: int) -> None:
         """Note what a step sends, with what Horovod reduces beside it."""
         raw, sent = self.passed_bytes
         encoded_bytes += control.NBYTES * len(self.gradients)
-        self.progress.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
+        self.graph_state.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
 
     def check(self, reduced: np.ndarray, fingerprint: int) -> float:
         """The factor of a reduced control tensor; notes the squared norm in it.
@@ -269,8 +269,8 @@ class Steps:
                 f"the ranks have different gradients at place {self.name}: on this rank {self._what()}. "
                 "Every rank must build the same model, in the same order."
             ) from None
-        if self.progress.state.schedule is not None:
-            self.progress.note_square(float(reduced[control.SQUARE]) / factor)
+        if self.graph_state.state.schedule is not None:
+            self.graph_state.note_square(float(reduced[control.SQUARE]) / factor)
         return factor
 
     def _data(

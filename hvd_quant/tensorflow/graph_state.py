@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hvd_quant.reducer.state import TrainingState
-from hvd_quant.tensorflow.memory import Memory
+from hvd_quant.tensorflow.buffer_pool import BufferPool
 
 
-class Progress:
+class GraphState:
     """The state of the training, and what is in flight. TensorFlow calls it from several threads.
 
     Args:
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, state: TrainingState) -> None:
         self.state = state
         self.lock = threading.RLock()
-        self.memory = Memory()  # of the results, by gradient
+        self.buffers = BufferPool()  # of the results, by gradient
         # What has been sent and not received: groups of gradients, and what was asked; with a number each.
         self.in_flight: dict[str, int] = {}
         self._sent = itertools.count()
