@@ -144,14 +144,15 @@ def check_body(header: Header, body_checksum: int) -> None:
         raise ValueError("payload is damaged: its checksum does not match its bytes")
 
 
-def check_room(header: Header, room: int) -> None:
+def check_count(header: Header, count: int) -> None:
     """Compare the values of payloads with the values that there is room for.
 
     Raises:
         ValueError: they are not as many.
     """
-    if header.count != room:
-        raise ValueError(f"out must have room for {header.count} values, as many as were encoded, not {room}")
+    if header.count != count:
+        expected = f"{header.count} values, as many as were encoded"
+        raise ValueError(f"out must have room for {expected}, not {count}")
 
 
 def common_header(headers: list[Header]) -> Header:

@@ -78,9 +78,10 @@ def encode(
             them need the same seed.
         size: number of payloads to be averaged.
         backend: ``"native"``, ``"torch"``, or ``"auto"``: native for CPU memory, torch elsewhere.
-        out: buffer for the payload; allocating one may cost more than encoding. A contiguous one-dimensional
-            uint8 array (for an array) or tensor on the same device (for a tensor) that does not overlap ``x``.
-            It has `max_payload_size` bytes, or more unless the scheme's codes are packed. A new one by default.
+        out: buffer for the payload, because a new one may cost more than encoding: contiguous one-dimensional
+            uint8 that does not overlap ``x``, an array for an array, a tensor on the same device for a
+            tensor. It has `max_payload_size` bytes, or more unless the scheme's codes are packed. By
+            default a new one.
 
     Returns:
         The payload, one-dimensional uint8: an array for an array, a tensor on the same device for a tensor.
@@ -113,18 +114,18 @@ def encode(
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
     if out is not None:
         _check_out(out, ("uint8",), x, "x")
-        _check_room(out, scheme, x.numel() if tensor_given else x.size)
+        _check_size(out, scheme, x.numel() if tensor_given else x.size)
         _announce_writing(out)
     options = (scheme, int(seed), shift(scheme, int(rank), int(size)))
     if backend == "native":
-        room = None if out is None else flat_array(out)
-        payload = native.encode(flat_array(x), *options, dtype=dtype, out=room)
+        buffer = None if out is None else flat_array(out)
+        payload = native.encode(flat_array(x), *options, dtype=dtype, out=buffer)
     else:
         from hvd_quant.codec import torch_ops
 
         tensor = x.detach() if tensor_given else _tensor(_writable(x))
-        room = None if out is None else _flat_tensor(out)
-        payload = torch_ops.encode(tensor.reshape(-1), *options, out=room)
+        buffer = None if out is None else _flat_tensor(out)
+        payload = torch_ops.encode(tensor.reshape(-1), *options, out=buffer)
     if out is None:
         return _as_given(payload, tensor_given)
     return out if len(payload) == len(out) else out[: len(payload)]
@@ -136,9 +137,9 @@ def decode(payload: Array | bytes, backend: str = "auto", *, out: Array | None =
     Args:
         payload: one-dimensional uint8, as `encode` returns it, or bytes.
         backend: as in `encode`.
-        out: buffer for the values, because a new one may cost more than decoding: contiguous, of any shape with
-            as many values, of dtype float32, float64, float16 or bfloat16, and not overlapping the payload. A
-            tensor on the same device for a tensor, else an array. By default a new float32 one.
+        out: buffer for the values, because a new one may cost more than decoding: contiguous, of any shape
+            with as many values, of dtype float32, float64, float16 or bfloat16, and not overlapping the
+            payload. A tensor on the same device for a tensor, else an array. By default a new float32 one.
 
     Returns:
         The values: ``out``, or else one-dimensional float32, a tensor on the same device for a tensor, an
@@ -166,8 +167,8 @@ def decode(payload: Array | bytes, backend: str = "auto", *, out: Array | None =
         _check_out(out, native.DTYPES, payload, "the payload")
         _announce_writing(out)
     if backend == "native":
-        room, dtype = (None, None) if out is None else (flat_array(out), _dtype(out))
-        values = native.decode_mean([flat_array(payload)], room, dtype=dtype)
+        buffer, dtype = (None, None) if out is None else (flat_array(out), _dtype(out))
+        values = native.decode_mean([flat_array(payload)], buffer, dtype=dtype)
     else:
         from hvd_quant.codec import torch_ops
 
@@ -227,7 +228,7 @@ def _check_out(out: Any, dtypes: Sequence[str], source: Any, name: str) -> None:
         raise ValueError(f"out must not overlap {name} in memory")
 
 
-def _check_room(out: Any, scheme: Scheme, count: int) -> None:
+def _check_size(out: Any, scheme: Scheme, count: int) -> None:
     """Check that a payload fits.
 
     Raises:

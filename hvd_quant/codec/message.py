@@ -142,7 +142,7 @@ class Messages(list[Any]):
         """Return the name of a message in errors."""
         return name_of(number, self.ranks)
 
-    def told(self, text: str) -> str:
+    def name_in(self, text: str) -> str:
         """Put a message's name into an error text of the native codec."""
         found = re.fullmatch(r"message (\d+) (.*)", text, re.DOTALL)
         if found is None:

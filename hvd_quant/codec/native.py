@@ -159,7 +159,7 @@ def decode_mean(
     if out is not None and not out.dtype.isnative:
         raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
     if out is not None:
-        wire.check_room(header, out.size)
+        wire.check_count(header, out.size)
     is_coded = header.scheme.coding != "packed"
     if is_coded:
         payloads = [entropy.entropy_decode(*pair) for pair in zip(payloads, headers, strict=True)]
@@ -273,7 +273,7 @@ def decode_messages(
             threads=threads(),
         )
     except ValueError as error:
-        raise ValueError(messages.told(str(error))) from None
+        raise ValueError(messages.name_in(str(error))) from None
 
 
 def _expected(messages: Sequence[np.ndarray], size: int | None, preamble: bytes) -> Messages:
@@ -325,16 +325,16 @@ def pack_float32(
     floats, end = out[PREAMBLE_SIZE:].view(np.float32), 0
     for segment in layout.segments:
         place = slice(segment.start, segment.start + segment.count)
-        part, room = values[segment.tensor].reshape(-1)[place], floats[end : end + segment.count]
+        part, target = values[segment.tensor].reshape(-1)[place], floats[end : end + segment.count]
         with np.errstate(over="ignore", invalid="ignore"):
             if segment.dtype == "bfloat16":
-                np.left_shift(part.view(np.uint16), 16, out=room.view(np.uint32), dtype=np.uint32)
+                np.left_shift(part.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
             else:
-                np.copyto(room, part, casting="same_kind")
+                np.copyto(target, part, casting="same_kind")
             if residuals:
                 residual = residuals[segment.tensor][place]
-                room += residual
-                sent = np.isfinite(room)
+                target += residual
+                sent = np.isfinite(target)
                 if not sent.all():
                     size = segment.scheme.bucket_size
                     buckets = np.logical_and.reduceat(sent, range(0, segment.count, size))

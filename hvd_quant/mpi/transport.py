@@ -22,9 +22,9 @@ class _Handle:
         comm: MPI.Intracomm,
         tag: int,
         parts: Sequence[np.ndarray],
-        rooms: dict[str, np.ndarray],
+        buffers: dict[str, np.ndarray],
     ) -> None:
-        self._comm, self._tag, self._rooms = comm, tag, rooms
+        self._comm, self._tag, self._buffers = comm, tag, buffers
         self._status = MPI.Status()
         self._received: list[list[np.ndarray]] = [[] for _ in parts]
         self._received[comm.rank].append(parts[comm.rank])
@@ -40,7 +40,7 @@ class _Handle:
     def ready(self) -> bool:
         for source in list(self._awaited):
             while (message := self._comm.Improbe(source, self._tag, self._status)) is not None:
-                part = self._room(source, self._status.Get_count(MPI.BYTE))
+                part = self._buffer(source, self._status.Get_count(MPI.BYTE))
                 self._requests.append(message.Irecv([part, MPI.BYTE]))
                 self._received[source].append(part)
                 if len(part) < _PART:
@@ -53,12 +53,12 @@ class _Handle:
             pass
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._received]
 
-    def _room(self, source: int, size: int) -> np.ndarray:
+    def _buffer(self, source: int, size: int) -> np.ndarray:
         """The memory that the same part came into last time, if that is large enough."""
         key = f"received {self._tag % COLLECTIVES} {source} {len(self._received[source])}"
-        if key not in self._rooms or len(self._rooms[key]) < size:
-            self._rooms[key] = np.empty(size, np.uint8)
-        return self._rooms[key][:size]
+        if key not in self._buffers or len(self._buffers[key]) < size:
+            self._buffers[key] = np.empty(size, np.uint8)
+        return self._buffers[key][:size]
 
 
 class MpiTransport:
@@ -70,13 +70,13 @@ class MpiTransport:
     Args:
         comm: for the use of transports alone.
         number: of the exchange on ``comm``, the same on all ranks.
-        rooms: memory to receive into, kept from one exchange to the next.
+        buffers: memory to receive into, kept from one exchange to the next.
     """
 
-    def __init__(self, comm: MPI.Intracomm, number: int, rooms: dict[str, np.ndarray]) -> None:
+    def __init__(self, comm: MPI.Intracomm, number: int, buffers: dict[str, np.ndarray]) -> None:
         self.rank, self.size = comm.rank, comm.size
         self.collectives = 0  # begun so far
-        self._comm, self._rooms = comm, rooms
+        self._comm, self._buffers = comm, buffers
         tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # lasting for so many exchanges
         self._first_tag = COLLECTIVES * (number % tags)
 
@@ -92,4 +92,4 @@ class MpiTransport:
     def _begin(self, parts: Sequence[np.ndarray]) -> _Handle:
         tag = self._first_tag + self.collectives
         self.collectives += 1
-        return _Handle(self._comm, tag, parts, self._rooms)
+        return _Handle(self._comm, tag, parts, self._buffers)
