@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
-COLLECTIVES = 4  # of one transport at most
-# A message of more bytes goes in parts, because counts are 32-bit integers before MPI 4. A part of exactly so
-# many is followed by another, which may be empty.
+COLLECTIVES = 4  # per transport at most
+# Longer messages are split, because counts are 32-bit integers before MPI 4. A part of exactly this size is
+# followed by another, which may be empty.
 _PART = 2**30
 
 
@@ -28,7 +28,7 @@ class _Handle:
         self._status = MPI.Status()
         self._received: list[list[np.ndarray]] = [[] for _ in parts]
         self._received[comm.rank].append(parts[comm.rank])
-        # Each rank begins with the one after it, lest all send to the same one at once.
+        # Each rank starts with the next one, so that they do not all send to the same one at once.
         others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
         self._awaited = dict.fromkeys(reversed(others))
         self._requests = [
@@ -54,7 +54,7 @@ class _Handle:
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._received]
 
     def _buffer(self, source: int, size: int) -> np.ndarray:
-        """The memory that the same part came into last time, if that is large enough."""
+        """Return the buffer that received the same part last time, if it is large enough, or a new one."""
         key = f"received {self._tag % COLLECTIVES} {source} {len(self._received[source])}"
         if key not in self._buffers or len(self._buffers[key]) < size:
             self._buffers[key] = np.empty(size, np.uint8)
@@ -62,22 +62,22 @@ class _Handle:
 
 
 class MpiTransport:
-    """See `hvd_quant.exchange.transport.Transport`: the up to `COLLECTIVES` collectives of one exchange.
+    """Transport for one exchange of up to `COLLECTIVES`; see `hvd_quant.exchange.transport.Transport`.
 
-    Collectives match in the order in which they begin, whatever their names, so that ranks that disagree
-    about the exchange meet none the less. Buffers are NumPy arrays.
+    Collectives match in the order in which they start, whatever their names, so that ranks that disagree
+    about the exchange still meet. Buffers are NumPy arrays.
 
     Args:
-        comm: for the use of transports alone.
-        number: of the exchange on ``comm``, the same on all ranks.
+        comm: for the use of transports only.
+        number: number of the exchange on ``comm``, the same on all ranks.
         buffers: memory to receive into, kept from one exchange to the next.
     """
 
     def __init__(self, comm: MPI.Intracomm, number: int, buffers: dict[str, np.ndarray]) -> None:
         self.rank, self.size = comm.rank, comm.size
-        self.collectives = 0  # begun so far
+        self.collectives = 0  # started so far
         self._comm, self._buffers = comm, buffers
-        tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # lasting for so many exchanges
+        tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # exchanges until tags repeat
         self._first_tag = COLLECTIVES * (number % tags)
 
     def allgather(self, message: np.ndarray, sizes: Sequence[int | None], name: str) -> _Handle:

@@ -204,7 +204,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             TypeError: something is no name.
             ValueError: a tensor is given under two names.
         """
-        self._names.tell(gradients, grouped)
+        self._names.register(gradients, grouped)
 
     def is_left_out(self, name: str, count: int | None) -> bool:
         """Whether a gradient travels uncompressed by an override, and not because it is small.

@@ -41,7 +41,7 @@ class GradientNames:
         self._told: dict[int, tuple[weakref.ref[tf.Tensor], Told]] = {}
         self._any_told = False
 
-    def tell(self, gradients: Iterable[tuple[str, Any]], grouped: bool) -> None:
+    def register(self, gradients: Iterable[tuple[str, Any]], grouped: bool) -> None:
         """Note the names of gradients; those that are no tensors count as names alone.
 
         Raises:
