@@ -1,4 +1,4 @@
-"""Memory of results, given out again once nobody looks at it: new memory is slow."""
+"""A pool of buffers for results, which are reused once nothing refers to them: allocation is slow."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _ON_CPU = np.empty(0, np.uint8)
 
 
 class BufferPool:
-    """Room for what TensorFlow keeps as long as it likes. It may be called from several threads.
+    """Buffers that TensorFlow keeps as long as it likes. Thread-safe.
 
-    One room is kept for each key: as much memory as the results of one step have.
+    One buffer is kept per key, so in all the memory of one step's results.
     """
 
     def __init__(self) -> None:
@@ -23,10 +23,10 @@ class BufferPool:
         self._buffers: dict[str, tuple[np.ndarray, weakref.ref[np.ndarray]]] = {}
 
     def empty(self, key: str, count: int, dtype: np.dtype) -> np.ndarray:
-        """Room for ``count`` values, whose content is undefined; from a cache line on.
+        """Return an uninitialised array of ``count`` values, aligned to a cache line.
 
-        It is what was given out before for this key, if that had as many bytes and no array, view or tensor
-        on it is left.
+        It reuses the key's last buffer, if that had as many bytes and no array, view or tensor refers to it
+        any more.
         """
         size = count * dtype.itemsize
         with self._lock:
@@ -35,8 +35,8 @@ class BufferPool:
                 buffer = kept[0]
             else:
                 buffer = native.empty(size, "uint8", _ON_CPU)
-            # A view of a view is a view of what owns the memory, and keeps this alone; but over a memoryview
-            # NumPy sees no further, so that this array lives as long as any view of it.
+            # The base of a view of a view is the owner of the memory, and only that is kept alive; but NumPy
+            # does not see through a memoryview, so that this array lives as long as any view of it.
             array = np.frombuffer(memoryview(buffer), dtype)
             self._buffers[key] = buffer, weakref.ref(array)
         return array
