@@ -13,7 +13,7 @@ import numpy as np
 from hvd_quant.schemes import DQSGD, check_integer
 
 _FORECAST = 64  # steps that stand for all future ones
-_PRECISION = 2.0**-10  # of log2 k
+_PRECISION = 2.0**-10  # precision of log2 k
 # The last bits of logarithms differ between processors. Norms and bits must not.
 _NORM_PRECISION = 2.0**-30
 _MOST = 2**53  # steps or bits of a run

@@ -13,9 +13,9 @@ from hvd_quant.schemes import CODINGS, NORMS, NUQSGD, QSGD, Scheme
 MAGIC = b"HVDQ"
 VERSION = 1
 HEADER_SIZE = 32
-CODES_HEAD_SIZE = 8  # of codes that are not packed
+CODES_HEAD_SIZE = 8  # bytes before codes that are not packed
 MAX_VALUES_A_BYTE = 4096  # per byte of a payload whose codes are not packed
-ALIGNMENT = 8  # of the payload size, so that consecutive payloads stay aligned
+ALIGNMENT = 8  # payload sizes are multiples, so that consecutive payloads stay aligned
 
 # Positions of 32-bit words in the payload, for the checksum.
 CHECKSUM_WORD = 3

@@ -234,7 +234,7 @@ def _write_report(diagnosis: Facts, output: str | None) -> bool:
     except OSError as error:
         with contextlib.suppress(Exception):
             print(f"hvd-quant doctor: cannot write {output or 'the report'}: {error}", file=sys.stderr)
-        with contextlib.suppress(Exception):  # lest the interpreter tries to write the rest when it ends
+        with contextlib.suppress(Exception):  # or the interpreter would try to write the rest when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

@@ -80,7 +80,7 @@ def describe(error: BaseException) -> str:
 
 
 def host() -> Facts:
-    """The machine itself; None for what cannot be found out."""
+    """Describe the machine itself; None for what cannot be found out."""
     facts: dict[str, Callable[[], Any]] = {
         "name": own_name,
         "resolves_to": lambda: _resolve(own_name()),

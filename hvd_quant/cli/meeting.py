@@ -1,4 +1,4 @@
-"""The ranks of a job: their launch, as the launcher reports it, and their communication."""
+"""Launch and communication of a job's ranks."""
 
 from __future__ import annotations
 

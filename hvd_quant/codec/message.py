@@ -33,7 +33,7 @@ class Segment:
     Args:
         tensor: index among the tensors that are encoded together.
         start, count: the range.
-        dtype: of the tensor's values, one of `DTYPES`.
+        dtype: dtype of the tensor, one of `DTYPES`.
         scheme: how they are quantized.
     """
 
@@ -201,7 +201,7 @@ def lengths_fault(count: int, received: object, expected: int | None, source: st
 
 
 def stated_size(message: Any) -> int:
-    """The size that a message of varying size says it has; 0 where it is too short to say it."""
+    """Return the size that a message of varying size contains; 0 if it is too short for that."""
     stated = bytes(message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE].tolist())
     return int.from_bytes(stated, "little") if len(stated) == SIZE_SIZE else 0
 

@@ -20,7 +20,7 @@ from hvd_quant.schemes import Scheme
 # See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
 TINY_NORM = 2.0**-90
 TINY_PRESCALE = 2.0**60
-MANTISSA_BITS = 23  # of float32
+MANTISSA_BITS = 23  # float32
 SMALLEST_NORMAL = 2.0**-126
 UNIT = 2.0**-149  # the smallest float32 above 0
 # If no value but 0 is smaller than SAFE_VALUE, and the weight is not smaller than SAFE_WEIGHT, no sum and no

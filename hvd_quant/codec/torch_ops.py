@@ -274,7 +274,7 @@ def decode_messages(
             wrong = True
     # The slow path, which also explains what is wrong.
     messages.check_sizes(layout.fixed_size)
-    checks, rest = _Checks(), []  # of each message
+    checks, rest = _Checks(), []  # rest of each message
     for number, message in enumerate(messages):
         preamble = cuda.constant(layout.preamble, message.device)
         other = (message[:PREAMBLE_SIZE] != preamble).any()

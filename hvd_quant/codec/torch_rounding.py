@@ -21,8 +21,8 @@ from hvd_quant.schemes import Scheme
 # See docs/wire-format.md: below TINY_NORM, decoders do the arithmetic on values scaled by TINY_PRESCALE.
 TINY_NORM = 2.0**-90
 TINY_PRESCALE = 2.0**60
-SMALLEST_NORMAL = 2.0**-126  # of float32
-MANTISSA_BITS = 23  # of float32
+SMALLEST_NORMAL = 2.0**-126  # float32
+MANTISSA_BITS = 23  # float32
 FAST_BITS = 5  # up to this many, `_round_down_fast` resolves the noise finely enough
 
 

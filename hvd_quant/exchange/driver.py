@@ -50,7 +50,7 @@ class Exchange:
             message, sizes = parts[rank][:0], [0] * len(parts)  # an empty message never passes for a mean
         try:
             self._handle = self._start(message, sizes)
-        except ValueError as error:  # of the transport
+        except ValueError as error:  # raised by the transport
             self._failure = self._failure or error
 
     def advance(self, *, wait: bool) -> bool:

@@ -14,7 +14,7 @@ _BUCKETS_KEPT = MAX_BITS - MIN_BITS + 1  # per group of gradients, for schemes t
 
 
 class HasEntry(Protocol):
-    """A gradient."""
+    """A gradient with an entry."""
 
     @property
     def entry(self) -> Entry:

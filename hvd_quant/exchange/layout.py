@@ -149,7 +149,7 @@ class GroupLayout:
 
     @property
     def own_chunk(self) -> MessageLayout:
-        """The chunk that this rank averages, over one float32 tensor of its values."""
+        """Own chunk, which this rank averages, over one float32 tensor of its values."""
         return self.chunks[self.rank].flattened
 
     @property

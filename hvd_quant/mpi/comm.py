@@ -56,10 +56,10 @@ class QuantizedComm:
         scheme: how values are quantized, e.g. ``hvd_quant.QSGD(bits=4)``, or ``hvd_quant.DQSGD(...)``, of
             which a step ends when a call's name comes again. Calls without a name share one, so that each of
             them is a step.
-        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
-            a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"hierarchical"``, the ranks of a host average their values as they are, and the
-            hosts exchange these means; ``"auto"``, the quickest by the model in
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their values uncompressed, and
+            the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
             `hvd_quant.exchange.cost`.
         seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank and each call draws its own noise from it.
             Use another one for a communicator that reduces the results of this one.
@@ -109,7 +109,7 @@ class QuantizedComm:
         except ValueError as error:
             if "HVD_QUANT_" not in str(error):
                 raise
-            fault = error  # of the environment: perhaps on this rank only
+            fault = error  # invalid environment, perhaps on this rank only
         barrier(comm)
         host, one_host = _host_of(comm)
         if fault is None:

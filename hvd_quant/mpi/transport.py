@@ -1,4 +1,4 @@
-"""Bytes between ranks by MPI's point-to-point messages."""
+"""Transport of bytes between ranks by MPI point-to-point messages."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ class Agreement:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.transport: CountedTransport | None = None  # of the last generation
+        self.transport: CountedTransport | None = None  # transport of the last generation
         self._generations = 0
         self._proposal: Handle | None = None  # until all ranks have proposed
-        self.positions: list[list[int]] = []  # of every rank at the beginning of the generation
+        self.positions: list[list[int]] = []  # by rank, at the beginning of the generation
         self.topology: Topology | None = None  # known from the first generation on
 
     def name(self, purpose: str) -> str:

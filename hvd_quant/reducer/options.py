@@ -1,4 +1,4 @@
-"""The options of compressors: checked, kept, and described for ranks to compare."""
+"""Options of compressors, checked, and described for ranks to compare."""
 
 from __future__ import annotations
 

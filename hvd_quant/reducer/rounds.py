@@ -60,7 +60,7 @@ class Rounds:
         self._agreement = agreement
         self._transport: CountedTransport | None = None
         self._number = 0  # rounds since the generation began
-        self._announcements: list[Handle] = []  # of rounds whose agreement is not known yet
+        self._announcements: list[Handle] = []  # rounds whose agreement is not known yet
         self._failure: RoundMismatch | None = None  # found in them
 
     def begin(self, transport: CountedTransport) -> None:

@@ -27,7 +27,7 @@ class SentBucket:
 
     exchange: Exchange
     gradients: list[Gradient]
-    factor: float | None = None  # of the written results
+    factor: float | None = None  # factor of the written results
 
 
 class Sending:

@@ -97,7 +97,7 @@ class TrainingState:
         self.schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
         self.present_scheme: Scheme = self._scheme()
         self._squares: list[float] = []  # squared norms of this step's reduced gradients
-        self._bits: list[int] = []  # of each step
+        self._bits: list[int] = []  # bits of each step
 
     # --- uses -------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class TrainingState:
         """Continue where `state_dict` was taken.
 
         Args:
-            state: of a compressor with the same scheme.
+            state: state of a compressor with the same scheme.
             check: called with the residuals; raises ValueError if they do not fit the parameters.
 
         Raises:

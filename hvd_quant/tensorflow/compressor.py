@@ -48,12 +48,12 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     Args:
         scheme: how gradients are quantized.
-        min_numel: gradients of fewer values are left to Horovod, uncompressed. Those whose number of values
-            is not known when the function is traced are quantized.
-        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
-            a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
-            hosts exchange these means; ``"auto"``, the quickest by the model in
+        min_numel: gradients of fewer values are left to Horovod, uncompressed. If the number of values is
+            unknown when the function is traced, they are quantized.
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
+            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
             `hvd_quant.exchange.cost`.
         error_feedback: whether each rank keeps the quantization error of a gradient, and adds it to the next
             one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each gradient's size.
@@ -117,7 +117,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 compiles this function by XLA; or error feedback or DQ-SGD is used outside of a function.
             ValueError: there are ``overrides``, and the gradient's name is unknown.
         """
-        given = self._names.of(tensor)  # of the tensor as passed: the conversion makes another one
+        given = self._names.of(tensor)  # before the conversion, which makes another tensor
         tensor = tf.convert_to_tensor(tensor)
         if tensor.dtype in DTYPES:
             self._check_place()

@@ -47,7 +47,7 @@ class Trace:
     """A traced function; or everything that is called eagerly."""
 
     is_eager: bool = False
-    places: int = 0  # of gradients, used so far
+    places: int = 0  # places of gradients, used so far
     named: int = 0  # tensors that Horovod was given to reduce
     groups: dict[int, TracedGroup] = field(default_factory=dict)  # open ones, by the identity of their graph
     # Bytes of uncompressed gradients, in their own dtype and as sent. Counted whenever the last group is

@@ -44,10 +44,10 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             the order of arrival, which all ranks must share; a disagreement is detected and is an error.
             `hvd_quant.torch.DistributedOptimizer` passes it by itself.
         min_numel: gradients of fewer values are left to Horovod, uncompressed.
-        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
-            a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
-            hosts exchange these means; ``"auto"``, the quickest by the model in
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
+            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
             `hvd_quant.exchange.cost`.
         error_feedback: whether each rank keeps, for every parameter, the quantization error of its gradients,
             and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each
@@ -113,7 +113,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                     "match an earlier pattern",
                     stacklevel=3,
                 )
-            if self._state.residuals is not None:  # of a state that was loaded before
+            if self._state.residuals is not None:  # from a state that was loaded before
                 names.check_sizes(self._state.residuals.kept)
             self._names = names
             names.watch()
@@ -177,8 +177,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
         if self.options.error_feedback and name is None:
             raise ValueError(
-                "error_feedback=True keeps something for every parameter, and this gradient is of none that "
-                "the compressor knows"
+                "error_feedback=True keeps a residual for every parameter, and this gradient belongs to none "
+                "that the compressor knows"
             )
         key = name if name is not None else f"#{self._place()}"
         gradient = reducer.known.get(key)

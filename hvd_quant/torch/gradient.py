@@ -83,7 +83,7 @@ class TorchGradient(Gradient):
         self.kind = (tensor.shape, tensor.dtype, tensor.device)
         self._tensor: torch.Tensor | None = None  # while it is in flight
         self.stream: torch.cuda.Stream | None = None  # that has written it, on a GPU
-        self._version = 0  # of the tensor, when it was submitted
+        self._version = 0  # version of the tensor when it was submitted
         self._in_place = False  # whether the mean overwrites the gradient
         self._result: torch.Tensor | None = None
 

@@ -51,7 +51,7 @@ class Reduction:
         self._sparse_as_dense = sparse_as_dense
         self._scale_local_gradients = scale_local_gradients
         self._passes = passes
-        self._options = {  # of Horovod's functions
+        self._options = {  # for Horovod's functions
             "device_dense": device_dense,
             "device_sparse": device_sparse,
             "compression": compression,
