@@ -126,7 +126,7 @@ def interface_names(hosts: Hosts) -> Iterator[Finding]:
 
 
 def shared_networks(hosts: Hosts) -> Iterator[Finding]:
-    """Two hosts that share an address each reach themselves by it; Docker's own bridge is one of these."""
+    """Find addresses that several hosts have: each reaches itself by them, as on Docker's own bridge."""
     having: defaultdict[str, list[str]] = defaultdict(list)
     for host, facts in hosts.items():
         for nic, addresses in external(facts["network"]).items():

@@ -18,13 +18,13 @@ def constant(data: bytes | np.ndarray) -> tf.Tensor:
 def checksum(bodies: tf.Tensor, header: np.ndarray) -> tf.Tensor:
     """Return the checksums of payloads with these bodies and this header, int64 of shape (n,).
 
-    A sum of fewer than 2^21 numbers below 2^32 is exact in float64, whose sums every device has.
+    A sum of fewer than 2^21 numbers below 2^32 is exact in float64, which every device can sum.
     """
     rows = max(1, -(-bodies.shape[1] // (4 * CHECKSUM_ROW)))
     words = tf.bitcast(
         tf.reshape(fit(bodies, 4 * CHECKSUM_ROW * rows), [-1, rows, CHECKSUM_ROW, 4]), tf.uint32
     )
-    # Made in parts that are small where the host makes them.
+    # Computed from small parts, which the host makes.
     row = tf.range(rows, dtype=tf.int64)[:, tf.newaxis] * (2 * CHECKSUM_ROW)
     weights = row + (2 * np.arange(wire.FIRST_BODY_WORD, wire.FIRST_BODY_WORD + CHECKSUM_ROW) + 1)
     mask = tf.constant(MASK32, tf.int64)

@@ -80,7 +80,7 @@ def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
 
 
 def _fits(count: int) -> bool:
-    """Values are sent as float32, and their bytes are counted in 32 bits."""
+    """Check the size: values are sent as float32, and their bytes are counted in 32 bits."""
     return 4 * count < 2**31
 
 

@@ -33,7 +33,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     process_set: hvd.ProcessSet = hvd.global_process_set,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """A Keras optimizer that reduces gradients over the ranks before it applies them.
+    """Make a Keras optimizer that reduces gradients over the ranks before it applies them.
 
     The arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``. An optimizer of Keras 3 is
     made distributed in place, with its state, and returned. Its class has the same name as before, so that a
