@@ -142,10 +142,9 @@ class Sending:
         """Advance exchanges without waiting; returns whether all are at their last collective.
 
         All of them side by side: they may have started in another order on every rank, and one's second
-            collective
-        may wait for a rank that waits for another's. Not in hooks of backward, where the number of operations
-        that this rank submits would depend on the others' progress. And on a GPU, the work between an
-        exchange's collectives waits for backward.
+        collective may wait for a rank that waits for another's. Not in hooks of backward, where the number of
+        operations that this rank submits would depend on the others' progress. And on a GPU, the work between
+        an exchange's collectives waits for backward.
         """
         self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
         return not self._underway
@@ -154,8 +153,7 @@ class Sending:
         """Write the means of everything that the round has sent, as it arrives.
 
         No result is used before the ranks are known to have sent the same: a rank that found nothing wrong
-            would
-        continue, and wait for others that have stopped.
+        would continue, and wait for others that have stopped.
 
         Args:
             factor: factor of the first gradient whose result was requested; nearly always that of all.

@@ -88,8 +88,7 @@ def _gather(
     """Gather all ranks' messages, back to back.
 
     Nothing is checked before everything has arrived, the control tensor included: a rank that has found an
-        error
-    takes part in nothing any more, and the others would wait for it.
+    error takes part in nothing any more, and the others would wait for it.
     """
     received = hvd.allgather(steps.named(message, "gather"), process_set=process_set)
     with tf.control_dependencies([reduced]):

@@ -122,8 +122,7 @@ class GraphExchange:
         """Return the exchange's name: a function of what all ranks know when they trace.
 
         It ignores overrides: names may differ between ranks, by mistake, and ranks with different algorithms
-            would
-        wait for each other indefinitely, without an error.
+        would wait for each other indefinitely, without an error.
         """
         counts = [tensor.shape.num_elements() for tensor in tensors]
         if None in counts or routing.topology is None:

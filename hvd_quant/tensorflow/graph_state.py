@@ -33,8 +33,7 @@ class GraphState:
         """Note that a group is sent; returns the bits of its step, 0 without a schedule.
 
         A step of the schedule ends when a group comes again: by then all results have arrived, because they
-            have
-        changed the parameters that the new gradient was computed from.
+        have changed the parameters that the new gradient was computed from.
         """
         with self.lock:
             self.in_flight[f"group {group}"] = next(self._sent)

@@ -347,8 +347,7 @@ def call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list
     """Run a function of NumPy arrays as an operation.
 
     Not a stateful one: those run in the order in which they were traced, and gradients would travel one after
-        the
-    other.
+    the other.
     """
     results = tf.numpy_function(function, inputs, dtypes, stateful=False)
     return results if isinstance(results, list) else [results]

@@ -365,7 +365,7 @@ class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
 
     A step ends when nothing is in flight any more, as after ``optimizer.synchronize()``. The next step's bits
     depend on the norm of the quantized gradients: the root of the sum over them of the ranks' mean squared
-        norm.
+    norm.
 
     Args:
         k, mean_bits, total_steps, alpha, min_bits, max_bits: arguments of the schedule, see

@@ -106,8 +106,7 @@ class Reduction:
         """Like `reduce`, for gradients that a loss scaler has multiplied by ``scale``, as are the results.
 
         They travel unscaled, because the scale may change: residuals of error feedback, and the norms of
-            DQ-SGD, must
-        not depend on it. Those of less than 32 bits are returned as float32.
+        DQ-SGD, must not depend on it. Those of less than 32 bits are returned as float32.
         """
         gradients = [_scaled(_at_least_float32(gradient), 1.0 / scale) for gradient in gradients]
         return [_scaled(gradient, scale) for gradient in self.reduce(gradients, variables)]
