@@ -59,7 +59,7 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
         finally:
             os._exit(1)
 
-    # A rank that has gathered no facts got here first.
+    # A rank that gathers no facts is early, and waits until the others have gathered theirs.
     wait = patience if here is not None else patience + facts.PROBE_SECONDS
     os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(1, int(wait)))
     try:
@@ -72,7 +72,7 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
                     f"by {met.by} it is one of {met.size}, so the launcher and Horovod, or mpi4py, go by "
                     "different means (another MPI, or Gloo under mpirun)"
                 )
-            everyone = met.gather(here)  # None of ranks that leave it to another one on their host
+            everyone = met.gather(here)  # None from ranks that leave it to another one on their host
             sent = met.gather((facts.own_name(), time.time(), sorted(os.sched_getaffinity(0))))
     except Exception as error:
         return no_meeting(facts.describe(error))

@@ -16,7 +16,7 @@ from hvd_quant.tensorflow.names import variable_name
 
 Reduce = Callable[..., list[Any]]
 
-# Named functions by Horovod's traced function, which is one for all tapes with the same arguments.
+# Traced functions with names, by Horovod's without, which is one for all tapes with the same arguments.
 _traced: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
