@@ -34,7 +34,7 @@ import hvd_quant.tensorflow as hq
 from benchmarks.step_time.report import machine, print_table
 from hvd_quant import QSGD
 from hvd_quant.codec import native
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.tensorflow.graph_state import GraphState
 from hvd_quant.tensorflow.group_steps import GradientSpec, GroupSteps, Ranks
@@ -68,7 +68,7 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
     x = np.random.default_rng(0).standard_normal(count, np.float32)
     out = np.empty_like(x)
     fingerprint, use = 0, np.array(0)
-    reduced = np.array(control.values(fingerprint, 0))  # by one rank
+    reduced = np.array(control_tensor.values(fingerprint, 0))  # by one rank
     steps = GroupSteps(
         GraphState(TrainingState(scheme, 0)),
         "0",

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from horovod.common.process_sets import ProcessSet
 
 from hvd_quant.exchange import cost
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.topology import NOT_HIERARCHICAL
 from hvd_quant.reducer.options import Options
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.schemes import DQSGD, Scheme, rounding_for
 
 _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
@@ -114,10 +114,10 @@ class HorovodCompressor:
         if self.in_use:
             raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
 
-    def _routing(self, hvd: ModuleType) -> Routing:
+    def _exchange_choice(self, hvd: ModuleType) -> ExchangeChoice:
         """Return the choice of the algorithm, before the ranks have announced their hosts."""
         link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
-        return Routing(self.options.exchange, self.process_set.size(), link)
+        return ExchangeChoice(self.options.exchange, self.process_set.size(), link)
 
     def _host(self, hvd: ModuleType, alike: bool) -> int:
         """Return what identifies this rank's host to the other ranks.

@@ -22,6 +22,6 @@ except (ImportError, RuntimeError) as error:  # mpi4py is missing, or finds no M
     ) from error
 
 from hvd_quant.mpi.comm import AVERAGE, QuantizedComm, Request
-from hvd_quant.reducer.mismatch import RankMismatchError
+from hvd_quant.reducer.errors import RankMismatchError
 
 __all__ = ["AVERAGE", "QuantizedComm", "RankMismatchError", "Request"]

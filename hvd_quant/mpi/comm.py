@@ -17,18 +17,18 @@ from hvd_quant.codec import native
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
 from hvd_quant.exchange.algorithms.uncompressed import CODEC, UNCOMPRESSED
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.mpi.buckets import IdleBuckets
 from hvd_quant.mpi.explain import explain
+from hvd_quant.mpi.norms import Norms
 from hvd_quant.mpi.request import Request, barrier, check_mpi, check_not_within, lock, progress, underway
-from hvd_quant.mpi.squares import Squares
 from hvd_quant.mpi.transport import MpiTransport
 from hvd_quant.mpi.values import Array, values_of
-from hvd_quant.reducer.mismatch import Description, RankMismatchError, differences
+from hvd_quant.reducer.errors import Description, RankMismatchError, differences
 from hvd_quant.reducer.options import Options
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, QSGD, Scheme
 
@@ -113,14 +113,14 @@ class QuantizedComm:
         barrier(comm)
         host, one_host = _host_of(comm)
         if fault is None:
-            self._routing = Routing(exchange, self.size, cost.link_from_environment(one_host, _LATENCY))
+            self._choice = ExchangeChoice(exchange, self.size, cost.link_from_environment(one_host, _LATENCY))
         self._comm: MPI.Intracomm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self._agree(fault, host)
         self._state = TrainingState(
             scheme, self.options.seed, Residuals() if self.options.error_feedback else None
         )
-        self._squares = Squares(self._comm, self._state) if isinstance(scheme, DQSGD) else None
+        self._norms = Norms(self._comm, self._state) if isinstance(scheme, DQSGD) else None
         self._idle = IdleBuckets()
         self._requests: list[Request] = []  # not complete when last checked
 
@@ -132,13 +132,13 @@ class QuantizedComm:
                 "environment": "in order",
                 **self.options.describe(),
                 "seed": self.options.seed,
-                "link": asdict(self._routing.link),
+                "link": asdict(self._choice.link),
                 "wire version": wire.VERSION,
             }
         described, hosts = zip(*self._comm.allgather((own, host)), strict=True)
         if not (found := differences(described)) and fault is None:
             try:
-                self._routing.locate(Topology(hosts))
+                self._choice.locate(Topology(hosts))
             except ValueError as error:
                 fault = error
         if found or fault is not None:
@@ -221,9 +221,9 @@ class QuantizedComm:
                 raise ValueError(f"sendbuf has {values.size} values, and recvbuf has room for {out.size}")
         op_name = AVERAGE if op == AVERAGE else "MPI.SUM"
         call = {"op": op_name, "shape": shape, "dtype": dtype, **({} if name is None else {"name": name})}
-        if self._squares is not None:
+        if self._norms is not None:
             check_not_within()
-            self._squares.begin_call(name or "")
+            self._norms.begin_call(name or "")
         request = Request(self._exchange(values, out, 1 if op_name == AVERAGE else self.size, call))
         with lock:
             self._requests = [*(one for one in self._requests if not one.over), request]
@@ -241,7 +241,7 @@ class QuantizedComm:
             over wire bytes. With DQ-SGD also ``bits``, a list with the bits of each step since the
             communicator was made.
         """
-        return self._state.stats(in_step=self._squares is not None and self._squares.in_step)
+        return self._state.stats(in_step=self._norms is not None and self._norms.in_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
@@ -253,8 +253,8 @@ class QuantizedComm:
         """
         if any(request.in_flight for request in self._requests):
             raise RuntimeError("take a communicator's state between steps: calls are in flight")
-        if self._squares is not None:
-            self._squares.end_step()
+        if self._norms is not None:
+            self._norms.end_step()
         return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -288,8 +288,8 @@ class QuantizedComm:
             )
         self.options.seed = self._state.seed
         self._idle.clear()  # fused buckets depend on the seed
-        if self._squares is not None:
-            self._squares.forget()
+        if self._norms is not None:
+            self._norms.forget()
 
     def Free(self) -> None:  # noqa: N802
         """Wait for what is in flight, and free the communicator (not the one that was passed in). Collective.
@@ -305,8 +305,8 @@ class QuantizedComm:
             progress()
         self._idle.clear()
         barrier(self._comm)
-        if self._squares is not None:
-            self._squares.drain()
+        if self._norms is not None:
+            self._norms.drain()
         self._comm.Free()
         for request in requests:
             request.Wait()  # raises its error, if any
@@ -333,14 +333,14 @@ class QuantizedComm:
         statistics.messages += 1
         statistics.raw_bytes += values.nbytes
         scheme = self.options.scheme_of(name, values.size, state.present_scheme)
-        if self._squares is not None:
-            self._squares.send(None if scheme is None else values, call["dtype"])
+        if self._norms is not None:
+            self._norms.send(None if scheme is None else values, call["dtype"])
         if self.size == 1:
             out[:] = values
             return
         entry = Entry(json.dumps(call), values.size, call["dtype"], scheme or QSGD())
         bucket = self._idle.take(entry) or GroupLayout(
-            [entry], self.size, self.rank, state.seed, self._routing.topology
+            [entry], self.size, self.rank, state.seed, self._choice.topology
         )
         transport = MpiTransport(self._comm, number, bucket.buffers)
         data = BucketData(bucket, [values], np.array([use], np.uint64), native, buffers=bucket.buffers)
@@ -348,7 +348,7 @@ class QuantizedComm:
             algorithm, data.codec = UNCOMPRESSED, CODEC
         else:
             whole = bucket.whole
-            algorithm = ALGORITHMS[self._routing.algorithm(whole.size, whole.count)]
+            algorithm = ALGORITHMS[self._choice.algorithm(whole.size, whole.count)]
             if state.residuals is not None:
                 data.residuals = [state.residuals.of(name, values.size, values)]
         exchange = Exchange(data, algorithm, transport, f"call {number}")

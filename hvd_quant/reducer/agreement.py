@@ -11,8 +11,8 @@ import numpy as np
 from hvd_quant.codec.message import framed, unframed
 from hvd_quant.exchange.topology import Topology
 from hvd_quant.exchange.transport import CountedTransport, Handle
-from hvd_quant.reducer.mismatch import Description, RankMismatchError, differences, explain_mismatch
-from hvd_quant.reducer.waiting import wait_for
+from hvd_quant.reducer.errors import Description, RankMismatchError, differences, explain_mismatch
+from hvd_quant.reducer.polling import wait_for
 
 
 def agree(received: Sequence[tuple[Description, Hashable]]) -> Topology:

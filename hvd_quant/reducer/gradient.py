@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hvd_quant.exchange.algorithms import Codec
 from hvd_quant.exchange.layout import Entry
 from hvd_quant.exchange.transport import Buffer
-from hvd_quant.reducer.control import Control
-from hvd_quant.reducer.mismatch import Description
+from hvd_quant.reducer.control_tensor import Control
+from hvd_quant.reducer.errors import Description
 
 if TYPE_CHECKING:
-    from hvd_quant.reducer.sending import SentBucket
+    from hvd_quant.reducer.in_flight import SentBucket
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # that are quantized
 

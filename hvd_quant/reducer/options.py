@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from hvd_quant.codec import native
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import EXCHANGES
-from hvd_quant.reducer.mismatch import Description
+from hvd_quant.reducer.errors import Description
 from hvd_quant.reducer.overrides import Overrides
 from hvd_quant.schemes import DQSGD, Scheme, check_choice, check_integer
 

@@ -14,24 +14,24 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from hvd_quant import wire
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.layout import Entry
 from hvd_quant.exchange.transport import CountedTransport
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.agreement import Agreement
-from hvd_quant.reducer.gradient import DTYPES, Gradient, Parameter, State
-from hvd_quant.reducer.mismatch import (
+from hvd_quant.reducer.errors import (
     Description,
     RankMismatchError,
     UnsupportedReductionError,
     explain_mismatch,
 )
+from hvd_quant.reducer.gradient import DTYPES, Gradient, Parameter, State
+from hvd_quant.reducer.in_flight import BucketsInFlight
 from hvd_quant.reducer.options import Options
+from hvd_quant.reducer.polling import pause, wait_for
 from hvd_quant.reducer.rounds import RoundLeft, Rounds
-from hvd_quant.reducer.routing import Routing
-from hvd_quant.reducer.sending import Sending
+from hvd_quant.reducer.stall import enumeration
 from hvd_quant.reducer.state import TrainingState
-from hvd_quant.reducer.waiting import pause, wait_for
-from hvd_quant.stall import enumeration
 
 
 class Reducer:
@@ -52,9 +52,9 @@ class Reducer:
         self.in_flight: dict[str, Gradient] = {}
         self._options = options
         self._rounds = Rounds(self.agreement)
-        self._sending = Sending(state, self.agreement, self._rounds, ranks, options.fusion_bytes)
+        self._sending = BucketsInFlight(state, self.agreement, self._rounds, ranks, options.fusion_bytes)
         self._transport: CountedTransport | None = None  # set by the first gradient, and again after a reset
-        self._routing: Routing | None = None
+        self._choice: ExchangeChoice | None = None
         self._parameters: dict[str, list[Any]] = {}
         # Hooks of backward must not submit more operations on some ranks than on others. So they submit
         # nothing until the first result is requested, when all ranks are known to agree.
@@ -75,7 +75,7 @@ class Reducer:
     def begin(
         self,
         transport: CountedTransport,
-        routing: Routing,
+        choice: ExchangeChoice,
         host: int,
         parameters: Mapping[str, Parameter] | None,
     ) -> None:
@@ -83,7 +83,7 @@ class Reducer:
 
         Args:
             transport: transport between the ranks.
-            routing: chooses the exchange algorithm.
+            choice: chooses the exchange algorithm.
             host: a number that ranks of the same host have in common.
             parameters: parameters by name, in order; None if names are unknown.
 
@@ -98,15 +98,15 @@ class Reducer:
                 "which does so"
             )
         parameters = parameters or {}
-        self._routing = routing
+        self._choice = choice
         self._parameters = {name: parameter.describe() for name, parameter in parameters.items()}
         # Their order is part of it, because it is that of the fused buckets.
-        own = control.fingerprint({**self.config(), "parameters": list(self._parameters.items())})
+        own = control_tensor.fingerprint({**self.config(), "parameters": list(self._parameters.items())})
         self.agreement.propose(transport, own, host, self.state.position())
         self._rounds.begin(transport)
         # Frozen ones in buckets of their own: they may be trained later.
         expected = [self._entries(parameters, trained=trained) for trained in (True, False)]
-        self._sending.begin(transport, routing, expected)
+        self._sending.begin(transport, choice, expected)
         self._transport, self._held = transport, []
         # If some rank does not run this code, or comes late, nobody answers. Then Horovod still reduces the
         # control tensors, which show whether that rank is configured differently, too.
@@ -201,7 +201,7 @@ class Reducer:
             factor = gradient.control.factor(reduced, self._transport.size)
             if sending.announced:
                 sending.receive_round(factor)
-        except control.FingerprintMismatch:
+        except control_tensor.FingerprintMismatch:
             raise self._mismatch([gradient]) from None
         except RoundLeft as error:
             self.clear()
@@ -218,7 +218,7 @@ class Reducer:
         del self.in_flight[gradient.entry.key]
         gradient.state, gradient.sent = State.IDLE, None
         if self.state.schedule is not None:
-            self.state.note_square(reduced[control.SQUARE] / factor)
+            self.state.note_square(reduced[control_tensor.SQUARE] / factor)
             if not self.in_flight:
                 self.state.end_step()
 
@@ -251,14 +251,14 @@ class Reducer:
         """Describe what must be the same on all ranks."""
         return {
             **self._options.describe(),
-            "link": asdict(self._routing.link),
+            "link": asdict(self._choice.link),
             "wire version": wire.VERSION,
             "compressor": self.agreement.number,
         }
 
     def fingerprint(self, description: Description) -> int:
         """Return the fingerprint of a gradient's control tensor."""
-        return control.fingerprint({**self.config(), "resets": self.agreement.resets, **description})
+        return control_tensor.fingerprint({**self.config(), "resets": self.agreement.resets, **description})
 
     def _state(self) -> Description:
         """Describe the configuration, and what may come to differ later."""
@@ -285,7 +285,7 @@ class Reducer:
                 message = self._explain(self.agreement.name("disagreement"), [], self._state())
                 if message is not None:
                     raise RankMismatchError(message)
-            self._routing.locate(self.agreement.topology)
+            self._choice.locate(self.agreement.topology)
         except Exception:
             self.clear()
             raise

@@ -23,7 +23,7 @@ except ImportError as error:
         f"said: {error}"
     ) from error
 
-from hvd_quant.reducer.mismatch import RankMismatchError, UnsupportedReductionError
+from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 from hvd_quant.tensorflow.compressor import (
     DQSGDCompressor,
     NUQSGDCompressor,

@@ -2,7 +2,7 @@
 
 Horovod calls ``compress``, allreduces its result, and calls ``decompress`` on the reduced one; in a
 ``tf.function`` it does so once, when the function is traced. So these two lay out operations: ``compress`` a
-control tensor for Horovod to reduce (see `hvd_quant.reducer.control`), ``decompress`` the exchange of the
+control tensor for Horovod to reduce (see `hvd_quant.reducer.control_tensor`), ``decompress`` the exchange of the
 quantized gradient, which runs in every step (`hvd_quant.tensorflow.group_steps`). Gradients that have been
 compressed when the first result is requested, for example by ``hvd.grouped_allreduce``, travel together.
 """
@@ -21,12 +21,12 @@ import tensorflow as tf
 from horovod.tensorflow.compression import Compressor
 
 from hvd_quant import wire
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.horovod import CompressorMethod, HorovodCompressor
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.agreement import agree
-from hvd_quant.reducer.mismatch import Description
+from hvd_quant.reducer.errors import Description
 from hvd_quant.reducer.options import FUSION_BYTES, Options
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.tensorflow import device, refusals
@@ -90,7 +90,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self._state = TrainingState(scheme, options.seed, Residuals() if error_feedback else None)
         self._graph_state = GraphState(self._state)
         check.watch(self._graph_state)
-        self._router: Routing | None = None  # until all ranks have announced their hosts
+        self._choice: ExchangeChoice | None = None  # until all ranks have announced their hosts
         self._traces = Traces(self._graph_state, self._number)
         self._exchange = GraphExchange(options, process_set, self._graph_state, self._number)
         self._names = GradientNames(options)
@@ -133,14 +133,14 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         group = trace.open_group(graph)
         index = len(group.tensors)
         description = {
-            **self._config(self._router),
+            **self._config(self._choice),
             "name": f"{group.name}.{index}",
             "shape": str(tensor.shape),
             "dtype": DTYPES[tensor.dtype],
         }
         if scheme != self.options.scheme:
             description["override"] = str(scheme)
-        fingerprint = control.fingerprint(description)
+        fingerprint = control_tensor.fingerprint(description)
         group.add(tensor, scheme, fingerprint)
         control_tensor = self._control(tensor, fingerprint)
         return self._traces.named(trace, control_tensor), Member(group, index, tensor.dtype, tensor.shape)
@@ -171,7 +171,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         if group.first is None:
             trace, graph = self._traces.at_hand()
             trace.close_group(group, graph)
-            self._exchange.lay_out(group, trace, tensor, self._router)
+            self._exchange.lay_out(group, trace, tensor, self._choice)
             group.first = tensor
             return group.results[ctx.index]
         steps, fingerprint = group.steps, group.fingerprints[ctx.index]
@@ -260,7 +260,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             ValueError: the state is invalid.
             RuntimeError: this compressor has been used already.
         """
-        if self._router is not None:
+        if self._choice is not None:
             raise RuntimeError("load a compressor's state before its first step")
         self._state.load_state_dict(state)
         self.options.seed = self._state.seed
@@ -286,7 +286,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     def _control(self, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
         """Return the control tensor of a gradient."""
         rank = self.process_set.rank() if self.process_set.included() else 0
-        values = control.values(fingerprint, rank)
+        values = control_tensor.values(fingerprint, rank)
         # A constant would be reduced once, when TensorFlow folds the graph's constants, and not in every
         # step. And it must wait for the gradient, as Horovod's allreduce of that would.
         with tf.control_dependencies([tensor]):
@@ -294,14 +294,14 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         if self._state.schedule is not None:
             wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
             square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
-            control_tensor = tf.concat([control_tensor[: control.SQUARE], [square]], 0)
+            control_tensor = tf.concat([control_tensor[: control_tensor.SQUARE], [square]], 0)
         return control_tensor
 
     # --- agreement between ranks ------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Compare configurations with the other ranks, once."""
-        if self._router is not None:
+        if self._choice is not None:
             return
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
@@ -311,22 +311,22 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
             )
         host = self._host(hvd, hvd.is_homogeneous())
-        routing = self._routing(hvd)
+        choice = self._exchange_choice(hvd)
         self._zero = variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
             with tf.init_scope(), self._graph_state.waiting("the other ranks' first gradients"):
                 received = hvd.allgather_object(
-                    (self._config(routing), host),
+                    (self._config(choice), host),
                     name="hvd_quant.agreement",
                     process_set=self.process_set,
                 )
-            routing.locate(agree(received))
-        self._router = routing
+            choice.locate(agree(received))
+        self._choice = choice
 
-    def _config(self, routing: Routing) -> Description:
+    def _config(self, choice: ExchangeChoice) -> Description:
         return {
             **self.options.describe(),
-            "link": asdict(routing.link),
+            "link": asdict(choice.link),
             "wire version": wire.VERSION,
             "compressor": self._number,
             "computes on": "GPU" if device.has_gpu() else "CPU",

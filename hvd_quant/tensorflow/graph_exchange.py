@@ -9,8 +9,8 @@ import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant import wire
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.reducer.options import Options
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.schemes import DQSGD
 from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.graph_state import GraphState
@@ -43,14 +43,14 @@ class GraphExchange:
         self._graph_state, self._number = graph_state, number
         self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise key
 
-    def lay_out(self, group: TracedGroup, trace: Trace, reduced: tf.Tensor, routing: Routing) -> None:
+    def lay_out(self, group: TracedGroup, trace: Trace, reduced: tf.Tensor, choice: ExchangeChoice) -> None:
         """Lay out a group's exchange, once.
 
         Args:
             group: group, which gets its steps and its results.
             trace: traced function that it is in.
             reduced: the first reduced control tensor.
-            routing: chooses the algorithm.
+            choice: chooses the algorithm.
         """
         tensors = group.tensors
         group.steps = steps = GroupSteps(
@@ -66,8 +66,8 @@ class GraphExchange:
                 )
                 for i, (tensor, scheme) in enumerate(zip(tensors, group.schemes, strict=True))
             ],
-            self._algorithm(tensors, routing),
-            self._ranks(routing),
+            self._algorithm(tensors, choice),
+            self._ranks(choice),
             group.fingerprints[0],
             trace.passed_bytes,
         )
@@ -111,27 +111,27 @@ class GraphExchange:
                 steps.receive, [received, sizes, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
             )
 
-    def _ranks(self, routing: Routing) -> Ranks:
+    def _ranks(self, choice: ExchangeChoice) -> Ranks:
         process_set = self._process_set
         seed = (self._options.seed, process_set.ranks)
         if not process_set.included():
-            return Ranks(0, 1, seed, routing.topology)
-        return Ranks(process_set.rank(), process_set.size(), seed, routing.topology)
+            return Ranks(0, 1, seed, choice.topology)
+        return Ranks(process_set.rank(), process_set.size(), seed, choice.topology)
 
-    def _algorithm(self, tensors: list[tf.Tensor], routing: Routing) -> str:
+    def _algorithm(self, tensors: list[tf.Tensor], choice: ExchangeChoice) -> str:
         """Return the exchange's name: a function of what all ranks know when they trace.
 
         It ignores overrides: names may differ between ranks, by mistake, and ranks with different algorithms
         would wait for each other indefinitely, without an error.
         """
         counts = [tensor.shape.num_elements() for tensor in tensors]
-        if None in counts or routing.topology is None:
+        if None in counts or choice.topology is None:
             return self._options.exchange if self._options.exchange != "auto" else "allgather"
         scheme = self._options.scheme
         scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
         # On a GPU the hierarchical exchange would copy gradients to the host, which the cost model ignores.
-        return routing.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
+        return choice.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
 
     def _counter(self, name: str) -> tf.Variable:
         """Return how often a group has come. A variable, because a number would be constant in the graph."""

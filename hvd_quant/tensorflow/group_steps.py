@@ -20,8 +20,8 @@ from hvd_quant.codec.message import PREAMBLE_SIZE, Messages, cut, in_rank_order
 from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData, Encoded, Stage
 from hvd_quant.exchange.layout import Entry, GroupLayout
 from hvd_quant.exchange.topology import Topology
-from hvd_quant.reducer import control
-from hvd_quant.reducer.mismatch import RankMismatchError
+from hvd_quant.reducer import control_tensor
+from hvd_quant.reducer.errors import RankMismatchError
 from hvd_quant.schemes import DQSGD, Scheme
 from hvd_quant.tensorflow.graph_state import GraphState
 
@@ -252,7 +252,7 @@ class GroupSteps:
     def _count_sent(self, raw_bytes: int, encoded_bytes: int) -> None:
         """Count what a step sends, with what Horovod reduces beside it."""
         raw, sent = self.passed_bytes
-        encoded_bytes += control.NBYTES * len(self.gradients)
+        encoded_bytes += control_tensor.NBYTES * len(self.gradients)
         self.graph_state.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
 
     def check(self, reduced: np.ndarray, fingerprint: int) -> float:
@@ -262,14 +262,16 @@ class GroupSteps:
             RankMismatchError, UnsupportedReductionError: as `receive`.
         """
         try:
-            factor = control.check(reduced[: control.SQUARE].tolist(), fingerprint, self.ranks.size)
-        except control.FingerprintMismatch:
+            factor = control_tensor.check(
+                reduced[: control_tensor.SQUARE].tolist(), fingerprint, self.ranks.size
+            )
+        except control_tensor.FingerprintMismatch:
             raise RankMismatchError(
                 f"the ranks have different gradients at place {self.name}: on this rank {self._describe()}. "
                 "Every rank must build the same model, in the same order."
             ) from None
         if self.graph_state.state.schedule is not None:
-            self.graph_state.note_square(float(reduced[control.SQUARE]) / factor)
+            self.graph_state.note_square(float(reduced[control_tensor.SQUARE]) / factor)
         return factor
 
     def _data(

@@ -1,4 +1,4 @@
-"""Compressors' operations in flight, for `hvd_quant.stall`."""
+"""Compressors' operations in flight, for `hvd_quant.reducer.stall`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import horovod.tensorflow as hvd
 
-from hvd_quant.stall import StallCheck, enumeration
+from hvd_quant.reducer.stall import StallCheck, enumeration
 from hvd_quant.tensorflow.graph_state import GraphState
 
 

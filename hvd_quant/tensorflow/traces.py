@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
 
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control_tensor
 from hvd_quant.schemes import DQSGD, Scheme
 from hvd_quant.tensorflow.graph_state import GraphState
 from hvd_quant.tensorflow.group_steps import GroupSteps
@@ -132,9 +132,9 @@ class Traces:
             else:  # in every step of the traced function
                 trace.passed_bytes[0] += raw_bytes
                 trace.passed_bytes[1] += sent_bytes
-        if sent.dtype == _GROUPED and tensor.shape == (control.SIZE,):
+        if sent.dtype == _GROUPED and tensor.shape == (control_tensor.SIZE,):
             # It must not be taken for a control tensor, which other ranks may have in its place.
-            sent = tf.reshape(sent, control.OTHER_SHAPE)
+            sent = tf.reshape(sent, control_tensor.OTHER_SHAPE)
         elif alone:
             return self.named(trace, sent), None
         return self.named(trace, sent), Member(None, 0, tensor.dtype, tensor.shape)

@@ -29,7 +29,7 @@ except ImportError as error:
         f"hvd_quant builds it against current versions. Importing horovod.torch said: {error}"
     ) from error
 
-from hvd_quant.reducer.mismatch import RankMismatchError, UnsupportedReductionError
+from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 from hvd_quant.torch.compressor import DQSGDCompressor, NUQSGDCompressor, QSGDCompressor, QuantizedCompressor
 from hvd_quant.torch.optimizer import DistributedOptimizer
 

@@ -2,7 +2,7 @@
 
 Horovod calls ``compress``, allreduces its result, and calls ``decompress`` on the reduced one. Quantized
 codes cannot be allreduced, so ``compress`` submits the gradient to our own exchange and gives Horovod a
-control tensor to reduce (see `hvd_quant.reducer.control`); ``decompress`` checks that tensor, waits for the
+control tensor to reduce (see `hvd_quant.reducer.control_tensor`); ``decompress`` checks that tensor, waits for the
 exchange, and returns the decoded mean.
 """
 
@@ -22,13 +22,13 @@ from horovod.torch.compression import Compressor
 from hvd_quant.codec import cuda
 from hvd_quant.exchange.layout import Entry
 from hvd_quant.horovod import CompressorMethod, HorovodCompressor
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.gradient import Parameter
 from hvd_quant.reducer.options import FUSION_BYTES, Options
 from hvd_quant.reducer.reducer import Reducer
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
-from hvd_quant.torch.calls import reduced_together
+from hvd_quant.torch.call_inspection import reduced_together
 from hvd_quant.torch.gradient import DTYPES, TorchControl, TorchGradient, TorchResiduals
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.stall import check
@@ -170,9 +170,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             state.statistics.wire_bytes += tensor.nbytes
             if name is not None:
                 state.uses[name] += 1
-            if tensor.dtype == torch.float64 and tensor.shape == (control.SIZE,):
+            if tensor.dtype == torch.float64 and tensor.shape == (control_tensor.SIZE,):
                 # It must not be taken for a control tensor, which other ranks may have in its place.
-                return tensor.reshape(control.OTHER_SHAPE), tensor.shape
+                return tensor.reshape(control_tensor.OTHER_SHAPE), tensor.shape
             return tensor.contiguous(), None
 
         if self.options.error_feedback and name is None:
@@ -187,7 +187,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         elif gradient.entry.scheme is not scheme:
             gradient.entry = replace(gradient.entry, scheme=scheme)
         reducer.submit(gradient, tensor)
-        state.statistics.wire_bytes += control.NBYTES
+        state.statistics.wire_bytes += control_tensor.NBYTES
         return gradient.control.fresh(tensor if state.schedule is not None else None), gradient
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -318,7 +318,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 )
                 for name, one in self._names.named_parameters()
             }
-        self._reducer.begin(HorovodTransport(self.process_set), self._routing(hvd), host, parameters)
+        self._reducer.begin(HorovodTransport(self.process_set), self._exchange_choice(hvd), host, parameters)
 
 
 def _check_tensor(tensor: torch.Tensor) -> None:

@@ -12,9 +12,9 @@ import torch
 from hvd_quant.codec import flat_array, native, torch_ops
 from hvd_quant.exchange.layout import Entry
 from hvd_quant.exchange.transport import Buffer
-from hvd_quant.reducer import control
+from hvd_quant.reducer import control_tensor
+from hvd_quant.reducer.errors import Description
 from hvd_quant.reducer.gradient import Gradient
-from hvd_quant.reducer.mismatch import Description
 from hvd_quant.reducer.state import Residuals
 
 DTYPES = {
@@ -25,7 +25,7 @@ DTYPES = {
 }
 
 
-class TorchControl(control.Control):
+class TorchControl(control_tensor.Control):
     """A control tensor that Horovod reduces.
 
     Args:
@@ -38,7 +38,7 @@ class TorchControl(control.Control):
 
     def __init__(self, fingerprint: int, rank: int, device: torch.device) -> None:
         super().__init__(fingerprint)
-        self._values = np.array(control.values(fingerprint, rank))
+        self._values = np.array(control_tensor.values(fingerprint, rank))
         memory = self._values.copy()
         self._tensor = torch.from_numpy(memory).to(device, non_blocking=True)
         self._memory = memory if device.type == "cpu" else None  # Horovod overwrites it
@@ -57,7 +57,7 @@ class TorchControl(control.Control):
         if gradient is not None:
             wide = torch.promote_types(gradient.dtype, torch.float32)  # squares of halves overflow
             norm = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
-            fresh[control.SQUARE] = norm.double().square()
+            fresh[control_tensor.SQUARE] = norm.double().square()
         return fresh
 
 

@@ -1,4 +1,4 @@
-"""Horovod's operations and the gradients in flight, for `hvd_quant.stall`."""
+"""Horovod's operations and the gradients in flight, for `hvd_quant.reducer.stall`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import horovod.torch as hvd
 from horovod.torch import mpi_ops
 
 from hvd_quant.reducer.reducer import Reducer
-from hvd_quant.stall import StallCheck, enumeration
+from hvd_quant.reducer.stall import StallCheck, enumeration
 from hvd_quant.torch.transport import abandoned_numbers
 
 

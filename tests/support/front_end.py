@@ -4,13 +4,13 @@ import numpy as np
 
 from hvd_quant import QSGD
 from hvd_quant.codec import native
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import Entry
-from hvd_quant.reducer import control, waiting
+from hvd_quant.reducer import control_tensor, polling
 from hvd_quant.reducer.gradient import Gradient, Parameter
 from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.reducer import Reducer
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.reducer.state import Residuals, TrainingState
 
 
@@ -61,7 +61,7 @@ class Compressor:
     def compress(self, array, name=None):
         reducer = self.reducer
         if not reducer.has_begun:
-            routing = Routing(self.options.exchange, self.transport.size, Link(2e-3, 125e6))
+            routing = ExchangeChoice(self.options.exchange, self.transport.size, Link(2e-3, 125e6))
             parameters = None
             if self.parameters is not None:
                 parameters = {
@@ -80,15 +80,15 @@ class Compressor:
             return [1.0], None
         if gradient is None or gradient.entry.count != array.size:
             description = {"name": key, "named": name is not None, "shape": [array.size], "dtype": "float32"}
-            own = control.Control(reducer.fingerprint(description))
+            own = control_tensor.Control(reducer.fingerprint(description))
             entry = Entry(key, array.size, "float32", scheme)
             gradient = ArrayGradient(entry, self.parameters is not None, description, own)
             reducer.known[key] = gradient
         reducer.submit(gradient, array)
         reducer.fill_slots()
         square = float(np.dot(array, array))
-        values = control.values(gradient.control.fingerprint, self.transport.rank)
-        return [*values[: control.SQUARE], square], gradient
+        values = control_tensor.values(gradient.control.fingerprint, self.transport.rank)
+        return [*values[: control_tensor.SQUARE], square], gradient
 
     def decompress(self, reduced, gradient):
         if gradient is None:
@@ -125,9 +125,9 @@ class StalledError(Exception):
 
 def wait(handle, name):
     """As Horovod waits, which has all the patience in the world; of which 1000 s stand for that here."""
-    deadline = waiting.clock.monotonic() + 1000.0
+    deadline = polling.clock.monotonic() + 1000.0
     while not handle.ready():
-        if waiting.clock.monotonic() > deadline:
+        if polling.clock.monotonic() > deadline:
             raise StalledError(f"{name} waits for ever")
-        waiting.pause()
+        polling.pause()
     return np.mean([part.view(np.float64) for part in handle.wait()], axis=0).tolist()

@@ -88,7 +88,7 @@ def check_payloads(bench):
         by_torch = on_host(torch_ops.decode_mean([payload]))
         np.testing.assert_array_equal(by_torch.view(np.uint32), by_native.view(np.uint32), str(scheme))
         assert (np.abs(by_native - exact) <= steps(exact, plain, scheme)).all(), scheme
-        # Squares are added in another order, so that the last bit of a Euclidean norm may be another one.
+        # Norms are added in another order, so that the last bit of a Euclidean norm may be another one.
         if (
             bench.has_kernels
             and scheme.norm == "max"

@@ -163,7 +163,7 @@ def check_a_dropped_request_that_fails_is_told_by_free(exchange):
 @exchanges
 def check_a_rank_that_does_not_answer(exchange, monkeypatch):
     """What is damaged on the way may be noticed by one rank alone, which must not wait for ever."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 0.3)
     comm = hm.QuantizedComm(WORLD, SCHEME, exchange=exchange)
     x = own_values(3000)
 

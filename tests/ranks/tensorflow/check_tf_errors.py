@@ -13,7 +13,7 @@ from common_tf import Mlp, gathered, own_randn, same_everywhere, same_mismatch
 from shared import EXCHANGES, error_of
 
 import hvd_quant.tensorflow as hq
-from hvd_quant.stall import StallCheck
+from hvd_quant.reducer.stall import StallCheck
 from hvd_quant.tensorflow import stall
 
 exchanges = pytest.mark.parametrize("exchange", EXCHANGES)

@@ -77,7 +77,7 @@ def check_only_the_last_rank_differs():
 
 @pytest.mark.ranks_differ
 def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()  # on every rank: they are numbered
     compression = first_and_rest(hvd.Compression.fp16, compressor)
@@ -86,7 +86,7 @@ def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
 
 
 def check_other_number_of_compressors(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
     if hvd.rank() == 0:
         extra = hq.QSGDCompressor()
     model = mlp()
@@ -178,7 +178,7 @@ def check_reset_while_a_gradient_is_on_its_way():
 
 @pytest.mark.ranks_differ
 def check_reset_on_one_rank_only(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
     compressor = hq.QSGDCompressor()
     hvd.allreduce(own_randn(5000), compression=compressor, name="before")
     if hvd.rank() == 0:
@@ -197,7 +197,7 @@ def check_reset_on_one_rank_only(monkeypatch):
 @pytest.mark.parametrize("named", [True, False])
 def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, named, monkeypatch):
     """They get an error, do not wait for what it will not send, and do not use a mean that it does not."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
     model = mlp()
     compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=fusion_bytes)
     optimizer = (optimizer_of if named else stock_optimizer_of)(model, compressor)
@@ -222,7 +222,7 @@ def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, name
 @pytest.mark.ranks_differ
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def check_a_rank_that_waited_in_vain_leaves_a_step_that_others_finish(exchange, monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor(exchange=exchange, min_numel=0, fusion_bytes=0)
     optimizer = optimizer_of(model, compressor)
@@ -341,7 +341,7 @@ def check_two_stock_optimizers_and_one_compressor(exchange):
 
 def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient(monkeypatch):
     """What these have handed to Horovod must not stay there and be taken for a later step's."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
 
     def make(bits):
         torch.manual_seed(1)
@@ -371,7 +371,7 @@ def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient
 
 
 def check_a_rank_that_is_late(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor()
     optimizer = optimizer_of(model, compressor)
@@ -414,7 +414,7 @@ def check_two_compressors_whose_results_are_asked_for_in_different_orders(monkey
 
     It must be in the first two steps, in which everything is sent when a result is asked for.
     """
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     compressors = [hq.QSGDCompressor(fusion_bytes=0) for _ in range(2)]
     for order in ([0, 1], [0, 1], first_and_rest([0, 1], [1, 0]), first_and_rest([0, 1], [1, 0])):
         sent = []

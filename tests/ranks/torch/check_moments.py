@@ -15,7 +15,7 @@ from common import gathered, own_randn, recover, same_everywhere
 from shared import EXCHANGES, error_of
 
 import hvd_quant.torch as hq
-from hvd_quant.stall import StallCheck
+from hvd_quant.reducer.stall import StallCheck
 from hvd_quant.torch import stall
 
 LAYERS = 4
@@ -219,7 +219,7 @@ def check_groups_of_unequal_sizes_in_different_orders(groups):
 )
 def check_tensors_that_travel_in_different_ways(first, rest, says, name, before, monkeypatch):
     """One by Horovod, one quantized: Horovod's own error, without waiting in vain, and training goes on."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1000.0)  # above the test's own time
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1000.0)  # above the test's own time
     compressor = hq.QSGDCompressor()
     for _ in range(before):
         hvd.allreduce(own_randn(5000), compression=compressor, name=name)
@@ -252,7 +252,7 @@ def check_a_state_that_one_rank_loads(exchange):
     if hvd.rank() == 1:
         compressor.load_state_dict(compressor.state_dict())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 3.0)
+        patch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 3.0)
         assert isinstance(error_of(step), hq.RankMismatchError)
     recover(compressor, optimizer)
     for _ in range(3):

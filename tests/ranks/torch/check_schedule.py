@@ -157,7 +157,7 @@ def ahead(compressor):
 
 def check_a_rank_that_is_late_and_ahead(monkeypatch):
     """The others have gone on without its answer, and wait for it in Horovod."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     model, compressor = mlp(), hq.DQSGDCompressor(k=10.0)
     optimizer = optimizer_of(model, compressor)
     if hvd.rank() == hvd.size() - 1:
@@ -171,7 +171,7 @@ def check_a_rank_that_is_late_and_ahead(monkeypatch):
 
 def check_a_late_rank_changes_nothing(monkeypatch):
     """Nor where parameters have come equally often on all ranks, but not all of them as often as others."""
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
 
     def trained(late):
         model, compressor = mlp(), hq.QSGDCompressor(bits=2)
@@ -188,7 +188,7 @@ def check_a_late_rank_changes_nothing(monkeypatch):
 
 
 def check_a_rank_that_is_ahead_and_comes_between_two_gradients(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.waiting.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     model, compressor = mlp(), hq.DQSGDCompressor(k=10.0, min_numel=0)
     optimizer = optimizer_of(model, compressor)
     compress, calls = compressor.compress, []

@@ -11,8 +11,8 @@ from simulation import Simulation
 
 from hvd_quant import DQSGD, QSGD
 from hvd_quant.exchange.in_process import Network
-from hvd_quant.reducer import waiting
-from hvd_quant.reducer.mismatch import RankMismatchError, UnsupportedReductionError
+from hvd_quant.reducer import polling
+from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 
 EXCHANGES = ["allgather", "scatter_allgather", "auto"]
 SIZES = {"a": 3000, "b": 500, "c": 64}
@@ -26,8 +26,8 @@ def world(monkeypatch):
 
     def run(size, program):
         network, simulation = Network(size), Simulation()
-        monkeypatch.setattr(waiting, "clock", simulation)
-        monkeypatch.setattr(waiting, "POLL_SECONDS", 0.25)  # the clock jumps, and this is how far
+        monkeypatch.setattr(polling, "clock", simulation)
+        monkeypatch.setattr(polling, "POLL_SECONDS", 0.25)  # the clock jumps, and this is how far
         ranks = [lambda rank: program(rank, network.ranks[rank], simulation)] * size
         results = simulation.run(*ranks)
         run.operations = [transport.operations for transport in network.ranks]
@@ -132,8 +132,8 @@ def test_operations_without_a_name_at_any_moment(data):
 
     network, simulation = Network(size), Simulation()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waiting, "clock", simulation)
-        patch.setattr(waiting, "POLL_SECONDS", 0.25)
+        patch.setattr(polling, "clock", simulation)
+        patch.setattr(polling, "POLL_SECONDS", 0.25)
         results = ok(
             simulation.run(
                 *[lambda rank: program(rank, network.ranks[rank], simulation) for _ in range(size)]

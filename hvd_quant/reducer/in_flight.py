@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
+from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fusion import Fusion, FusionGroup
 from hvd_quant.exchange.layout import Entry, GroupLayout, digest
 from hvd_quant.exchange.transport import Transport
-from hvd_quant.reducer import waiting
+from hvd_quant.reducer import polling
 from hvd_quant.reducer.agreement import Agreement
 from hvd_quant.reducer.gradient import Gradient, State
 from hvd_quant.reducer.rounds import Rounds
-from hvd_quant.reducer.routing import Routing
 from hvd_quant.reducer.state import TrainingState
 
 
@@ -30,7 +30,7 @@ class SentBucket:
     factor: float | None = None  # factor of the written results
 
 
-class Sending:
+class BucketsInFlight:
     """Sends a rank's gradients, as soon as their fused buckets are complete and there is a slot.
 
     Args:
@@ -52,7 +52,7 @@ class Sending:
         self._state, self._agreement, self._rounds = state, agreement, rounds
         self._ranks = ranks
         self._transport: Transport | None = None
-        self._routing: Routing | None = None
+        self._choice: ExchangeChoice | None = None
         self._fusion: Fusion[Gradient] = Fusion(fusion_bytes)
         self._ready: deque[tuple[FusionGroup[Gradient], list[Gradient]]] = deque()  # for the next slots
         self._underway: list[Exchange] = []  # not yet at their last collective
@@ -60,15 +60,17 @@ class Sending:
         self._sent: list[SentBucket] = []  # in this round
         self.announced: list[SentBucket] = []  # in the round whose results are waited for
 
-    def begin(self, transport: Transport, routing: Routing, expected: Sequence[Sequence[Entry]]) -> None:
+    def begin(
+        self, transport: Transport, choice: ExchangeChoice, expected: Sequence[Sequence[Entry]]
+    ) -> None:
         """Begin a generation.
 
         Args:
             transport: transport between the ranks.
-            routing: chooses the exchange algorithm.
+            choice: chooses the exchange algorithm.
             expected: gradients that will come, in lists that are fused separately.
         """
-        self._transport, self._routing = transport, routing
+        self._transport, self._choice = transport, choice
         for entries in expected:
             self._fusion.plan(entries)
 
@@ -121,7 +123,7 @@ class Sending:
             residuals = [kept.of(entry.key, entry.count, like) for entry, like in pairs]
         uses = np.array([gradient.use for gradient in gradients], np.uint64)
         data = BucketData(bucket, values, uses, first.codec, residuals, bucket.buffers)
-        algorithm = ALGORITHMS[self._routing.algorithm(bucket.whole.size, bucket.whole.count)]
+        algorithm = ALGORITHMS[self._choice.algorithm(bucket.whole.size, bucket.whole.count)]
         # Horovod remembers collectives by their names, and then does not notice that a rank has called
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
         name = self._agreement.name(f"{group.name}.{group.times_sent}")
@@ -134,7 +136,7 @@ class Sending:
 
     def _bucket(self, group: FusionGroup[Gradient]) -> GroupLayout:
         seed = (self._state.seed, self._ranks)
-        return group.bucket(self._transport.size, self._transport.rank, seed, self._routing.topology)
+        return group.bucket(self._transport.size, self._transport.rank, seed, self._choice.topology)
 
     # --- what is in flight ------------------------------------------------------------------------------
 
@@ -176,13 +178,13 @@ class Sending:
                 gradient.state = State.RECEIVED
         # All results are there, but some rank may wait for more. Or it is late, and waits for us elsewhere:
         # then its announcement is checked in the next round.
-        waiting.wait_for(self._rounds.all_announced)
+        polling.wait_for(self._rounds.all_announced)
         self.announced = []
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._rounds.all_announced()
-            waiting.pause()
+            polling.pause()
 
     @staticmethod
     def decode_again(gradient: Gradient, factor: float) -> None:

@@ -27,7 +27,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from hvd_quant.reducer.mismatch import Description, UnsupportedReductionError
+from hvd_quant.reducer.errors import Description, UnsupportedReductionError
 
 FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or nearly
 SIZE = 5

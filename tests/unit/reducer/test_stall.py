@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from hvd_quant import stall
-from hvd_quant.stall import StallCheck, enumeration, stall_seconds
+from hvd_quant.reducer import stall
+from hvd_quant.reducer.stall import StallCheck, enumeration, stall_seconds
 
 
 class Operations:

@@ -10,7 +10,7 @@ from hvd_quant.exchange.topology import NOT_HIERARCHICAL, Topology
 
 
 @dataclass
-class Routing:
+class ExchangeChoice:
     """Chooses the algorithm: the same on all ranks.
 
     Args:

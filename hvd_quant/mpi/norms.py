@@ -11,7 +11,7 @@ from hvd_quant.mpi.request import progress
 from hvd_quant.reducer.state import TrainingState
 
 
-class Squares:
+class Norms:
     """Sends the squared norms of every call's values to all ranks; their mean is the call's.
 
     A step ends when a name comes again. Every rank makes the same calls in the same order, so that steps end
