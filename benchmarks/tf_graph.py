@@ -5,9 +5,9 @@
     horovodrun -np 2 python -m benchmarks.tf_graph --steps 1000          # steps, of that many ranks
 
 A graph calls the codec by tf.numpy_function, once to encode and once to decode, as in
-`hvd_quant.tensorflow.steps`. Here one follows the other in one process, with no collective of Horovod between
-them, on one thread. Runs of the rows take turns, so that other work on the machine slows all alike; each row
-counts with its median. TensorFlow is given its results in fresh memory, because it keeps them.
+`hvd_quant.tensorflow.group_steps`. Here one follows the other in one process, with no collective of Horovod
+between them, on one thread. Runs of the rows take turns, so that other work on the machine slows all alike;
+each row counts with its median. TensorFlow is given its results in fresh memory, because it keeps them.
 
 With --steps, every rank trains that many steps of a small model by hvd.DistributedGradientTape. Memory that
 is there after the first 100 steps is the libraries'; what it grows by from then on would be a leak.
@@ -36,8 +36,8 @@ from hvd_quant import QSGD
 from hvd_quant.codec import native
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.state import TrainingState
-from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import GradientSpec, Ranks, Steps
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import GradientSpec, GroupSteps, Ranks
 
 BITS = 4
 NATIVE = "native codec, to memory that is kept"
@@ -69,8 +69,8 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
     out = np.empty_like(x)
     fingerprint, use = 0, np.array(0)
     reduced = np.array(control_tensor.values(fingerprint, 0))  # by one rank
-    steps = Steps(
-        Progress(TrainingState(scheme, 0)),
+    steps = GroupSteps(
+        GraphState(TrainingState(scheme, 0)),
         "0",
         "gradient",
         [GradientSpec("0.0", "float32", x.shape, scheme)],
@@ -97,7 +97,7 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
         {
             NATIVE: lambda: native.decode_mean([native.encode(x, scheme, 0)], out),
             "native codec, to fresh memory": lambda: native.decode_mean([native.encode(x, scheme, 0)]),
-            "Steps.send and .receive on NumPy arrays": direct,
+            "GroupSteps.send and .receive on NumPy arrays": direct,
             GRAPH: lambda: graph(*tensors),
         },
         repeats,

@@ -1,8 +1,8 @@
 """Quantized gradients for data-parallel training on stock Horovod.
 
 This package is the core and needs NumPy alone: what to send (`QSGD`, `NUQSGD`, `DQSGD`) and the codec
-(`encode`, `decode`, `max_payload_size`). The plugs for the frameworks are sub-packages, imported by whoever
-uses them: `hvd_quant.torch`, `hvd_quant.tensorflow` and `hvd_quant.mpi`.
+(`encode`, `decode`, `max_payload_size`). The front ends for the frameworks are sub-packages, imported
+on demand: `hvd_quant.torch`, `hvd_quant.tensorflow` and `hvd_quant.mpi`.
 """
 
 from importlib import import_module
@@ -18,7 +18,7 @@ __all__ = ["DQSGD", "NUQSGD", "QSGD", "__version__", "decode", "encode", "max_pa
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first used: so `hvd-quant doctor` can say what keeps them from it."""
+    """Import public names when they are first used: so `hvd-quant doctor` can say what keeps them from it."""
     if name in ("codec", "schemes", "wire"):
         return import_module(f"hvd_quant.{name}")
     if name not in __all__:

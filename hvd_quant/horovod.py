@@ -1,4 +1,4 @@
-"""What the compressors for Horovod's frameworks share: process sets, hosts, and how they are made."""
+"""Shared parts of the compressors for Horovod's frameworks: process sets, hosts, and construction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
 
 
 def refuse_class(compression: object) -> None:
-    """Check that ``compression=`` has not been given a class of ours, though Horovod's own are classes.
+    """Check that ``compression=`` is not a class of ours, though Horovod's own are classes.
 
     Raises:
         TypeError: it is a class of ours.
@@ -39,7 +39,7 @@ def refuse_class(compression: object) -> None:
 class _CompressorType(type):
     """The class of compressors' classes: where Horovod calls ``compress`` of one, in place of a compressor's.
 
-    Called on the class, with the tensor for ``self``, the method would miss an argument, and say no more.
+    Without it, such a call would complain about a missing argument, because ``self`` is the tensor.
     """
 
     def __getattribute__(cls, name: str) -> Any:
@@ -57,7 +57,7 @@ class _CompressorType(type):
 
 
 class HorovodCompressor(metaclass=_CompressorType):
-    """A compressor of either framework. Those that are named after a scheme take its arguments:
+    """Base of the compressors of both frameworks. Subclasses named after a scheme take its arguments:
 
         >>> class QSGDCompressor(QuantizedCompressor, scheme=QSGD): ...
 
@@ -66,10 +66,10 @@ class HorovodCompressor(metaclass=_CompressorType):
         process_set: the ranks that take part.
 
     Raises:
-        TypeError, ValueError: ``process_set`` is none that Horovod knows.
+        TypeError, ValueError: Horovod does not know ``process_set``.
     """
 
-    _example: ClassVar[str] = "QSGD(bits=4)"  # arguments, for who has handed over the class
+    _example: ClassVar[str] = "QSGD(bits=4)"  # arguments for the error about a class
 
     def __init_subclass__(cls, scheme: type[Scheme | DQSGD] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -87,22 +87,22 @@ class HorovodCompressor(metaclass=_CompressorType):
             )
         self.options = options
         self.process_set = process_set
-        self.in_use = False  # by an optimizer of ours
-        # Several compressors of one process stay apart by their numbers. Ranks that are not in a process set
-        # need not make its compressors, so each set counts its own.
+        self.in_use = False  # by one of our optimizers
+        # Compressors of one process have different numbers. Ranks outside a process set need not make its
+        # compressors, so each set counts its own.
         self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
 
     def __getattr__(self, name: str) -> Any:
-        """The options, each by its name."""
+        """Return an option by its name."""
         if name in _OPTIONS:
             return getattr(self.options, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def check_free(self, process_set: ProcessSet) -> None:
-        """Check that an optimizer of ours with this process set can have the compressor.
+        """Check that one of our optimizers with this process set can use the compressor.
 
         Raises:
-            ValueError: it has another process set, or another optimizer.
+            ValueError: the compressor has another process set, or another optimizer.
         """
         if self.process_set.process_set_id != process_set.process_set_id:
             raise ValueError("give the compressor and the optimizer the same process_set")
@@ -110,26 +110,26 @@ class HorovodCompressor(metaclass=_CompressorType):
             raise ValueError("a compressor serves one optimizer: make another one for another optimizer")
 
     def _exchange_choice(self, hvd: ModuleType) -> ExchangeChoice:
-        """What decides on the exchange, before the ranks have told where they are."""
+        """Return the choice of the algorithm, before the ranks have announced their hosts."""
         link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
         return ExchangeChoice(self.options.exchange, self.process_set.size(), link)
 
     def _host(self, hvd: ModuleType, alike: bool) -> int:
-        """What to tell the other ranks of this one's host.
+        """Return what identifies this rank's host to the other ranks.
 
         Args:
             hvd: ``horovod.torch``, or another of Horovod's modules.
-            alike: whether all hosts have equally many ranks, by Horovod's word.
+            alike: whether all hosts have equally many ranks, according to Horovod.
 
         Raises:
-            ValueError: the exchange that the user asked for is none for these hosts; on every rank.
+            ValueError: the user's exchange does not fit these hosts; on every rank.
         """
         hierarchical = alike and hvd.local_size() > 1 and hvd.cross_size() > 1
-        # Of all ranks this is known without asking them: one that came late would leave the others waiting.
+        # This is known without asking the other ranks: a late one would leave the others waiting.
         everyone = self.process_set.process_set_id == 0
         if self.options.exchange == "hierarchical" and everyone and hvd.size() > 1 and not hierarchical:
             raise ValueError(NOT_HIERARCHICAL)
-        # Where hosts have unequally many ranks, Horovod's number is none of the host.
+        # If hosts have unequally many ranks, Horovod's number does not identify the host.
         return hvd.cross_rank() if alike else -1 - hvd.rank()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,12 +143,12 @@ _OPTIONS = frozenset(one.name for one in fields(Options))
 
 
 def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., None]:
-    """An ``__init__`` that takes a scheme's arguments, and hands on a compressor's options."""
+    """Return an ``__init__`` that takes a scheme's arguments, and passes on a compressor's options."""
     arguments = [
         inspect.Parameter(one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=one.default)
         for one in fields(scheme)
     ]
-    # By default it depends on whether there is error feedback.
+    # The default depends on error feedback.
     arguments = [one.replace(default=None) if one.name == "rounding" else one for one in arguments]
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     rest = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)

@@ -1,4 +1,4 @@
-"""What to send: quantization schemes as values. How it is done is the codec's business."""
+"""Quantization schemes as values. The codec implements them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_BUCKET_SIZE = 2**63 - 1
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Refuse what is no integer (a bool or a float is none) or out of range.
+    """Refuse anything but an integer (bool and float are none) in range.
 
     Raises:
         TypeError: ``value`` is not an ``int``.
@@ -33,7 +33,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_number(name: str, value: object, above: float, high: float) -> None:
-    """Refuse what is no number (a bool is none) or out of range.
+    """Refuse anything but a number (bool is none) in range.
 
     Raises:
         TypeError: ``value`` is neither an ``int`` nor a ``float``.
@@ -46,7 +46,7 @@ def check_number(name: str, value: object, above: float, high: float) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse what is not one of ``choices``.
+    """Refuse anything but one of ``choices``.
 
     Raises:
         TypeError: ``value`` is not a string.
@@ -60,9 +60,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def rounding_for(given: str | None, error_feedback: bool) -> str:
-    """The rounding that a compressor has where the user gives none.
+    """Return the rounding of a compressor for which the user gives none.
 
-    To nearest with error feedback: stochastic rounding to few levels loses more than it is given.
+    Nearest with error feedback: stochastic rounding to few levels would add more error than is fed back.
     """
     if given is not None:
         return given
@@ -71,25 +71,25 @@ def rounding_for(given: str | None, error_feedback: bool) -> str:
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """Stochastic rounding to levels; use one of the schemes below, which say to which.
+    """Stochastic rounding to levels; use one of the schemes below, which define the levels.
 
     Values are quantized in buckets. With N the bucket's norm and 0 = l_0 < l_1 < ... < l_s = 1 the levels,
     s = 2^(bits-1) - 1, a value v becomes N * sign(v) * l_j, with l_j one of the two levels around |v| / N,
     chosen at random such that the expectation is v.
 
     Args:
-        bits: bits a value on the wire, 2 to 8, sign included.
+        bits: bits per value on the wire, 2 to 8, sign included.
         norm: ``"max"``, the largest magnitude, or ``"l2"``, the Euclidean norm.
-        bucket_size: values that share a norm, 1 or more. Smaller is more accurate, and 32 / bucket_size
-            more bits a value.
+        bucket_size: values that share a norm, 1 or more. Smaller is more accurate, and costs 32 / bucket_size
+            more bits per value.
         coding: how codes are written. ``"packed"``: each in exactly ``bits`` bits. ``"elias"``: Elias omega
-            codes, those of the papers, shorter where most values are zero or nearly so. ``"huffman"``: codes
-            made for each payload from how often which value occurs in it, within a few percent of the
-            entropy. Both lose nothing, fall back on the packed codes where these are as short, and cost time
-            for bytes; how many they save depends on the values.
+            codes, as in the papers, shorter if most values are zero or nearly so. ``"huffman"``: codes made
+            for each payload from its histogram, within a few percent of the entropy. Both are lossless, fall
+            back on packed codes if these are not longer, and trade time for bytes; how many they save depends
+            on the values.
         rounding: ``"independent"``, own noise on every rank, or ``"correlated"``, noise spread evenly over
             the ranks, so that the errors of similar gradients cancel in the mean. Both are unbiased.
-            ``"nearest"`` is not; it is for error feedback, which makes up for that.
+            ``"nearest"`` is biased; it is for error feedback, which makes up for that.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.
@@ -117,17 +117,17 @@ class Scheme(ABC):
 
     @property
     def num_levels(self) -> int:
-        """s, the number of levels above zero: 2^(bits-1) - 1."""
+        """Number of levels above zero, s: 2^(bits-1) - 1."""
         return 2 ** (self.bits - 1) - 1
 
     @abstractmethod
     def levels(self) -> np.ndarray:
-        """Magnitudes that a normalised value can take, l_0 to l_s: float64 of shape (s + 1,)."""
+        """Return the magnitudes of a normalised value's levels, l_0 to l_s: float64 of shape (s + 1,)."""
 
     def variance_bound(self, d: int) -> float:
-        """Factor eps such that E |Q(v) - v|^2 <= eps |v|^2 for every v of d values.
+        """Return eps such that E |Q(v) - v|^2 <= eps |v|^2 for every v of d values.
 
-        Buckets are quantized apart, so d counts up to the bucket size.
+        Buckets are quantized separately, so d counts up to the bucket size.
 
         Raises:
             TypeError, ValueError: d is not an integer, or is negative.
@@ -137,7 +137,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def _variance_bound(self, d: int) -> float:
-        """The same for d values of one bucket."""
+        """Return the same for d values of one bucket."""
 
 
 @dataclass(frozen=True)
@@ -250,12 +250,12 @@ class DQSGD:
         for name, kind in (("k", float), ("mean_bits", float), ("alpha", float), ("total_steps", int)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))
-        for name, value in asdict(self.at(self.min_bits)).items():  # which checks the rest
+        for name, value in asdict(self.at(self.min_bits)).items():  # it checks the rest
             if name != "bits":
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "min_bits", int(self.min_bits))
         object.__setattr__(self, "max_bits", int(self.max_bits))
 
     def at(self, bits: int) -> QSGD:
-        """The scheme of a step with so many bits."""
+        """Return the scheme of a step with a number of bits."""
         return QSGD(bits, self.norm, self.bucket_size, self.coding, self.rounding)

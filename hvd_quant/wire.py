@@ -1,6 +1,6 @@
-"""The payload's layout: a 32-byte header, then norms, codes and padding. docs/wire-format.md is its text.
+"""Layout of a payload: a 32-byte header, then norms, codes and padding. docs/wire-format.md specifies it.
 
-Only this module knows the header. The codec's backends fill and read what follows it, the body.
+Only this module knows the header. The codec's backends write and read what follows it, the body.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from hvd_quant.schemes import CODINGS, NORMS, SCHEMES, Scheme
 MAGIC = b"HVDQ"
 VERSION = 1
 HEADER_SIZE = 32
-CODES_HEAD_SIZE = 8  # of codes that are not packed
-MAX_VALUES_A_BYTE = 4096  # of a payload whose codes are not packed
-ALIGNMENT = 8  # of the payload's size, so that payloads laid end to end stay aligned
+CODES_HEAD_SIZE = 8  # bytes before codes that are not packed
+MAX_VALUES_A_BYTE = 4096  # per byte of a payload whose codes are not packed
+ALIGNMENT = 8  # payload sizes are multiples, so that consecutive payloads stay aligned
 
 # Positions of 32-bit words in the payload, for the checksum.
 CHECKSUM_WORD = 3
@@ -31,7 +31,7 @@ _RESERVED = bytes(3)
 
 @dataclass(frozen=True)
 class Header:
-    """What a payload says of itself, and the checksum that its body must have."""
+    """Content of a header: scheme, count, and the body's checksum."""
 
     scheme: Scheme
     count: int
@@ -39,34 +39,34 @@ class Header:
 
 
 def norms_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the norms of ``count`` values: a float32 a bucket."""
+    """Return the bytes of the norms of ``count`` values: one float32 per bucket."""
     return 4 * -(-count // scheme.bucket_size)
 
 
 def codes_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the packed codes of ``count`` values, padding excluded."""
+    """Return the bytes of the packed codes of ``count`` values, without padding."""
     return -(-count * scheme.bits // 8)
 
 
 def used_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the packed payload of ``count`` values, padding excluded."""
+    """Return the bytes of the packed payload of ``count`` values, without padding."""
     return HEADER_SIZE + norms_size(scheme, count) + codes_size(scheme, count)
 
 
 def payload_size(scheme: Scheme, count: int) -> int:
-    """Bytes of the whole packed payload of ``count`` values; a function of its arguments alone."""
+    """Return the bytes of the whole packed payload of ``count`` values; a function of its arguments alone."""
     return _aligned(used_size(scheme, count))
 
 
 def max_payload_size(scheme: Scheme, count: int) -> int:
-    """Bytes that the payload of ``count`` values takes at most, and exactly where its codes are packed."""
+    """Return the most bytes of a payload of ``count`` values; the exact number if its codes are packed."""
     if scheme.coding == "packed":
         return payload_size(scheme, count)
     return _aligned(used_size(scheme, count) + CODES_HEAD_SIZE)
 
 
 def min_payload_size(scheme: Scheme, count: int) -> int:
-    """Bytes that the payload of ``count`` values takes at least."""
+    """Return the fewest bytes of a payload of ``count`` values."""
     if scheme.coding == "packed":
         return payload_size(scheme, count)
     size = HEADER_SIZE + norms_size(scheme, count) + CODES_HEAD_SIZE
@@ -83,7 +83,7 @@ def _header_checksum(header: bytes) -> int:
 
 
 def pack_header(scheme: Scheme, count: int, body_checksum: int) -> bytes:
-    """The header of a payload whose body has that checksum."""
+    """Return the header of a payload whose body has that checksum."""
 
     def header(checksum: int) -> bytes:
         return _HEADER.pack(
@@ -106,7 +106,7 @@ def parse_header(header: bytes, size: int) -> Header:
     """Read the first bytes of a payload of ``size`` bytes, and check everything but the body's checksum.
 
     Raises:
-        ValueError: this is no payload of a known version, or its size is not one that its header allows.
+        ValueError: this is not a payload of a known version, or its size is not one that its header allows.
     """
     if size < HEADER_SIZE:
         raise ValueError(f"payload is damaged: {size} bytes are fewer than its header's {HEADER_SIZE}")
@@ -134,7 +134,7 @@ def parse_header(header: bytes, size: int) -> Header:
 
 
 def check_body(header: Header, body_checksum: int) -> None:
-    """Compare the checksum of the bytes that came with the header's.
+    """Compare the received bytes' checksum with the header's.
 
     Raises:
         ValueError: they differ.
@@ -143,18 +143,19 @@ def check_body(header: Header, body_checksum: int) -> None:
         raise ValueError("payload is damaged: its checksum does not match its bytes")
 
 
-def check_room(header: Header, room: int) -> None:
-    """Compare the values of payloads with the values that there is room for.
+def check_count(header: Header, count: int) -> None:
+    """Check that payloads have as many values as the output.
 
     Raises:
-        ValueError: they are not as many.
+        ValueError: they have not.
     """
-    if header.count != room:
-        raise ValueError(f"out must have room for {header.count} values, as many as were encoded, not {room}")
+    if header.count != count:
+        expected = f"{header.count} values, as many as were encoded"
+        raise ValueError(f"out must have room for {expected}, not {count}")
 
 
 def common_header(headers: list[Header]) -> Header:
-    """The header that payloads to be averaged share.
+    """Return the header that payloads to be averaged share.
 
     Raises:
         ValueError: there is none, or two payloads differ in scheme or count.

@@ -1,4 +1,4 @@
-"""The command ``hvd-quant``: ``doctor`` looks at machines, ``bench`` runs the benchmarks."""
+"""The command ``hvd-quant``: ``doctor`` checks machines, ``bench`` runs the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENCH = """Run one of the benchmarks of hvd_quant's repository, with its own arg
 
 
 def _patience(text: str) -> float:
-    """Seconds, more than none and less than a day."""
+    """Parse a number of seconds, above 0 and within a day."""
     try:
         seconds = float(text)
     except ValueError:
@@ -31,7 +31,7 @@ def _patience(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments (without its name); returns its exit status."""
+    """Run the command with these arguments (without its name) and return its exit status."""
     parser = argparse.ArgumentParser(prog="hvd-quant", description=__doc__)
     parser.add_argument("--version", action="version", version=f"hvd-quant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=_patience,
         default=60.0,
         metavar="SECONDS",
-        help="how long ranks are waited for (default: %(default)g)",
+        help="seconds to wait for other ranks (default: %(default)g)",
     )
     bench = commands.add_parser("bench", help="run a benchmark", description=BENCH, **as_written)
     bench.add_argument("benchmark", nargs="?", help="its name; without one, all names are listed")

@@ -1,4 +1,4 @@
-"""So that ``python -m hvd_quant.cli`` is the command ``hvd-quant``."""
+"""Entry point of ``python -m hvd_quant.cli``, the command ``hvd-quant``."""
 
 from hvd_quant.cli import main
 

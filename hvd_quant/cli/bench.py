@@ -1,4 +1,4 @@
-"""Runs the benchmarks, which lie beside the package in its repository."""
+"""Run the benchmarks, which are in the repository beside the package."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import hvd_quant
 
 ROOT = Path(hvd_quant.__file__).parent.parent
-BENCHMARKS = {  # the module of each, and what it measures
+BENCHMARKS = {  # name: module, and what it measures
     "codec": (
         "benchmarks.codec",
-        "values a second that the codec encodes and decodes, on one thread (torch)",
+        "values per second that the codec encodes and decodes, on one thread (torch)",
     ),
     "step-time": ("benchmarks.step_time", "seconds of a training step over links of chosen rates (root)"),
     "tf-graph": ("benchmarks.tf_graph", "the codec in a tf.function"),
@@ -25,7 +25,7 @@ BENCHMARKS = {  # the module of each, and what it measures
 
 
 def bench(name: str | None, arguments: Sequence[str]) -> int:
-    """Run a benchmark, or list all; returns the exit status."""
+    """Run a benchmark, or list all. Returns the exit status."""
     if name is None:
         for known, (_, what) in BENCHMARKS.items():
             print(f"{known:<10} {what}")

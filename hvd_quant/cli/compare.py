@@ -1,4 +1,4 @@
-"""What is odd about several hosts beside each other, told from the facts of each."""
+"""Rules about differences between hosts, judged from the facts of each."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Hosts = Mapping[str, Facts]
 
 
 def compare(hosts: Hosts) -> list[Finding]:
-    """All findings about hosts, the worst first.
+    """Return all findings about hosts, the worst first.
 
     Args:
-        hosts: by their names, what `hvd_quant.cli.facts.gather` returns on each, and as ``"clock"`` the
-            seconds since 1970 that it had at about the same moment.
+        hosts: facts of each host by its name, as `hvd_quant.cli.facts.gather` returns them, and ``"clock"``,
+            the seconds since 1970 at about the same moment.
     """
     return ordered(run_all((rule, (hosts,)) for rule in RULES)) if len(hosts) > 1 else []
 
 
 def _same(hosts: Hosts, section: str, of: Callable[[Facts], object]) -> dict[str, list[str]]:
-    """The hosts' names by what they have, as far as that is known."""
+    """Group the hosts' names by what they have, as far as that is known."""
     having: defaultdict[str, list[str]] = defaultdict(list)
     for name, facts in hosts.items():
         if "error" not in facts[section]:
@@ -32,7 +32,7 @@ def _same(hosts: Hosts, section: str, of: Callable[[Facts], object]) -> dict[str
     return dict(having)
 
 
-def _tell(having: dict[str, list[str]]) -> str:
+def _join(having: dict[str, list[str]]) -> str:
     return "; ".join(f"{what} on {', '.join(names)}" for what, names in having.items())
 
 
@@ -53,7 +53,7 @@ def versions(hosts: Hosts) -> Iterator[Finding]:
             yield Finding(
                 "error" if grave else "warning",
                 "versions-differ",
-                f"{name}: {_tell(having)}.",
+                f"{name}: {_join(having)}.",
                 "Ranks that talk by different rules end in errors at best."
                 if grave
                 else "The same script may compute something else, or exchange other gradients.",
@@ -75,7 +75,7 @@ def builds(hosts: Hosts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "builds-differ",
-                f"Horovod for {name} was built with {_tell(having)}.",
+                f"Horovod for {name} was built with {_join(having)}.",
                 "Ranks must talk by the same means.",
                 "Build Horovod alike everywhere, or share one installation.",
             )
@@ -89,7 +89,7 @@ def variables(hosts: Hosts) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "variables-differ",
-                f"{name}: {_tell(having)}.",
+                f"{name}: {_join(having)}.",
                 "Ranks that choose their exchange by different figures are a RankMismatchError.",
                 "Hand it to all ranks: mpirun -x HVD_QUANT_BANDWIDTH (horovodrun does so by itself).",
             )
@@ -114,11 +114,11 @@ def interface_names(hosts: Hosts) -> Iterator[Finding]:
     }
     if len(names) < 2 or set.intersection(*(set(one) for one in names.values())):
         return
-    told = "; ".join(f"{', '.join(one) or 'none'} on {host}" for host, one in names.items())
+    names_by_host = "; ".join(f"{', '.join(one) or 'none'} on {host}" for host, one in names.items())
     yield Finding(
         "error",
         "interfaces-differ",
-        f"No network interface has the same name on all hosts: {told}.",
+        f"No network interface has the same name on all hosts: {names_by_host}.",
         "horovodrun looks for one that has, and so does Gloo, with --network-interface.",
         "Give the interfaces one name, by ip link or a udev rule; or start the job with mpirun and --mca "
         "btl_tcp_if_include NETWORK/BITS, which goes by addresses.",
@@ -126,7 +126,7 @@ def interface_names(hosts: Hosts) -> Iterator[Finding]:
 
 
 def shared_networks(hosts: Hosts) -> Iterator[Finding]:
-    """Addresses that two hosts share lead each of them to itself, as those of Docker's own bridge do."""
+    """Find addresses that several hosts have: each reaches itself by them, as on Docker's own bridge."""
     having: defaultdict[str, list[str]] = defaultdict(list)
     for host, facts in hosts.items():
         for nic, addresses in external(facts["network"]).items():
@@ -140,7 +140,7 @@ def shared_networks(hosts: Hosts) -> Iterator[Finding]:
                 "warning",
                 "same-address",
                 f"{' and '.join(names)} both have the address {address}.",
-                "A rank that is told to reach the other by it reaches itself, and waits.",
+                "A rank that connects to the other by it reaches itself, and waits.",
                 f"Keep {nic} out: horovodrun --network-interface another; "
                 f"mpirun --mca btl_tcp_if_exclude lo,{nic} --mca oob_tcp_if_exclude lo,{nic}.",
             )
@@ -155,8 +155,8 @@ def packet_sizes(hosts: Hosts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "mtu-differs",
-                f"The MTU of {nic} is {_tell(having)}.",
-                "Where the network does not tell the larger one of it, large messages vanish and small ones "
+                f"The MTU of {nic} is {_join(having)}.",
+                "Where path MTU discovery fails, large messages vanish and small ones "
                 "arrive: a job stops at its first gradient.",
                 f"ip link set {nic} mtu N, with the same N everywhere.",
             )
@@ -190,10 +190,10 @@ RULES: tuple[Callable[[Hosts], Iterable[Finding]], ...] = (
 
 
 def same_names(hosts: Iterable[tuple[str, Facts]]) -> list[Finding]:
-    """The findings about hosts with one name, of which only one is among those that `compare` is given.
+    """Return the findings about hosts with one name, of which `compare` is given only one.
 
     Args:
-        hosts: the name of every host that has told its facts, and these.
+        hosts: the name of every host that has reported, with its facts.
     """
     addresses: defaultdict[str, set[str]] = defaultdict(set)
     for name, facts in hosts:

@@ -1,4 +1,4 @@
-"""Looks at the machines of a job and says what is odd."""
+"""Check the machines of a job and report what is odd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvd_quant.cli import compare, facts, meeting, rules
 from hvd_quant.cli.facts import Facts
 from hvd_quant.cli.rules import Finding
 
-# A launcher ends all ranks when one has failed: the first is to have told what it knows by then.
+# A launcher ends all ranks when one has failed: the first must have reported what it knows by then.
 GRACE_SECONDS = 5.0
 
 
@@ -33,7 +33,7 @@ def doctor(output: str | None, patience: float) -> int:
     here = facts.gather() if place is None or place.local_rank == 0 else None
     alone = place is None or place.size == 1
     diagnosis = _alone(here) if alone else _together(here, place, output, patience)
-    written = _tell(diagnosis, output) if place is None or place.rank == 0 else True
+    written = _write_report(diagnosis, output) if place is None or place.rank == 0 else True
     return _status(diagnosis) if written else 1
 
 
@@ -42,7 +42,7 @@ def _alone(here: Facts) -> Facts:
 
 
 def _together(here: Facts | None, place: meeting.Launch, output: str | None, patience: float) -> Facts:
-    """What all ranks find out together, the same on each; what this one has found, if they do not meet."""
+    """Diagnose with all ranks, the same on each; this one's own findings, if they do not meet."""
 
     def no_meeting(error: str) -> Facts:
         own = here or facts.gather()
@@ -53,30 +53,30 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
         try:
             diagnosis = diagnose()
             if place.rank == 0 or output is None:
-                _tell(diagnosis, output)
+                _write_report(diagnosis, output)
             if place.rank != 0:
                 time.sleep(GRACE_SECONDS)
         finally:
             os._exit(1)
 
-    # A rank that has gathered no facts has come first.
+    # A rank that gathers no facts is early, and waits until the others have gathered theirs.
     wait = patience if here is not None else patience + facts.PROBE_SECONDS
     os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(max(1, int(wait)))
     try:
         with _alarm(wait, lambda: give_up(lambda: no_meeting(f"it has waited for {wait:g} s"))):
             met = meeting.meet()
             if met.size != place.size:
-                if place.rank != 0:  # which finds the same, and tells it, unless the launcher ends it before
+                if place.rank != 0:  # which finds the same and reports it, unless the launcher ends it first
                     return _diagnosis({}, [])
                 return no_meeting(
                     f"by {met.by} it is one of {met.size}, so the launcher and Horovod, or mpi4py, go by "
                     "different means (another MPI, or Gloo under mpirun)"
                 )
-            everyone = met.gather(here)  # None of ranks that leave it to another one on their host
-            said = met.gather((facts.own_name(), time.time(), sorted(os.sched_getaffinity(0))))
+            everyone = met.gather(here)  # None from ranks that leave it to another one on their host
+            sent = met.gather((facts.own_name(), time.time(), sorted(os.sched_getaffinity(0))))
     except Exception as error:
         return no_meeting(facts.describe(error))
-    diagnosis = _of_all(met, everyone, said)
+    diagnosis = _combine(met, everyone, sent)
     try:
         with _alarm(patience, lambda: give_up(lambda: _with(diagnosis, _stuck(patience)))):
             return _measured(diagnosis, met)
@@ -86,7 +86,7 @@ def _together(here: Facts | None, place: meeting.Launch, output: str | None, pat
 
 @contextlib.contextmanager
 def _alarm(seconds: float, action: Callable[[], object]) -> Iterator[None]:
-    """Take action unless the context ends in time; what it waits for cannot be interrupted."""
+    """Call the action unless the context ends in time; what it waits for cannot be interrupted."""
     timer = threading.Timer(seconds, action)
     timer.daemon = True
     timer.start()
@@ -96,28 +96,28 @@ def _alarm(seconds: float, action: Callable[[], object]) -> Iterator[None]:
         timer.cancel()
 
 
-def _of_all(
-    met: meeting.Meeting, everyone: list[Facts | None], said: list[tuple[str, float, list[int]]]
+def _combine(
+    met: meeting.Meeting, everyone: list[Facts | None], sent: list[tuple[str, float, list[int]]]
 ) -> Facts:
-    """What the facts of all hosts amount to, and what each rank has said: its host, time, and cores."""
-    told = [(_name(one), one) for one in everyone if one is not None]
+    """Merge the facts of all hosts with the host name, clock and cores that each rank has sent."""
+    reported = [(_name(one), one) for one in everyone if one is not None]
     hosts: Facts = {}
-    for name, one in told:
-        own = [(clock, set(cores)) for host, clock, cores in said if host == name]
+    for name, one in reported:
+        own = [(clock, set(cores)) for host, clock, cores in sent if host == name]
         hosts[name] = {**one, "host": _with_cores(one["host"], [cores for _, cores in own])}
         hosts[name] |= {"clock": own[0][0]} if own else {}
-    ranks = {name: sum(own == name for own, _, _ in said) for name in hosts}
+    ranks = {name: sum(own == name for own, _, _ in sent) for name in hosts}
     found = [
         replace(finding, where=name)
         for name, one in hosts.items()
         for finding in rules.examine(one, ranks[name])
     ]
-    findings = [*_merge(found, len(hosts)), *compare.same_names(told), *compare.compare(hosts)]
+    findings = [*_merge(found, len(hosts)), *compare.same_names(reported), *compare.compare(hosts)]
     return _diagnosis(hosts, findings) | {"by": met.by, "size": met.size, "ranks": ranks}
 
 
 def _with_cores(host: Facts, cores: list[set[int]]) -> Facts:
-    """A host's facts, with the cores that its ranks may use together, and each of them."""
+    """Return a host's facts, with the cores that its ranks may use together, and each of them."""
     usable = host.get("usable_cores")
     if usable is None or not cores:
         return host
@@ -129,7 +129,7 @@ def _with_cores(host: Facts, cores: list[set[int]]) -> Facts:
 
 
 def _measured(diagnosis: Facts, met: meeting.Meeting) -> Facts:
-    """A diagnosis, and how fast the ranks exchange something."""
+    """Return a diagnosis with the measured speed of the ranks' collectives."""
     from hvd_quant.cli import measure
 
     speeds = measure.measure(met)
@@ -144,7 +144,7 @@ def _measured(diagnosis: Facts, met: meeting.Meeting) -> Facts:
     return _with(diagnosis, *measure.judge(speeds, steps, met.size, len(hosts) == 1, hierarchical))
 
 
-# --- what goes wrong between ranks ------------------------------------------------------------------------
+# --- failures between ranks -------------------------------------------------------------------------------
 
 
 def _not_met(place: meeting.Launch, error: str) -> Finding:
@@ -184,7 +184,7 @@ def _not_measured(error: str) -> Finding:
 
 
 def _merge(findings: list[Finding], hosts: int) -> list[Finding]:
-    """Findings that are the same on several hosts, told once."""
+    """Merge findings that are the same on several hosts."""
     merged: dict[Finding, list[str]] = {}
     for finding in findings:
         merged.setdefault(replace(finding, where=""), []).append(finding.where)
@@ -204,7 +204,7 @@ def _diagnosis(hosts: Facts, findings: Iterable[Finding]) -> Facts:
 
 
 def _with(diagnosis: Facts, *findings: Finding) -> Facts:
-    """A diagnosis with more findings."""
+    """Return a diagnosis with more findings."""
     before = [Finding(**one) for one in diagnosis["findings"]]
     return diagnosis | _diagnosis(diagnosis["hosts"], [*before, *findings])
 
@@ -217,8 +217,8 @@ def _name(one: Facts) -> str:
     return str(one["host"].get("name") or facts.own_name())
 
 
-def _tell(diagnosis: Facts, output: str | None) -> bool:
-    """Report; whether that could be done."""
+def _write_report(diagnosis: Facts, output: str | None) -> bool:
+    """Write the report; returns whether that succeeded."""
     try:
         if output is None:
             from hvd_quant.cli import report
@@ -234,7 +234,7 @@ def _tell(diagnosis: Facts, output: str | None) -> bool:
     except OSError as error:
         with contextlib.suppress(Exception):
             print(f"hvd-quant doctor: cannot write {output or 'the report'}: {error}", file=sys.stderr)
-        with contextlib.suppress(Exception):  # lest the interpreter tries to write the rest when it ends
+        with contextlib.suppress(Exception):  # or the interpreter would try to write the rest when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

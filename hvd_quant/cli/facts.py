@@ -1,4 +1,4 @@
-"""What a machine is and has, as plain JSON values. `gather` never raises: what cannot be told is an error."""
+"""Facts about a machine, as plain JSON values. `gather` never raises: a failure is recorded as an error."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ VARIABLES = (
     "NCCL_",
     "OMPI_MCA_",
     "OMPI_ALLOW",
-)  # beginnings of names worth telling
+)  # prefixes of names to report
 
 
 def gather() -> Facts:
-    """Facts about this machine; takes as long as its frameworks take to import."""
+    """Gather facts about this machine; takes as long as its frameworks take to import."""
     sections: dict[str, Callable[[], Facts]] = {
         "host": host,
         "network": network,
@@ -61,13 +61,13 @@ def gather() -> Facts:
     try:
         with ThreadPoolExecutor(len(sections)) as pool:
             facts = dict(zip(sections, pool.map(guarded, sections.values()), strict=True))
-    except RuntimeError:  # no more threads are to be had
+    except RuntimeError:  # no more threads are available
         facts = {name: guarded(section) for name, section in sections.items()}
-    return facts | {"codec": guarded(codec)}  # by itself, because it measures a speed
+    return facts | {"codec": guarded(codec)}  # not beside the others, because it measures a speed
 
 
 def guarded(section: Callable[[], Facts]) -> Facts:
-    """What a section says, or the error that it ended with."""
+    """Return a section's facts, or the error that it ended with."""
     try:
         return section()
     except Exception as error:
@@ -75,12 +75,12 @@ def guarded(section: Callable[[], Facts]) -> Facts:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
+    """Describe an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def host() -> Facts:
-    """The machine itself; what cannot be told of it is None."""
+    """Describe the machine itself; None for what cannot be found out."""
     facts: dict[str, Callable[[], Any]] = {
         "name": own_name,
         "resolves_to": lambda: _resolve(own_name()),
@@ -92,18 +92,18 @@ def host() -> Facts:
         "root": lambda: os.geteuid() == 0,
         "reads_other_processes": _reads_other_processes,
     }
-    return {name: _attempt(tell) for name, tell in facts.items()}
+    return {name: _attempt(read) for name, read in facts.items()}
 
 
-def _attempt(tell: Callable[[], Any]) -> Any:
+def _attempt(read: Callable[[], Any]) -> Any:
     try:
-        return tell()
+        return read()
     except Exception:
         return None
 
 
 def own_name() -> str:
-    """The machine's name."""
+    """Return the machine's name."""
     try:
         return socket.gethostname()
     except Exception:
@@ -111,7 +111,7 @@ def own_name() -> str:
 
 
 def _shared_memory() -> int:
-    """Free bytes in /dev/shm; 0, where it is not."""
+    """Return the free bytes in /dev/shm; 0 where it does not exist."""
     if not os.path.isdir("/dev/shm"):
         return 0
     shm = os.statvfs("/dev/shm")
@@ -119,12 +119,12 @@ def _shared_memory() -> int:
 
 
 def _resolve(name: str) -> list[str] | None:
-    """The addresses of a name; None, where there is no answer within a while."""
+    """Resolve a name to addresses; None if there is no answer in time."""
 
     def resolve() -> list[str]:
         try:
             return sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
-        except Exception:  # OSError, or UnicodeError of an odd name
+        except Exception:  # OSError, or UnicodeError for an odd name
             return []
 
     try:
@@ -134,11 +134,11 @@ def _resolve(name: str) -> list[str] | None:
 
 
 def _within(seconds: float, action: Callable[[], Result]) -> Result:
-    """What an action returns, or raises.
+    """Return what an action returns, or raise what it raises.
 
     Raises:
-        TimeoutError: it is not done in time, and left behind: what hangs in a resolver or a driver cannot be
-            ended.
+        TimeoutError: it is not done in time. It is left running: a call that hangs in a resolver or a driver
+            cannot be ended.
     """
     future: Future[Result] = Future()
 
@@ -169,10 +169,10 @@ def _cpu() -> str:
 
 
 def _reads_other_processes() -> bool:
-    """Whether the kernel lets processes read each other's memory, as MPI does; containers may forbid it."""
+    """Return whether processes may read each other's memory, as MPI does; containers may forbid it."""
     libc = ctypes.CDLL(None, use_errno=True)
     here, there = ctypes.create_string_buffer(b"x", 1), ctypes.create_string_buffer(1)
-    # Two of the structure iovec: an address, and a size.
+    # Two iovec structures: an address and a size each.
     local, remote = ((ctypes.c_size_t * 2)(ctypes.addressof(one), 1) for one in (there, here))
     unsigned = ctypes.c_ulong
     read = libc.process_vm_readv(os.getpid(), local, unsigned(1), remote, unsigned(1), unsigned(0))
@@ -180,7 +180,7 @@ def _reads_other_processes() -> bool:
 
 
 def usable_cores() -> float:
-    """Cores that this process may use: by its affinity, and by its container's quota."""
+    """Return the cores that this process may use, by its affinity and by its container's quota."""
     cores = float(len(os.sched_getaffinity(0)))
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
@@ -191,7 +191,7 @@ def usable_cores() -> float:
 
 
 def network() -> Facts:
-    """Network interfaces by name, with their IPv4 addresses."""
+    """Return network interfaces by name, with their IPv4 addresses."""
     import psutil
 
     states = psutil.net_if_stats()
@@ -208,7 +208,7 @@ def network() -> Facts:
 
 
 def python() -> Facts:
-    """The interpreter."""
+    """Describe the interpreter."""
     return {
         "version": platform.python_version(),
         "executable": sys.executable,
@@ -217,9 +217,9 @@ def python() -> Facts:
 
 
 def packages() -> Facts:
-    """Versions of installed packages, None where one is not installed."""
+    """Return versions of installed packages, None where one is not installed."""
     versions: Facts = {}
-    for one in metadata.distributions():  # those that Python would import come first
+    for one in metadata.distributions():  # in the order in which Python would import them
         name = one.metadata["Name"]
         if name:  # pip leaves nameless ones behind
             versions.setdefault(name.lower().replace("-", "_"), one.version)
@@ -228,7 +228,7 @@ def packages() -> Facts:
 
 
 def gpus() -> Facts:
-    """What NVIDIA's driver lists."""
+    """Return the GPUs that NVIDIA's driver lists."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"names": []}
@@ -239,7 +239,7 @@ def gpus() -> Facts:
 
 
 def mpi() -> Facts:
-    """The MPI whose launcher comes first in PATH."""
+    """Describe the MPI whose launcher comes first in PATH."""
     launcher = shutil.which("mpirun")
     if launcher is None:
         return {"launcher": None, "version": None}
@@ -251,7 +251,7 @@ def mpi() -> Facts:
 
 
 def _run(command: list[str], seconds: float) -> tuple[int, str]:
-    """The status and output of a program that should be done by then."""
+    """Return the status and output of a program that must end in time."""
     try:
         done = _execute(command, seconds, stderr=subprocess.STDOUT)
     except OSError as error:
@@ -280,17 +280,17 @@ def _execute(command: list[str], seconds: float, **options: Any) -> subprocess.C
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"no answer within {seconds:g} s") from None
 
-    # What waits for a driver or a disk cannot be killed, and subprocess.run waits until it is.
+    # A process that waits for a driver or a disk cannot be killed, and subprocess.run waits until it ends.
     return _within(seconds + 1, run)
 
 
 def codec() -> Facts:
-    """Whether the native codec works, and how fast; in a process of its own, which may die of it."""
+    """Check that the native codec works, and how fast; in a process of its own, which it may crash."""
     return _probe("codec")
 
 
 def framework(name: str) -> Facts:
-    """What a framework says of itself, and Horovod of being built for it; see `hvd_quant.cli.probe`."""
+    """Describe a framework and how Horovod is built for it; see `hvd_quant.cli.probe`."""
     try:
         installed = _find(name)
     except (ImportError, ValueError) as error:
@@ -320,7 +320,7 @@ def _probe(name: str) -> Facts:
 
 
 def environment() -> Facts:
-    """Variables that change how jobs run."""
+    """Return environment variables that change how jobs run."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)} | {
         name: os.environ[name]
         for name in ("TF_USE_LEGACY_KERAS", "CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""How fast the ranks' collectives are, and what that means for a step."""
+"""Measure the ranks' collectives, and predict the time of a training step from that."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import quickest
 from hvd_quant.schemes import QSGD
 
-BYTES = 8 << 20  # about a fused bucket of gradients
-SECONDS = 0.5  # to spend on a collective
+BYTES = 8 << 20  # about one fused bucket of gradients
+SECONDS = 0.5  # to spend on each collective
 REPEATS = 3, 30
 SLOW_LATENCY = 5e-3
-PARAMETERS = 25_600_000  # of a ResNet-50
+PARAMETERS = 25_600_000  # ResNet-50
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a collective.
+    """Speed of a collective.
 
     Args:
-        latency: seconds that it takes with next to nothing to carry.
-        rate: bytes a second, of those that a rank ends up with, above the latency.
+        latency: seconds that it takes with next to no data.
+        rate: bytes per second that a rank ends up with, above the latency.
     """
 
     latency: float
     rate: float
 
     def seconds(self, size: float) -> float:
-        """How long it takes, of so many bytes."""
+        """Return the seconds for a number of bytes."""
         return self.latency + size / self.rate
 
 
 def measure(meeting: Meeting, payload: int = BYTES) -> dict[str, Speed]:
-    """The speeds of all collectives, the same on every rank: the slowest rank's.
+    """Measure all collectives; the result is the slowest rank's, the same on every rank.
 
     Args:
-        meeting: of two ranks or more; all call this together.
-        payload: about how many bytes to carry.
+        meeting: two ranks or more; all call this together.
+        payload: about how many bytes to send.
     """
     unit = 4 * meeting.size
     large = np.zeros(-(-payload // unit) * unit, np.uint8)
@@ -65,7 +65,7 @@ def _median(meeting: Meeting, collective: Callable[[np.ndarray], object], array:
         return time.perf_counter() - begin
 
     once()
-    first = max(meeting.gather(once()))  # so that all ranks repeat it as often
+    first = max(meeting.gather(once()))  # so that all ranks repeat it equally often
     repeats = int(min(max(SECONDS / 2 / first, REPEATS[0]), REPEATS[1]))
     return max(meeting.gather(statistics.median(once() for _ in range(repeats))))
 
@@ -73,16 +73,16 @@ def _median(meeting: Meeting, collective: Callable[[np.ndarray], object], array:
 def predict(
     speeds: Mapping[str, Speed], size: int, codec: Facts, parameters: int = PARAMETERS
 ) -> dict[str, float]:
-    """Seconds that a step's gradients take, by what they travel as: a model made of what was measured.
+    """Predict the seconds that a step's gradients take, by how they are sent, from what was measured.
 
-    Horovod's own go in one message; ours in fused buckets, here one after the other, which is at most what
-    they take.
+    Horovod sends its own in one message. Ours go in fused buckets, here one after the other, which is an
+    upper bound.
 
     Args:
         speeds: as `measure` returns them.
-        size: ranks.
-        codec: the slowest host's, with ``encode_values_s`` and ``decode_values_s``.
-        parameters: float32 values.
+        size: number of ranks.
+        codec: codec of the slowest host, with ``encode_values_s`` and ``decode_values_s``.
+        parameters: number of float32 values.
     """
     buckets = -(-4 * parameters // BYTES)
     values = parameters / buckets
@@ -106,14 +106,14 @@ def predict(
 def judge(
     speeds: Mapping[str, Speed], steps: Mapping[str, float], size: int, one_host: bool, hierarchical: bool
 ) -> Iterator[Finding]:
-    """What of it will hurt.
+    """Return the findings about measured speeds.
 
     Args:
         speeds: as `measure` returns them.
         steps: as `predict` returns them.
-        size: ranks.
-        one_host: whether all ranks are on the same.
-        hierarchical: whether the exchange by hosts is to be had, of which these speeds tell nothing.
+        size: number of ranks.
+        one_host: whether all ranks are on one host.
+        hierarchical: whether the hierarchical exchange is available, which these speeds say nothing about.
     """
     for name, speed in speeds.items():
         if speed.latency > SLOW_LATENCY:
@@ -131,7 +131,7 @@ def judge(
     best = min(own, key=own.__getitem__)
     try:
         link = cost.link_from_environment(one_host, cost.HOROVOD_LATENCY)
-    except ValueError:  # for which there is a rule
+    except ValueError:  # there is a rule for that
         return
     chosen = quickest(link, size, wire.payload_size(QSGD(bits=4), BYTES // 4), BYTES // 4)
     if own[chosen] > 1.25 * own[best]:
@@ -139,7 +139,7 @@ def judge(
             "note",
             "exchange",
             f'exchange="auto" takes {chosen} here, and {best} is {own[chosen] / own[best]:.1f} x as fast.',
-            "The choice goes by a model of the network, not by measurements.",
+            "The choice is made by a model of the network, not by measurements.",
             f'Hand the compressor exchange="{best}".',
         )
     if own[best] > steps["fp16"]:
@@ -154,7 +154,7 @@ def judge(
 
 
 def as_json(speeds: Mapping[str, Speed], steps: Mapping[str, float]) -> Facts:
-    """Both, for a program to read."""
+    """Return both as plain JSON values."""
     return {
         "collectives": {name: asdict(speed) for name, speed in speeds.items()},
         "step_seconds": dict(steps),

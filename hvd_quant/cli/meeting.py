@@ -1,4 +1,4 @@
-"""The ranks of a job: who they are, by the launcher's word, and what they need to talk about it."""
+"""Launch and communication of a job's ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hvd_quant.cli.facts import describe
 if TYPE_CHECKING:
     import numpy as np
 
-# Of horovodrun with Gloo, and of Open MPI's mpirun, which horovodrun with MPI calls.
+# Variables of horovodrun with Gloo, and of Open MPI's mpirun, which horovodrun with MPI calls.
 _LAUNCHERS = (
     ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     (
@@ -27,7 +27,7 @@ _LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """A process's place in its job."""
+    """Rank and size of a process in its job."""
 
     rank: int
     size: int
@@ -36,7 +36,7 @@ class Launch:
 
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """What the launcher says, or None if none has started this process."""
+    """Return what the launcher says, or None if none has started this process."""
     for names in _LAUNCHERS:
         if all(environment.get(name, "").isdecimal() for name in names):
             return Launch(*(int(environment[name]) for name in names))
@@ -48,12 +48,12 @@ class Meeting:
     """Ranks that have met.
 
     Args:
-        by: what they have met by.
-        rank, size: own rank, and how many there are.
-        gather: hands every rank the objects of all, by rank.
-        collectives: by their names, what has all ranks exchange an array of bytes, of equal size and a
-            multiple of 4 times the ranks. What each rank receives is as large, but for "allgather", which
-            each hands a share of its array.
+        by: name of the library that they have met by.
+        rank, size: own rank, and the number of ranks.
+        gather: allgather of one object per rank.
+        collectives: collectives by name. Each exchanges an array of bytes, of the same size on all ranks and
+            a multiple of 4 times the number of ranks. Every rank receives as much; for "allgather" each
+            sends a share of its array.
     """
 
     by: str
@@ -64,10 +64,10 @@ class Meeting:
 
 
 def meet() -> Meeting:
-    """Meet the other ranks by the first means that is installed. Waits for them.
+    """Meet the other ranks with the first library that works. Waits for them.
 
     Raises:
-        RuntimeError: none is, or what is fails.
+        RuntimeError: none works.
     """
     failures = []
     for means in (_horovod_torch, _horovod_tensorflow, _mpi4py):
@@ -83,7 +83,7 @@ def _share(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def _by_horovod(hvd: ModuleType, collectives: Mapping[str, Callable[[np.ndarray], Any]]) -> Meeting:
-    """A meeting by a module of Horovod's, which has been initialised."""
+    """Make a meeting from one of Horovod's modules, which has been initialised."""
     return Meeting(
         hvd.__name__,
         hvd.rank(),

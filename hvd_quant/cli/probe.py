@@ -1,4 +1,4 @@
-"""Looks at one part of an installation, in a process of its own: importing it may end the process.
+"""Check one part of an installation, in a process of its own: importing it may crash the process.
 
     python -m hvd_quant.cli.probe torch|tensorflow|codec
 
@@ -16,24 +16,24 @@ from typing import Any
 
 from hvd_quant.cli.facts import Facts, describe
 
-VALUES = 1 << 22  # that the codec's speed is measured with
+VALUES = 1 << 22  # to measure the codec's speed with
 REPEATS = 5
 
 
 def horovod(name: str) -> Facts:
-    """How Horovod was built, for a framework that has been imported."""
+    """Describe how Horovod was built, for a framework that has been imported."""
     try:
         hvd = import_module(f"horovod.{name}")
-    except Exception as error:  # an ImportError, or whatever a wrong binary makes of it
+    except Exception as error:  # an ImportError, or whatever a broken binary raises
         return {"built": False, "error": describe(error)}
-    if not hasattr(hvd, "mpi_built"):  # horovod.torch can be imported without what was not built
+    if not hasattr(hvd, "mpi_built"):  # horovod.torch imports even where it was not built
         return {"built": False, "error": "its extension module was not built"}
     questions = ("mpi", "gloo", "nccl", "cuda", "rocm")
     return {"built": True, **{one: bool(getattr(hvd, f"{one}_built")()) for one in questions}}
 
 
 def torch() -> Facts:
-    """torch, and whether its operations decode what the native codec encodes."""
+    """Describe torch, and check that its operations decode what the native codec encodes."""
     import torch
 
     return {
@@ -46,7 +46,7 @@ def torch() -> Facts:
 
 
 def tensorflow() -> Facts:
-    """TensorFlow, and which Keras its users get."""
+    """Describe TensorFlow, and which Keras its users get."""
     import tensorflow as tf
 
     return {
@@ -59,7 +59,7 @@ def tensorflow() -> Facts:
 
 
 def codec() -> Facts:
-    """The native codec: every scheme there and back, and the speed of the usual one."""
+    """Check the native codec with every scheme, and measure the speed of the usual one."""
     import numpy as np
 
     import hvd_quant
@@ -115,7 +115,7 @@ def main() -> int:
     except Exception as error:
         found = {"error": describe(error)}
     print("\n" + json.dumps(found), flush=True)
-    os._exit(0)  # what a broken framework does when it is unloaded is of no interest
+    os._exit(0)  # how a broken framework unloads does not matter
 
 
 if __name__ == "__main__":

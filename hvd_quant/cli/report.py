@@ -1,4 +1,4 @@
-"""A diagnosis for people to read: with colours on a terminal, as plain lines elsewhere."""
+"""Print a diagnosis: with colours on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hvd_quant.cli.facts import Facts
 from hvd_quant.cli.rules import LEVELS, Finding
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "title": "bold", "good": "bold green"}
-Line = tuple[str, str]  # its style, a key of COLOURS or empty, and its text
+Line = tuple[str, str]  # style (a key of COLOURS, or empty), text
 
 
 def show(diagnosis: Facts) -> None:
@@ -19,14 +19,14 @@ def show(diagnosis: Facts) -> None:
     if sys.stdout is None:  # closed
         raise OSError("standard output is closed")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever variables hold
+        sys.stdout.reconfigure(errors="backslashreplace")  # variables may hold anything
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         try:
             from rich.console import Console
 
             console = Console(highlight=False)
         except ImportError:
-            pass  # an extra; plain lines say the same
+            pass  # optional; plain lines say the same
     for style, text in _lines(diagnosis):
         if console is None:
             print(text)
@@ -58,22 +58,22 @@ def _lines(diagnosis: Facts) -> Iterator[Line]:
 
 def _verdict(findings: Iterable[Finding], hosts: int) -> Line:
     counts = {level: sum(finding.level == level for finding in findings) for level in LEVELS}
-    told = ", ".join(
+    summary = ", ".join(
         f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count
     )
     who = "This machine is" if hosts == 1 else f"These {hosts} hosts are"
     if counts["error"]:
-        return "error", f"{who} not ready: {told}."
+        return "error", f"{who} not ready: {summary}."
     if counts["warning"]:
-        return "warning", f"{who} ready, with reservations: {told}."
-    return "good", f"{who} healthy" + (f" ({told})." if told else ".")
+        return "warning", f"{who} ready, with reservations: {summary}."
+    return "good", f"{who} healthy" + (f" ({summary})." if summary else ".")
 
 
 def _about(facts: Facts) -> Iterator[tuple[str, str]]:
-    """What is told of a machine, one line each; what could not be found out, too."""
-    for title, tell in _TOLD.items():
+    """Describe a machine, one line per fact; facts that could not be found out are included."""
+    for title, describe in _LINES.items():
         try:
-            text = tell(facts)
+            text = describe(facts)
         except Exception:
             text = "could not be found out"
         if text:
@@ -133,7 +133,7 @@ def _network(facts: Facts) -> str:
     )
 
 
-_TOLD = {
+_LINES = {
     "machine": _host,
     "Python": _python,
     "packages": _packages,

@@ -1,7 +1,7 @@
-"""What is odd about one machine, told from its facts alone.
+"""Rules about one machine, judged from its facts alone.
 
-Every rule is a function from facts to findings. A fact that could not be gathered is absent, or an error: a
-rule has nothing to say then, but the one whose business it is.
+Every rule is a function from facts to findings. A fact that could not be gathered is absent, or an error:
+only the rule that checks for that error reports it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Finding:
     """Something that is odd.
 
     Args:
-        level: "error" if something will not work, "warning" if it will be wrong or slow, "note" if one had
-            better know it.
-        name: of the kind of finding.
-        what: is so.
-        why: it matters.
+        level: "error" if something will not work, "warning" if it will be wrong or slow, "note" if it is
+            worth knowing.
+        name: name of the kind of finding.
+        what: what is odd.
+        why: why it matters.
         do: what to do about it.
-        where: host that it is so on; all, if empty.
+        where: host that it is about; empty for all.
     """
 
     level: str
@@ -42,18 +42,18 @@ class Finding:
 
 
 def examine(facts: Facts, ranks_here: int = 1) -> list[Finding]:
-    """All findings about a machine, the worst first.
+    """Return all findings about a machine, the worst first.
 
     Args:
         facts: as `hvd_quant.cli.facts.gather` returns them.
-        ranks_here: ranks of the job on this machine.
+        ranks_here: number of the job's ranks on this machine.
     """
     found = run_all((rule, (facts, ranks_here)) for rule in RULES)
-    return ordered(dict.fromkeys(found))  # what is so for both frameworks is told once
+    return ordered(dict.fromkeys(found))  # shared by both frameworks: report once
 
 
 def run_all(calls: Iterable[tuple[Callable[..., Iterable[Finding]], tuple[Any, ...]]]) -> Iterator[Finding]:
-    """The findings of rules, each with its arguments; a rule that fails is a finding itself."""
+    """Run rules, each with its arguments. A rule that fails is a finding itself."""
     for rule, arguments in calls:
         try:
             yield from list(rule(*arguments))
@@ -65,7 +65,7 @@ def run_all(calls: Iterable[tuple[Callable[..., Iterable[Finding]], tuple[Any, .
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings by level."""
+    """Sort findings by level."""
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
@@ -128,7 +128,7 @@ def horovod_is_built(facts: Facts, _: int) -> Iterator[Finding]:
                 "error",
                 "no-horovod",
                 "Horovod is not installed for this Python.",
-                "hvd_quant.torch and hvd_quant.tensorflow are plugs for it. (hvd_quant.mpi needs none.)",
+                "hvd_quant.torch and hvd_quant.tensorflow are front ends for it. (hvd_quant.mpi needs none.)",
                 SETUP,
             )
         return
@@ -170,8 +170,8 @@ def controllers(facts: Facts, _: int) -> Iterator[Finding]:
             yield Finding(
                 "warning" if horovod["gloo"] else "error",
                 "mpirun-broken",
-                f"mpirun does not tell its version: {facts['mpi']['error']}.",
-                "horovodrun starts ranks with mpirun, unless it is told --gloo.",
+                f"mpirun does not print its version: {facts['mpi']['error']}.",
+                "horovodrun starts ranks with mpirun, unless it is given --gloo.",
                 "Repair or reinstall Open MPI (Debian: openmpi-bin), or use horovodrun --gloo.",
             )
         elif "error" not in facts["mpi"] and facts["mpi"].get("launcher") is None:
@@ -179,7 +179,7 @@ def controllers(facts: Facts, _: int) -> Iterator[Finding]:
                 "warning" if horovod["gloo"] else "error",
                 "no-mpirun",
                 "Horovod was built with MPI, and there is no mpirun in PATH.",
-                "horovodrun starts ranks with mpirun, unless it is told --gloo.",
+                "horovodrun starts ranks with mpirun, unless it is given --gloo.",
                 "Put mpirun into PATH (Debian: apt-get install openmpi-bin), or use horovodrun --gloo.",
             )
 
@@ -262,7 +262,7 @@ def host_name(facts: Facts, _: int) -> Iterator[Finding]:
             "hostname-loopback",
             f"This host's name, {name}, means only {', '.join(addresses)} here.",
             "It does not matter on one host. In a job with others, what asks for its own address by name "
-            "tells them one that leads nowhere.",
+            "announces one that leads nowhere.",
             f"For several hosts: give {name} the address that others reach it by, in /etc/hosts.",
         )
 
@@ -333,7 +333,7 @@ def mpirun_as_root(facts: Facts, _: int) -> Iterator[Finding]:
             "note",
             "mpirun-as-root",
             "You are root, for whom Open MPI's mpirun starts nothing.",
-            "horovodrun tells it to all the same.",
+            "horovodrun passes --allow-run-as-root by itself.",
             "Be another user; or mpirun --allow-run-as-root, in a container.",
         )
 
@@ -402,7 +402,7 @@ def _has_gpu_operations(facts: Facts, name: str) -> bool:
 
 
 def external(network: Facts) -> dict[str, list[str]]:
-    """Addresses by the interfaces that are up and have one that is not this machine's own alone."""
+    """Return addresses by interface, for those that are up and reachable from other machines."""
     return {
         name: nic["addresses"]
         for name, nic in network.items()

@@ -27,7 +27,7 @@ BACKENDS = ("auto", "native", "torch")
 
 
 def native_isa() -> str:
-    """The instruction set that the native kernels were chosen for, e.g. ``"avx512"``.
+    """Return the instruction set that the native kernels were chosen for, e.g. ``"avx512"``.
 
     ``HVD_QUANT_ISA`` in the environment overrides the choice. Payloads do not depend on it.
     """
@@ -35,16 +35,16 @@ def native_isa() -> str:
 
 
 def max_payload_size(scheme: Scheme, count: int) -> int:
-    """Bytes that `encode` writes at most: the size of the memory to give it as ``out``.
+    """Return the most bytes that `encode` writes: the size of the buffer to pass as ``out``.
 
-    Packed codes take exactly so many; Elias and Huffman codes take fewer, as the values have it.
+    Packed codes take exactly as many; Elias and Huffman codes take fewer, depending on the values.
 
     Args:
         scheme: how the values are encoded.
-        count: how many they are.
+        count: number of values.
 
     Raises:
-        TypeError: ``scheme`` is no scheme, or ``count`` no integer.
+        TypeError: ``scheme`` is not a scheme, or ``count`` not an integer.
         ValueError: ``count`` is out of range.
 
     Example:
@@ -73,23 +73,23 @@ def encode(
         x: float32, float64, float16 or bfloat16, of any shape; read in row-major order. Magnitudes that
             float32 cannot hold make their bucket non-finite.
         scheme: how, e.g. ``QSGD(bits=4)``.
-        seed: of the rounding noise, 0 to 2^64 - 1.
-        rank: which of the payloads that are to be averaged this is, for ``rounding="correlated"``. All of
+        seed: seed of the rounding noise, 0 to 2^64 - 1.
+        rank: number of this payload among those to be averaged, for ``rounding="correlated"``. All of
             them need the same seed.
-        size: how many they are.
+        size: number of payloads to be averaged.
         backend: ``"native"``, ``"torch"``, or ``"auto"``: native for CPU memory, torch elsewhere.
-        out: memory for the payload, because fresh memory may cost more than to encode: contiguous
-            one-dimensional uint8 apart from ``x``, an array for an array, a tensor on the same device for a
-            tensor. It has `max_payload_size` bytes, or, unless the scheme's codes are packed, more. By
-            default memory is fresh.
+        out: buffer for the payload, because a new one may cost more than encoding: contiguous one-dimensional
+            uint8 that does not overlap ``x``, an array for an array, a tensor on the same device for a
+            tensor. It has `max_payload_size` bytes, or more unless the scheme's codes are packed. By
+            default a new one.
 
     Returns:
         The payload, one-dimensional uint8: an array for an array, a tensor on the same device for a tensor.
-        With ``out`` that itself, or a view of its beginning where the payload is smaller.
+        With ``out`` that itself, or a view of its first bytes where the payload is smaller.
 
     Raises:
-        TypeError: ``x`` is no array or tensor of a floating type named above, ``scheme`` is no scheme, or
-            ``out`` is of another type or dtype.
+        TypeError: ``x`` is not an array or tensor of a floating type named above, ``scheme`` is not a scheme,
+            or ``out`` is of another type or dtype.
         ValueError: ``seed``, ``rank``, ``size`` or ``backend`` is out of range; or ``out`` is of another
             size or shape, on another device, not contiguous, read-only, or overlaps ``x``.
 
@@ -114,18 +114,18 @@ def encode(
         raise TypeError(f"x must be of dtype {', '.join(native.DTYPES)}, not {dtype}")
     if out is not None:
         _check_out(out, ("uint8",), x, "x")
-        _check_room(out, scheme, x.numel() if tensor_given else x.size)
+        _check_size(out, scheme, x.numel() if tensor_given else x.size)
         _announce_writing(out)
     options = (scheme, int(seed), shift(scheme, int(rank), int(size)))
     if backend == "native":
-        room = None if out is None else flat_array(out)
-        payload = native.encode(flat_array(x), *options, dtype=dtype, out=room)
+        buffer = None if out is None else flat_array(out)
+        payload = native.encode(flat_array(x), *options, dtype=dtype, out=buffer)
     else:
         from hvd_quant.codec import torch_ops
 
         tensor = x.detach() if tensor_given else _tensor(_writable(x))
-        room = None if out is None else _flat_tensor(out)
-        payload = torch_ops.encode(tensor.reshape(-1), *options, out=room)
+        buffer = None if out is None else _flat_tensor(out)
+        payload = torch_ops.encode(tensor.reshape(-1), *options, out=buffer)
     if out is None:
         return _as_given(payload, tensor_given)
     return out if len(payload) == len(out) else out[: len(payload)]
@@ -137,9 +137,9 @@ def decode(payload: Array | bytes, backend: str = "auto", *, out: Array | None =
     Args:
         payload: one-dimensional uint8, as `encode` returns it, or bytes.
         backend: as in `encode`.
-        out: memory for the values, because fresh memory may cost more than to decode: contiguous, apart from
-            the payload, of any shape with as many values, and of dtype float32, float64, float16 or bfloat16.
-            A tensor on the same device for a tensor, else an array. By default memory is fresh, and float32.
+        out: buffer for the values, because a new one may cost more than decoding: contiguous, of any shape
+            with as many values, of dtype float32, float64, float16 or bfloat16, and not overlapping the
+            payload. A tensor on the same device for a tensor, else an array. By default a new float32 one.
 
     Returns:
         The values: ``out``, or else one-dimensional float32, a tensor on the same device for a tensor, an
@@ -167,8 +167,8 @@ def decode(payload: Array | bytes, backend: str = "auto", *, out: Array | None =
         _check_out(out, native.DTYPES, payload, "the payload")
         _announce_writing(out)
     if backend == "native":
-        room, dtype = (None, None) if out is None else (flat_array(out), _dtype(out))
-        values = native.decode_mean([flat_array(payload)], room, dtype=dtype)
+        buffer, dtype = (None, None) if out is None else (flat_array(out), _dtype(out))
+        values = native.decode_mean([flat_array(payload)], buffer, dtype=dtype)
     else:
         from hvd_quant.codec import torch_ops
 
@@ -180,7 +180,7 @@ def decode(payload: Array | bytes, backend: str = "auto", *, out: Array | None =
 
 
 def is_tensor(x: object) -> bool:
-    """Whether x is a torch tensor, found out without importing torch."""
+    """Return whether x is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
@@ -194,13 +194,13 @@ def _check_out(out: Any, dtypes: Sequence[str], source: Any, name: str) -> None:
     """Check everything about a caller's ``out`` but its size.
 
     Args:
-        out: what has been given.
-        dtypes: that it may have.
-        source: what is read, by its name in messages.
-        name: that name.
+        out: the caller's array or tensor.
+        dtypes: allowed dtypes.
+        source: the array or tensor that is read.
+        name: its name in messages.
 
     Raises:
-        TypeError, ValueError: ``out`` cannot be written to, or should not.
+        TypeError, ValueError: ``out`` cannot be written to, or should not be.
     """
     is_array = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
     if not (is_tensor(out) if is_tensor(source) else is_array):
@@ -228,8 +228,8 @@ def _check_out(out: Any, dtypes: Sequence[str], source: Any, name: str) -> None:
         raise ValueError(f"out must not overlap {name} in memory")
 
 
-def _check_room(out: Any, scheme: Scheme, count: int) -> None:
-    """Whether a payload fits.
+def _check_size(out: Any, scheme: Scheme, count: int) -> None:
+    """Check that a payload fits.
 
     Raises:
         ValueError: it does not, or ``out`` is not one-dimensional.
@@ -243,7 +243,7 @@ def _check_room(out: Any, scheme: Scheme, count: int) -> None:
 
 
 def _extent(x: Any) -> tuple[int, int]:
-    """Where an array or tensor begins in its device's memory, and where it ends."""
+    """Return the start and end addresses of an array or tensor in its device's memory."""
     if is_tensor(x):
         begin, shape, item_size = x.data_ptr(), x.shape, x.element_size()
         strides = [stride * item_size for stride in x.stride()]
@@ -256,7 +256,7 @@ def _extent(x: Any) -> tuple[int, int]:
 
 
 def _announce_writing(out: Any) -> None:
-    """Tell autograd, which does not see our code write, and may have kept that tensor for a backward pass."""
+    """Tell autograd about a write that it cannot see: it may have saved the tensor for a backward pass."""
     if is_tensor(out) and not out.is_inference():
         import torch
 
@@ -278,13 +278,13 @@ def _backend(backend: str, x: Any) -> str:
 
 
 def _writable(x: np.ndarray) -> np.ndarray:
-    """A contiguous array that torch shares without a warning; a copy where ``x`` is read-only."""
+    """Return a contiguous array that torch shares without a warning; a copy where ``x`` is read-only."""
     x = np.ascontiguousarray(x)
     return x if x.flags.writeable else x.copy()
 
 
 def _as_given(result: Any, tensor_given: bool) -> Any:
-    """A backend's array or tensor as the one or the other."""
+    """Convert a backend's result to the kind that the caller passed."""
     if is_tensor(result) == tensor_given:
         return result
     return _tensor(result) if tensor_given else result.numpy()
@@ -297,11 +297,11 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _flat_tensor(out: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """The same contiguous memory as a one-dimensional tensor."""
+    """Return the same contiguous memory as a one-dimensional tensor."""
     if is_tensor(out):
         return out.detach().view(-1)
     flat = np.asarray(out).reshape(-1)
-    if _dtype(out) == "bfloat16":  # of a package beside NumPy, which torch does not know
+    if _dtype(out) == "bfloat16":  # ml_dtypes', which torch does not know
         import torch
 
         return _tensor(flat.view(np.int16)).view(torch.bfloat16)
@@ -309,7 +309,7 @@ def _flat_tensor(out: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def flat_array(x: np.ndarray | torch.Tensor) -> np.ndarray:
-    """The values of an array or CPU tensor, contiguous and one-dimensional; a view where that is possible.
+    """Return an array or CPU tensor as contiguous and one-dimensional; a view where that is possible.
 
     bfloat16, which NumPy lacks, comes as its 16-bit patterns.
     """

@@ -1,8 +1,8 @@
-"""The codec on an NVIDIA GPU by kernels of its own, kernels.cu: a message in one launch.
+"""The codec on an NVIDIA GPU by its own kernels, kernels.cu: a message in one launch.
 
-They are compiled at run time, so that nobody has to build anything. What they write is byte for byte what the
-native codec writes, noise included, but that very rarely the last bit of a Euclidean norm is another one, and
-with it codes of that bucket: the squares are added in another order.
+They are compiled at run time, so that nobody has to build anything. They write byte for byte what the native
+codec writes, noise included. One exception: very rarely the last bit of a Euclidean norm differs, and with it
+codes of that bucket, because the squares are added in another order.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hvd_quant.schemes import NUQSGD, QSGD, check_choice
 
 SOURCE = Path(__file__).parent / "csrc" / "kernels.cu"
 SWITCH = "HVD_QUANT_GPU_KERNELS"  # "auto" or "off"
-LARGEST_BUCKET = 2**16  # values of a bucket, which one warp encodes
-THREADS = 256  # of a block
-BLOCKS = 3  # of a multiprocessor
+LARGEST_BUCKET = 2**16  # values per bucket, encoded by one warp
+THREADS = 256  # per block
+BLOCKS = 3  # per multiprocessor
 WARP = 32
 
-# Of a segment, as kernels.cu has it.
+# Columns per segment, as in kernels.cu.
 _ROW = np.dtype(
     [
         *((name, "<u8") for name in ("values", "residual", "payload", "count")),
@@ -38,12 +38,12 @@ _ROW = np.dtype(
 )
 _L2, _POWERS, _NEAREST = 1, 2, 4
 
-# A kernel's name, blocks, threads of each, arguments.
+# Arguments: the kernel's name, blocks, threads per block, the kernel's arguments.
 Launch = Callable[[str, int, int, Sequence[nvrtc.Argument]], None]
 
 
 def check_switch() -> str:
-    """What the environment says: "auto" or "off".
+    """Return the environment's setting: "auto" or "off".
 
     Raises:
         ValueError: it is something else.
@@ -55,7 +55,7 @@ def check_switch() -> str:
 
 @functools.cache
 def kernels(device: torch.device) -> Kernels | None:
-    """Those for a device, compiled and tried; None where there are none, or they have been switched off.
+    """Return a device's kernels, compiled and tested; None where there are none, or they are switched off.
 
     The first call for a device waits for it.
 
@@ -63,13 +63,13 @@ def kernels(device: torch.device) -> Kernels | None:
         ValueError: the environment's HVD_QUANT_GPU_KERNELS is unknown.
     """
     switch = check_switch()
-    if device.type != "cuda" or switch == "off" or torch.version.cuda is None:  # as in builds for AMD's
+    if device.type != "cuda" or switch == "off" or torch.version.cuda is None:  # ROCm builds have none
         return None
     try:
         found = _compile(device)
         if not _agree_with_native(found, device):
             raise RuntimeError("what they write is not what the native codec writes")
-    except Exception as error:  # whatever torch, its NVRTC or the driver may say: there is another way
+    except Exception as error:  # torch, NVRTC and the driver raise anything; there is a fallback
         warnings.warn(
             f"hvd_quant's GPU kernels cannot be used on {device}; plain torch operations encode instead, "
             f"which takes several times as long ({SWITCH}=off says that this is known): {error}",
@@ -86,7 +86,7 @@ def _compile(device: torch.device) -> Kernels:
 
 
 def _agree_with_native(kernels: Kernels, device: torch.device) -> bool:
-    """Whether a device gives the bytes and the values that the native codec gives, tried on a few."""
+    """Return whether a device gives the native codec's bytes and values, tested on a few messages."""
     values = [np.linspace(-3, 5, 3001, dtype=np.float32), np.linspace(-1, 9, 999, dtype=np.float16)]
     segments = [
         Segment(0, 0, 2000, "float32", QSGD(4)),
@@ -114,13 +114,13 @@ def _agree_with_native(kernels: Kernels, device: torch.device) -> bool:
 
 
 class Kernels:
-    """Encode and decode messages by kernels.
+    """Encode and decode messages by CUDA kernels.
 
     Args:
-        launch: starts one on the current stream.
-        blocks: as many as run at a time.
-        threads: of each block.
-        device: where the tensors are.
+        launch: starts a kernel on the current stream.
+        blocks: number of blocks that can run at a time.
+        threads: threads per block.
+        device: device of the tensors.
     """
 
     def __init__(self, launch: Launch, blocks: int, threads: int, device: torch.device) -> None:
@@ -130,7 +130,7 @@ class Kernels:
 
     @staticmethod
     def take(layout: MessageLayout) -> bool:
-        """Whether they can encode and decode such messages."""
+        """Return whether the kernels support messages of a layout."""
         return (
             layout.count > 0
             and not layout.varies
@@ -155,7 +155,7 @@ class Kernels:
         """Encode the segments of a message; see `hvd_quant.codec.native.encode_message`.
 
         Residuals must be contiguous. With ``bare`` the message has no preamble. In a CUDA graph every replay
-        has other noise.
+        draws other noise.
         """
         values = [one.detach().contiguous().resolve_neg() for one in values]
         table, n_buckets = _table(values, layout, residuals)
@@ -204,7 +204,7 @@ class Kernels:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is done is not done, but becomes part of a CUDA graph."""
+    """Return whether work on a device is being captured in a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -212,9 +212,9 @@ def capturing(device: torch.device) -> bool:
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array's bytes on a device, uint8, without waiting for that."""
+    """Copy an array's bytes to a device, as uint8, without waiting."""
     data = np.atleast_1d(array).view(np.uint8)
-    if capturing(device):  # which cannot copy from memory that will be gone
+    if capturing(device):  # a graph cannot copy from memory that will be freed
         numbers = data.view(np.int64 if data.size % 8 == 0 else np.int8).tolist()
         dtype = torch.int64 if data.size % 8 == 0 else torch.int8
         filled = [torch.full((), number, dtype=dtype, device=device) for number in numbers]
@@ -224,7 +224,7 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def constant(data: bytes, device: torch.device) -> torch.Tensor:
-    """Bytes that are needed in every step, uint8 on a device. They must not be written to."""
+    """Return bytes that are needed in every step as uint8 on a device. They must not be written to."""
     if device.type != "cuda":
         return _constant(data, device, 0)
     if capturing(device):
@@ -234,14 +234,14 @@ def constant(data: bytes, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _constant(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
-    """Those of a stream: another one would have to wait for them."""
+    """Bytes cached per stream: another stream would have to wait for them."""
     return upload(np.frombuffer(bytearray(data), np.uint8), device)
 
 
 def _table(
     values: Sequence[torch.Tensor], layout: MessageLayout, residuals: Sequence[torch.Tensor] = ()
 ) -> tuple[np.ndarray, int]:
-    """What the kernels read of a layout's segments, and how many buckets these have."""
+    """Return the kernels' table of a layout's segments, and the number of buckets in them."""
     table, n_buckets = _layout_table(layout)
     table = table.copy()
     tensors, starts = [segment.tensor for segment in layout.segments], table["values"]
@@ -254,7 +254,7 @@ def _table(
 
 @functools.lru_cache(maxsize=1024)
 def _layout_table(layout: MessageLayout) -> tuple[np.ndarray, int]:
-    """The same, with the first value's number in its tensor for its address."""
+    """Return the same with the first value's index in its tensor in place of its address."""
     table, n_buckets = np.zeros(len(layout.segments), _ROW), 0
     for row, segment, offset in zip(table, layout.segments, layout.offsets, strict=True):
         scheme = segment.scheme
@@ -272,7 +272,7 @@ def _layout_table(layout: MessageLayout) -> tuple[np.ndarray, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _frame(layout: MessageLayout, bare: bool) -> tuple[bytes, bytes]:
-    """A message's words that are there before norms and codes are: their places, int64, and they, int32.
+    """Return a message's words that do not depend on the values: their positions, int64, and they, int32.
 
     Preamble (unless ``bare``), headers, and the last words of every payload, which hold its padding.
     """
@@ -291,5 +291,5 @@ def _frame(layout: MessageLayout, bare: bool) -> tuple[bytes, bytes]:
 
 @functools.lru_cache(maxsize=1024)
 def _expected(layout: MessageLayout) -> bytes:
-    """A message's preamble and its payloads' headers, whose checksums are of no meaning."""
+    """Return a message's preamble and its payloads' headers, whose checksums are meaningless."""
     return layout.preamble + layout.headers.tobytes()

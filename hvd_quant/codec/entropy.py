@@ -1,6 +1,6 @@
-"""Entropy coding of payloads: packed codes <-> Elias or Huffman codes, without loss, in the CPU's memory.
+"""Entropy coding of payloads: packed codes <-> Elias or Huffman codes, lossless, in CPU memory.
 
-Both backends quantize into, and decode from, packed payloads; this is a stage between those and what is sent.
+Both backends quantize to, and decode from, packed payloads; this stage is between those and the wire.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from hvd_quant.schemes import CODINGS, Scheme
 
 
 def packed(scheme: Scheme) -> Scheme:
-    """The scheme of the packed payload that a coded one is made from."""
+    """Return the scheme of the packed payload that an entropy-coded one is made from."""
     return replace(scheme, coding="packed")
 
 
 def entropy_encode(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarray:
-    """Code a packed payload.
+    """Entropy-code a packed payload.
 
     Args:
-        payload: of ``count`` values of ``packed(scheme)``, contiguous uint8. Its header is not read.
-        scheme: whose coding is not ``"packed"``.
-        count: of its values.
+        payload: ``count`` values of ``packed(scheme)``, contiguous uint8. Its header is not read.
+        scheme: a scheme whose coding is not ``"packed"``.
+        count: number of values.
 
     Returns:
-        The coded payload, uint8, of at most ``wire.max_payload_size(scheme, count)`` bytes.
+        The entropy-coded payload, uint8, of at most ``wire.max_payload_size(scheme, count)`` bytes.
     """
     coded, checksum = _native.entropy_encode(
         payload[wire.HEADER_SIZE :],
@@ -44,14 +44,14 @@ def entropy_encode(payload: np.ndarray, scheme: Scheme, count: int) -> np.ndarra
 
 
 def entropy_decode(payload: np.ndarray, header: wire.Header) -> np.ndarray:
-    """Undo `entropy_encode`, and check all of the payload.
+    """Undo `entropy_encode`, and check the whole payload.
 
     Args:
         payload: contiguous uint8.
-        header: of it, whose coding is not ``"packed"``.
+        header: its header, whose coding is not ``"packed"``.
 
     Returns:
-        The packed payload, with zeros for a header.
+        The packed payload, with zeros in place of its header.
 
     Raises:
         ValueError: the payload is damaged.
@@ -63,10 +63,10 @@ def entropy_decode(payload: np.ndarray, header: wire.Header) -> np.ndarray:
 
 
 def entropy_decode_first(payloads: np.ndarray, header: wire.Header) -> tuple[np.ndarray, int]:
-    """As `entropy_decode`, for a payload that others may follow.
+    """Like `entropy_decode`, for a payload that others may follow.
 
     Returns:
-        The packed payload, and the bytes that the coded one takes.
+        The packed payload, and the number of bytes that the entropy-coded one takes.
 
     Raises:
         ValueError: it is damaged.

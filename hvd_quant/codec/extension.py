@@ -1,4 +1,4 @@
-"""The native module, which all else imports from here: where it is missing, the error says what to do."""
+"""The native module, imported from here only: where it is missing, the error says what to do."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,9 +1,9 @@
 """Several payloads in one message, encoded and decoded by one call.
 
-A message is a preamble of 8 bytes, which says what the message is about, then one payload a segment, end to
-end. Its layout is known to both sides before a byte is sent, headers included, all but their checksums. Where
-the size of a payload depends on its values, because its codes are not packed, the layout says how large the
-message is at most, and its own size stands after the preamble.
+A message is a preamble of 8 bytes, which identifies its content, then one payload per segment, back to back.
+Both sides know its layout before a byte is sent, headers included, except for their checksums. Where a
+payload's size depends on its values, because its codes are not packed, the layout gives an upper bound, and
+the message's own size follows the preamble.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hvd_quant import wire
 from hvd_quant.schemes import CODINGS, NORMS, SPACINGS, Scheme
 
 PREAMBLE_SIZE = 8
-SIZE_SIZE = 8  # of a message's own size, where it varies
+SIZE_SIZE = 8  # bytes of a message's own size, where it varies
 SOMETHING_ELSE = "is about something else than was expected: its preamble is another one"
-OFFSET_COLUMN = 9  # of `MessageLayout.table`
+OFFSET_COLUMN = 9  # index in `MessageLayout.table`
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the native codec's order
 
 
@@ -31,9 +31,9 @@ class Segment:
     """A range of one tensor's values that becomes one payload.
 
     Args:
-        tensor: which of the tensors that are encoded together.
+        tensor: index among the tensors that are encoded together.
         start, count: the range.
-        dtype: of the tensor's values, one of `DTYPES`.
+        dtype: dtype of the tensor, one of `DTYPES`.
         scheme: how they are quantized.
     """
 
@@ -45,21 +45,21 @@ class Segment:
 
     @property
     def payload_size(self) -> int:
-        """Bytes on the wire, at most."""
+        """Upper bound of the bytes on the wire."""
         return wire.max_payload_size(self.scheme, self.count)
 
 
 class MessageLayout:
-    """Where everything is in a message.
+    """Positions of the payloads in a message.
 
     Args:
         segments: in the order of their payloads.
         preamble: `PREAMBLE_SIZE` bytes. Messages of different layouts need different ones.
 
     Attributes:
-        varies: whether a message's size depends on its values.
-        size: of a message in bytes, or the most that it takes.
-        offsets: of the payloads, or the most that they can be.
+        varies: whether the message size depends on the values.
+        size: message size in bytes, or its upper bound.
+        offsets: offsets of the payloads, or their upper bounds.
     """
 
     def __init__(self, segments: Sequence[Segment], preamble: bytes) -> None:
@@ -76,17 +76,17 @@ class MessageLayout:
 
     @property
     def fixed_size(self) -> int | None:
-        """Bytes of a message; None where it varies."""
+        """Message size in bytes; None where it varies."""
         return None if self.varies else self.size
 
     @property
     def count(self) -> int:
-        """Values in all segments."""
+        """Number of values in all segments."""
         return sum(segment.count for segment in self.segments)
 
     @cached_property
     def flattened(self) -> MessageLayout:
-        """The same message over other memory: one float32 tensor that holds the segments end to end."""
+        """Return the same message over one float32 tensor that holds the segments back to back."""
         segments, start = [], 0
         for segment in self.segments:
             segments.append(Segment(0, start, segment.count, "float32", segment.scheme))
@@ -95,7 +95,7 @@ class MessageLayout:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """What the native codec reads: a row a segment, int64 of shape (segments, 11)."""
+        """Table for the native codec: a row per segment, int64 of shape (segments, 11)."""
         rows = [
             (
                 segment.tensor,
@@ -116,18 +116,18 @@ class MessageLayout:
 
     @cached_property
     def headers(self) -> np.ndarray:
-        """The payloads' headers without their bodies' checksums, uint8 of shape (segments, HEADER_SIZE)."""
+        """Return the payloads' headers without checksums, uint8 of shape (segments, HEADER_SIZE)."""
         headers = [wire.pack_header(segment.scheme, segment.count, 0) for segment in self.segments]
         return np.frombuffer(b"".join(headers), np.uint8).reshape(-1, wire.HEADER_SIZE)
 
 
 class Messages(list[Any]):
-    """What is decoded together, with what an error needs to say whose it is.
+    """Messages that are decoded together, with what errors need to name their senders.
 
     Args:
         messages: one-dimensional uint8.
-        ranks: who has made each of them; None where that is not known.
-        fault: what is wrong with all of them, which are empty then; else nothing.
+        ranks: sender of each; None where that is not known.
+        fault: what is wrong with all of them, which are empty then; else the empty string.
     """
 
     def __init__(self, messages: Iterable[Any], ranks: Sequence[int] | None = None, fault: str = "") -> None:
@@ -135,27 +135,27 @@ class Messages(list[Any]):
         self.ranks, self.fault = ranks, fault
 
     def of(self, ranks: Sequence[int]) -> Messages:
-        """Those of some ranks, out of one from every rank."""
+        """Return the messages of some ranks, given one from every rank."""
         return Messages([self[rank] for rank in ranks], ranks, self.fault)
 
     def name(self, number: int) -> str:
-        """What an error calls a message."""
+        """Return the name of a message in errors."""
         return name_of(number, self.ranks)
 
-    def told(self, text: str) -> str:
-        """What the native codec says of one of them, with that one's name."""
+    def name_in(self, text: str) -> str:
+        """Put a message's name into an error text of the native codec."""
         found = re.fullmatch(r"message (\d+) (.*)", text, re.DOTALL)
         if found is None:
             return text
-        # Of a stream of codes it says what is wrong, such as "its codes are not a valid bit stream".
+        # An error in a stream of codes reads like "its codes are not a valid bit stream".
         damaged = "is damaged: " if found[2].startswith(("it ", "its ", "the ")) else ""
         return f"{self.name(int(found[1]))} {damaged}{found[2]}"
 
     def check_sizes(self, size: int | None) -> None:
-        """Compare the messages' lengths with what they should be.
+        """Compare the messages' lengths with the expected ones.
 
         Args:
-            size: of each; None if they say it themselves.
+            size: size of each; None if the messages contain it.
 
         Raises:
             ValueError: a message is of another size, or all of them have a fault.
@@ -173,53 +173,53 @@ class Messages(list[Any]):
 
 
 def in_rank_order(messages: Sequence[Any]) -> Messages:
-    """What has come from all ranks, one message from each."""
+    """Return the messages of all ranks, one from each, in rank order."""
     if isinstance(messages, Messages):
         return messages
     return Messages(messages, range(len(messages)))
 
 
 def name_of(number: int, ranks: Sequence[int] | None) -> str:
-    """What an error calls a message: by who has made it, or else by its place."""
+    """Name a message in errors: by the rank that sent it, or else by its position."""
     return f"message {number}" if ranks is None else f"the message of rank {ranks[number]}"
 
 
-def lengths_fault(count: int, received: object, expected: int | None, whence: str = "") -> str:
-    """What to say of messages that have come end to end, and whose lengths do not add up.
+def lengths_fault(count: int, received: object, expected: int | None, source: str = "") -> str:
+    """Describe messages that arrived back to back and whose lengths do not add up.
 
     Args:
-        count: how many they should be.
-        received: bytes of all of them.
-        expected: the same as it should be; None where the messages say it themselves.
-        whence: who has passed them on.
+        count: expected number of messages.
+        received: bytes received in total.
+        expected: bytes expected in total; None where the messages contain their sizes.
+        source: who has relayed them.
     """
     other = "not what they say that they have" if expected is None else f"and {expected} were expected"
     return (
-        f"the lengths of the {count} messages{whence} do not add up: together they have {received} bytes, "
+        f"the lengths of the {count} messages{source} do not add up: together they have {received} bytes, "
         f"{other}, so that this rank cannot tell which one is wrong"
     )
 
 
 def stated_size(message: Any) -> int:
-    """The size that a message of varying size says it has; 0 where it is too short to say it."""
+    """Return the size that a message of varying size contains; 0 if it is too short for that."""
     stated = bytes(message[PREAMBLE_SIZE : PREAMBLE_SIZE + SIZE_SIZE].tolist())
     return int.from_bytes(stated, "little") if len(stated) == SIZE_SIZE else 0
 
 
 def cut(
-    received: Any, sizes: Sequence[int | None], ranks: Sequence[int] | None = None, whence: str = ""
+    received: Any, sizes: Sequence[int | None], ranks: Sequence[int] | None = None, source: str = ""
 ) -> Messages:
-    """Cut up messages that have come end to end.
+    """Split messages that arrived back to back.
 
     Args:
         received: all of them, one-dimensional uint8.
-        sizes: of the messages as they are expected, None for one that says its own.
-        ranks: who has made them; by default one is of each rank.
-        whence: who has passed them on, for errors: such as " that rank 3 has passed on".
+        sizes: expected sizes of the messages, None for one that contains its own.
+        ranks: sender of each; by default rank i sent message i.
+        source: who has relayed them, for errors: such as " that rank 3 has passed on".
 
     Returns:
-        The messages; all of them empty, and with a fault, where they do not add up. That is no exception,
-        because the ranks may have more to exchange.
+        The messages; all empty, and with a fault, where the sizes do not add up. That is no exception,
+        because the ranks may still have collectives to run.
     """
     ranks = range(len(sizes)) if ranks is None else ranks
     if len(sizes) == 1:
@@ -234,18 +234,18 @@ def cut(
         start += size
     if len(messages) < len(sizes) or start != len(received):
         expected = None if None in sizes else sum(sizes)
-        fault = lengths_fault(len(sizes), len(received), expected, whence)
+        fault = lengths_fault(len(sizes), len(received), expected, source)
         return Messages([received[:0] for _ in sizes], ranks, fault)
     return Messages(messages, ranks)
 
 
 def framed(data: bytes, preamble: bytes = bytes(PREAMBLE_SIZE)) -> np.ndarray:
-    """A message that says its own size, for `cut` to find its end."""
+    """Prefix data with its size, for `cut` to find its end."""
     size = PREAMBLE_SIZE + SIZE_SIZE + len(data)
     return np.frombuffer(bytearray(preamble + size.to_bytes(SIZE_SIZE, "little") + data), np.uint8)
 
 
 def unframed(message: np.ndarray) -> tuple[bytes, bytes]:
-    """The data and the preamble of a `framed` message."""
+    """Return the data and the preamble of a `framed` message."""
     text = message.tobytes()
     return text[PREAMBLE_SIZE + SIZE_SIZE :], text[:PREAMBLE_SIZE]

@@ -1,4 +1,4 @@
-"""The native codec on NumPy arrays: payloads made and read by the C++ kernels in csrc/."""
+"""The native codec on NumPy arrays: the C++ kernels in csrc/."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CACHE_LINE = 64
 
 
 def threads() -> int:
-    """Threads a call may use: ``HVD_QUANT_THREADS``, by default 1, because ranks share the cores.
+    """Return how many threads a call may use: ``HVD_QUANT_THREADS``, by default 1, as ranks share the cores.
 
     Raises:
         ValueError: the variable is set to something other than a positive integer.
@@ -66,19 +66,19 @@ def encode(
 
     Args:
         values: one of `DTYPES`; bfloat16, which NumPy lacks, as its 16-bit patterns with ``dtype`` given.
-        scheme: how.
-        seed: of the rounding noise, 0 to 2^64 - 1. The same input, scheme and seed give the same payload
+        scheme: how the values are quantized.
+        seed: seed of the rounding noise, 0 to 2^64 - 1. The same input, scheme and seed give the same payload
             on every machine.
-        shift: added to the noise, see `hvd_quant.codec.noise`.
+        shift: offset of the noise, see `hvd_quant.codec.noise`.
         residual: for error feedback, a contiguous float32 array as large as ``values``. It is added to them,
-            and becomes what the payload lacks of the sum; where that is not finite, it stays as it is.
-        dtype: what the items of ``values`` are, where their own dtype does not say it.
-        out: where to; contiguous one-dimensional uint8 of ``wire.max_payload_size(scheme, values.size)``
+            and then set to the quantization error of the sum; where that is not finite, it is left unchanged.
+        dtype: dtype of the items of ``values``, where their own does not say it.
+        out: output buffer; contiguous one-dimensional uint8 of ``wire.max_payload_size(scheme, values.size)``
             bytes, or more where its codes are not packed. By default a new one.
 
     Returns:
-        The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly so
-        many where its codes are packed; of ``out``, what has been written.
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, values.size)`` bytes, and exactly as
+        many where its codes are packed; with ``out``, a view of what has been written.
     """
     if scheme.coding != "packed" and out is None:
         packed = encode(values, entropy.packed(scheme), seed, shift, residual=residual, dtype=dtype)
@@ -115,10 +115,10 @@ def _encode_coded(
     dtype: str,
     out: np.ndarray,
 ) -> int:
-    """Write a payload that is not packed to memory that has room for any, and return its size."""
+    """Write an entropy-coded payload to a buffer of the largest size, and return its size."""
     layout = MessageLayout([Segment(0, 0, values.size, dtype, scheme)], bytes(PREAMBLE_SIZE))
     table = layout.table.copy()
-    table[:, OFFSET_COLUMN] = 0  # without what a message has before its payloads
+    table[:, OFFSET_COLUMN] = 0  # there is no preamble before the payload
     return _native.encode_segments(
         [values],
         table,
@@ -144,22 +144,22 @@ def decode_mean(
 
     Args:
         payloads: contiguous one-dimensional uint8 arrays.
-        out: where to; a contiguous one-dimensional array of one of `DTYPES`. By default a new float32 one.
-        dtype: what the items of ``out`` are, where their own dtype does not say it.
+        out: output; a contiguous one-dimensional array of one of `DTYPES`. By default a new float32 one.
+        dtype: dtype of the items of ``out``, where their own does not say it.
         factor: multiplies the mean.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: a payload is damaged (``out`` then holds nothing of use), or they differ.
+        ValueError: a payload is damaged (``out`` is then undefined), or they differ.
     """
     headers = [wire.parse_header(payload[: wire.HEADER_SIZE], payload.size) for payload in payloads]
     header = wire.common_header(headers)
     if out is not None and not out.dtype.isnative:
         raise ValueError(f"out must be in this machine's byte order, not {out.dtype}")
     if out is not None:
-        wire.check_room(header, out.size)
+        wire.check_count(header, out.size)
     is_coded = header.scheme.coding != "packed"
     if is_coded:
         payloads = [entropy.entropy_decode(*pair) for pair in zip(payloads, headers, strict=True)]
@@ -176,14 +176,14 @@ def decode_mean(
         dtype=dtype or out.dtype.name,
         threads=threads(),
     )
-    if not is_coded:  # else they have been compared already
+    if not is_coded:  # entropy-coded ones have been compared already
         for one, checksum in zip(headers, checksums, strict=True):
             wire.check_body(one, checksum)
     return out
 
 
 def empty(count: int, dtype: str, like: np.ndarray) -> np.ndarray:
-    """Room for a message, or for values, from a cache line on: TensorFlow shares only such memory."""
+    """Allocate a buffer aligned to a cache line: TensorFlow shares only such memory."""
     size = count * np.dtype(dtype).itemsize
     memory = np.empty(size + _CACHE_LINE, np.uint8)
     begin = -memory.__array_interface__["data"][0] % _CACHE_LINE
@@ -191,15 +191,15 @@ def empty(count: int, dtype: str, like: np.ndarray) -> np.ndarray:
 
 
 def step_seeds(base: np.ndarray, tensors: np.ndarray, uses: np.ndarray) -> np.ndarray:
-    """Seeds of `Noise` for `encode_message`.
+    """Return seeds of `Noise` for `encode_message`.
 
     Args:
-        base: whose noise each segment has, uint64 of shape (segments,).
-        tensors: the tensor of each segment, int64 of shape (segments,).
+        base: noise stream of each segment, uint64 of shape (segments,).
+        tensors: tensor of each segment, int64 of shape (segments,).
         uses: how often each tensor has been encoded before, uint64 of shape (tensors,).
 
     Returns:
-        uint64 of shape (segments,), without a pattern in them.
+        uint64 of shape (segments,), well mixed.
     """
     return _native.step_seeds(base, tensors, uses)
 
@@ -214,15 +214,15 @@ def encode_message(
     """Encode all segments of a message.
 
     Args:
-        values: the contiguous arrays that the segments are ranges of, of any shape. Their items are what
-            the segments' dtypes say.
-        layout: of the message.
-        noise: of its segments.
-        message: where to; contiguous uint8 of shape (layout.size,).
-        residuals: for error feedback, one for each array, as in `encode`; or none at all.
+        values: contiguous arrays that the segments are ranges of, of any shape. Their dtypes are those of the
+            segments.
+        layout: layout of the message.
+        noise: noise of its segments.
+        message: output; contiguous uint8 of shape (layout.size,).
+        residuals: for error feedback, one per array, as in `encode`; or empty.
 
     Returns:
-        The message's size, ``layout.size`` unless that varies.
+        The message's size, ``layout.size`` unless it varies.
     """
     message[:PREAMBLE_SIZE] = np.frombuffer(layout.preamble, np.uint8)
     size = _native.encode_segments(
@@ -251,10 +251,10 @@ def decode_messages(
     """Decode n messages of the same layout into ``factor`` times their mean.
 
     Args:
-        messages: contiguous uint8 arrays of shape (layout.size,), or of any where that varies. Errors name
+        messages: contiguous uint8 arrays of shape (layout.size,), or of any if that varies. Errors name
             ranks where these are `Messages` that know them.
-        layout: of each of them.
-        out: where to: arrays as ``values`` of `encode_message`.
+        layout: layout of each message.
+        out: output arrays, like ``values`` of `encode_message`.
         factor: multiplies the mean.
 
     Raises:
@@ -273,14 +273,14 @@ def decode_messages(
             threads=threads(),
         )
     except ValueError as error:
-        raise ValueError(messages.told(str(error))) from None
+        raise ValueError(messages.name_in(str(error))) from None
 
 
 def _expected(messages: Sequence[np.ndarray], size: int | None, preamble: bytes) -> Messages:
-    """The messages, which have the size and the preamble that they should have.
+    """Return the messages after a check of their sizes and preambles.
 
     Raises:
-        ValueError: one of them has not.
+        ValueError: a size or preamble differs.
     """
     if not isinstance(messages, Messages):
         messages = Messages(messages)
@@ -292,12 +292,12 @@ def _expected(messages: Sequence[np.ndarray], size: int | None, preamble: bytes)
 
 
 def add_error(residual: np.ndarray, lost: np.ndarray, times: int) -> None:
-    """Error feedback of a mean: add ``times`` what it has lost, where the sum is finite.
+    """Error feedback of a mean: add ``times`` its quantization error, where the sum is finite.
 
     Args:
         residual: float32, changed in place.
         lost: float32 of the same shape.
-        times: ranks that the mean is of.
+        times: number of ranks that the mean is over.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         kept = residual + np.float32(times) * lost
@@ -311,30 +311,30 @@ def pack_float32(
     out: np.ndarray,
     residuals: Sequence[np.ndarray] = (),
 ) -> None:
-    """Write a preamble, and then the values of a layout's segments as float32, end to end.
+    """Write a preamble, and then the values of a layout's segments as float32, back to back.
 
     Args:
         values: the layout's tensors; bfloat16 as 16-bit patterns.
-        layout: says which values.
+        layout: selects the values.
         preamble: `PREAMBLE_SIZE` bytes.
-        out: uint8 of PREAMBLE_SIZE + 4 * layout.count.
-        residuals: of error feedback, flat float32, or none. They are added, and become 0 in the buckets of
-            quantization in which all sums are finite. A segment begins with a bucket.
+        out: output, uint8 of PREAMBLE_SIZE + 4 * layout.count.
+        residuals: residuals of error feedback, flat float32, or empty. They are added to the values, and set
+            to 0 in the quantization buckets in which all sums are finite. A segment begins with a bucket.
     """
     out[:PREAMBLE_SIZE] = np.frombuffer(preamble, np.uint8)
     floats, end = out[PREAMBLE_SIZE:].view(np.float32), 0
     for segment in layout.segments:
         place = slice(segment.start, segment.start + segment.count)
-        part, room = values[segment.tensor].reshape(-1)[place], floats[end : end + segment.count]
+        part, target = values[segment.tensor].reshape(-1)[place], floats[end : end + segment.count]
         with np.errstate(over="ignore", invalid="ignore"):
             if segment.dtype == "bfloat16":
-                np.left_shift(part.view(np.uint16), 16, out=room.view(np.uint32), dtype=np.uint32)
+                np.left_shift(part.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
             else:
-                np.copyto(room, part, casting="same_kind")
+                np.copyto(target, part, casting="same_kind")
             if residuals:
                 residual = residuals[segment.tensor][place]
-                room += residual
-                sent = np.isfinite(room)
+                target += residual
+                sent = np.isfinite(target)
                 if not sent.all():
                     size = segment.scheme.bucket_size
                     buckets = np.logical_and.reduceat(sent, range(0, segment.count, size))
@@ -347,12 +347,12 @@ def mean_float32(parts: Sequence[np.ndarray], preamble: bytes, out: np.ndarray) 
     """Write the mean of what `pack_float32` has written on several ranks.
 
     Args:
-        parts: uint8.
-        preamble: what they begin with.
-        out: float32, of as many values.
+        parts: parts of all ranks, uint8.
+        preamble: the preamble that they must begin with.
+        out: output, float32, of as many values.
 
     Raises:
-        ValueError: a part is of another size, or begins otherwise.
+        ValueError: a part's size or preamble differs.
     """
     parts = _expected(parts, PREAMBLE_SIZE + 4 * out.size, preamble)
     with np.errstate(over="ignore", invalid="ignore"):

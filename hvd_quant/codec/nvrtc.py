@@ -1,7 +1,7 @@
-"""CUDA C++ compiled at run time by NVRTC, which torch brings along, and launched by the driver.
+"""CUDA C++ compiled at run time by NVRTC, which torch ships, and launched by the driver.
 
-By their C interfaces, which are stable. torch has a function for it from 2.8 on, but a private one, which
-changes, and which wants a CUDA toolkit's folder.
+Both are called by their C interfaces, which are stable. torch's own function for it, from 2.8 on, is private,
+changes, and needs a CUDA toolkit's folder.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 
 Argument: TypeAlias = (
     torch.Tensor | int | float
-)  # a kernel's: an address, an unsigned 32-bit integer, a float32
+)  # kernel arguments: an address, an unsigned 32-bit integer, a float32
 
 
 class Module:
-    """The kernels of a source, which are ``extern "C"``, for a GPU.
+    """Compiled kernels of a source, which are ``extern "C"``, for a GPU.
 
     Args:
-        source: CUDA C++ that includes nothing.
-        options: of NVRTC.
+        source: CUDA C++ without includes.
+        options: options of NVRTC.
         device: the GPU, with an index.
 
     Raises:
         OSError: the libraries are not found.
-        RuntimeError: they refuse.
+        RuntimeError: compilation or loading fails.
     """
 
     def __init__(self, source: str, options: Sequence[str], device: torch.device) -> None:
@@ -37,7 +37,7 @@ class Module:
         self._driver, self._module = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
         binary = compiled(source, options, torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # by which the device's context is this thread's
+            torch.cuda.current_stream().synchronize()  # makes the device's context current in this thread
             self._succeed("cuModuleLoadData", ctypes.byref(self._module), binary)
 
     def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
@@ -62,18 +62,18 @@ class Module:
 
 
 def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_uint32 | ctypes.c_float:
-    """An argument as a kernel takes it."""
+    """Convert an argument to what the driver expects."""
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_uint32(argument)
 
 
 def compiled(source: str, options: Sequence[str], capability: tuple[int, int]) -> bytes:
-    """A source as machine code for a GPU of a compute capability.
+    """Compile a source to machine code for a GPU's compute capability.
 
     Raises:
         OSError: there is no NVRTC.
-        RuntimeError: it refuses; with what it says.
+        RuntimeError: compilation fails; with NVRTC's log.
     """
     nvrtc, program, size = _library(), ctypes.c_void_p(), ctypes.c_size_t()
 
@@ -96,7 +96,7 @@ def compiled(source: str, options: Sequence[str], capability: tuple[int, int]) -
 
 
 def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
-    """The GPU's own, or of those that this NVRTC knows the newest whose code runs there."""
+    """Return the GPU's architecture, or the newest one that NVRTC knows and that runs there."""
     wanted, number = 10 * capability[0] + capability[1], ctypes.c_int()
     nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(number))
     known = (ctypes.c_int * number.value)()
@@ -105,7 +105,7 @@ def _architecture(nvrtc: ctypes.CDLL, capability: tuple[int, int]) -> int:
 
 
 def _library() -> ctypes.CDLL:
-    """That of torch's packages, or else the one that the linker finds."""
+    """Load the library of torch's packages, or else the one that the linker finds."""
     version = (torch.version.cuda or "").partition(".")[0]
     name = f"libnvrtc.so.{'11.2' if version == '11' else version}"
     packages = Path(torch.__file__).parents[1]

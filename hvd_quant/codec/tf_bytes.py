@@ -1,4 +1,4 @@
-"""Packing of codes, and checksums, in TensorFlow's operations."""
+"""Packing of codes, and checksums, in TensorFlow operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from hvd_quant import wire
 
-CHECKSUM_ROW = 1024  # words that are summed at once
+CHECKSUM_ROW = 1024  # words that are summed at a time
 MASK32 = 2**32 - 1
 
 
@@ -16,15 +16,15 @@ def constant(data: bytes | np.ndarray) -> tf.Tensor:
 
 
 def checksum(bodies: tf.Tensor, header: np.ndarray) -> tf.Tensor:
-    """The checksums of payloads with these bodies, int64 of shape (n,), and this header.
+    """Return the checksums of payloads with these bodies and this header, int64 of shape (n,).
 
-    A sum of fewer than 2^21 numbers below 2^32 is exact in float64, whose sums every device has.
+    A sum of fewer than 2^21 numbers below 2^32 is exact in float64, which every device can sum.
     """
     rows = max(1, -(-bodies.shape[1] // (4 * CHECKSUM_ROW)))
     words = tf.bitcast(
         tf.reshape(fit(bodies, 4 * CHECKSUM_ROW * rows), [-1, rows, CHECKSUM_ROW, 4]), tf.uint32
     )
-    # Made in parts that are small where the host makes them.
+    # Computed from small parts, which the host makes.
     row = tf.range(rows, dtype=tf.int64)[:, tf.newaxis] * (2 * CHECKSUM_ROW)
     weights = row + (2 * np.arange(wire.FIRST_BODY_WORD, wire.FIRST_BODY_WORD + CHECKSUM_ROW) + 1)
     mask = tf.constant(MASK32, tf.int64)
@@ -36,12 +36,12 @@ def checksum(bodies: tf.Tensor, header: np.ndarray) -> tf.Tensor:
 
 
 def words64(data: tf.Tensor) -> tf.Tensor:
-    """Bytes as int64, of shape (n, words)."""
+    """Convert bytes to int64 words, of shape (n, words)."""
     return tf.bitcast(tf.reshape(data, [-1, data.shape[1] // 8, 8]), tf.int64)
 
 
 def fit(values: tf.Tensor, size: int) -> tf.Tensor:
-    """The first ``size`` of the last axis, filled up with zeros."""
+    """Return the first ``size`` of the last axis, padded with zeros."""
     missing = size - values.shape[-1]
     if missing == 0:
         return values
@@ -52,7 +52,7 @@ def fit(values: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def pack(codes: tf.Tensor, bits: int, count: int) -> tf.Tensor:
-    """The first ``count`` codes, value i in bits [i * bits, (i + 1) * bits); unused bits are 0."""
+    """Pack the first ``count`` codes, value i in bits [i * bits, (i + 1) * bits); unused bits are 0."""
     size = -(-count * bits // 8)
     fields = fit(tf.bitcast(codes, tf.uint8), count)
     if bits == 8:
@@ -70,7 +70,7 @@ def pack(codes: tf.Tensor, bits: int, count: int) -> tf.Tensor:
 
 
 def unpack(packed: tf.Tensor, bits: int) -> tf.Tensor:
-    """The inverse of `pack`: int8, with whatever fills up the last bytes."""
+    """Invert `pack`: int8, with undefined codes for the padding of the last bytes."""
     if bits == 8:
         return tf.bitcast(packed, tf.int8)
     if 8 % bits == 0:

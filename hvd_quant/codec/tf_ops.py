@@ -1,12 +1,12 @@
 """The codec in plain TensorFlow operations, for gradients on any device, in graphs and eagerly.
 
-Payloads are those of the native codec, and decode to the same bits; only the noise of the rounding comes
-from another generator, TensorFlow's stateless one.
+Payloads are those of the native codec, and decode to the same bits; only the rounding noise comes from
+another generator, TensorFlow's stateless one.
 
-TensorFlow's kernels take subnormal float32 values for zeros, on CPUs and GPUs. Encoding does likewise.
-Decoding does not: where a result may depend on subnormal numbers, it is computed in float64. Other traits of
-TensorFlow that the code minds: graphs are rewritten by algebra that does not keep float32's rounding (a
-division by a constant becomes a multiplication), and on GPUs int32 arithmetic is done by the host.
+TensorFlow's kernels flush subnormal float32 values to zero, on CPUs and GPUs. Encoding does likewise.
+Decoding does not: where a result may depend on subnormal numbers, it is computed in float64. Graph rewrites
+do not keep float32's rounding (a division by a constant becomes a multiplication), and on GPUs int32
+arithmetic is done by the host; the code takes care of both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hvd_quant.schemes import Scheme
 
 SAFE_WEIGHT = 2.0**-16
 
-_PROBLEMS = (  # by the numbers of `problems`
+_PROBLEMS = (  # by the codes of `problems`
     "is fine",
     SOMETHING_ELSE,
     "holds another payload than was expected",
@@ -50,9 +50,9 @@ def encode_message(
 
     Args:
         values: the tensors that the segments are ranges of, floating-point, of any static shape.
-        layout: of the message, all packed.
-        seeds: of the segments' noise, int64 of shape (segments,); see `step_seeds`.
-        shifts: what is added to the noise of each segment, see `hvd_quant.codec.noise`.
+        layout: layout of the message, all packed.
+        seeds: seeds of the segments' noise, int64 of shape (segments,); see `step_seeds`.
+        shifts: offsets of each segment's noise, see `hvd_quant.codec.noise`.
 
     Returns:
         The message, uint8 of shape (layout.size,).
@@ -62,14 +62,14 @@ def encode_message(
     """
     _check_packed(layout)
     flat = [tf.reshape(tensor, [-1]) for tensor in values]
-    with tf.device("/CPU:0"):  # where the generator wants its seed: it would be waited for elsewhere
+    with tf.device("/CPU:0"):  # the generator wants its seed there, and would wait for it elsewhere
         pairs = tf.stack([seeds, tf.zeros_like(seeds)], 1)
         of_segment = [pairs[i] for i in range(len(layout.segments))]
     pieces = [constant(layout.preamble)]
     for segment, header, seed, shift in zip(layout.segments, layout.headers, of_segment, shifts, strict=True):
         part = flat[segment.tensor][segment.start : segment.start + segment.count]
         body = _encode(part, segment.scheme, seed, int(shift))
-        # The checksum is known on the device alone.
+        # The checksum is known on the device only.
         sum_bytes = tf.bitcast(checksum(body[tf.newaxis], header), tf.uint8)[0, :4]
         at = 4 * wire.CHECKSUM_WORD
         pieces += [constant(header[:at]), sum_bytes, constant(header[at + 4 :]), body]
@@ -87,19 +87,19 @@ def decode_messages(
 ) -> list[tf.Tensor]:
     """Decode n messages of the same layout into ``factor`` times their mean.
 
-    A damaged message, or one of another layout, is a tf.errors.InvalidArgumentError when the results are
+    A damaged message, or one of another layout, raises tf.errors.InvalidArgumentError when the results are
     computed.
 
     Args:
         messages: uint8 of shape (n, layout.size).
-        layout: of each of them, all packed.
-        dtypes: of the tensors that the segments are ranges of.
-        shapes: of the same.
+        layout: layout of each message, all packed.
+        dtypes: dtypes of the tensors that the segments are ranges of.
+        shapes: their shapes.
         factor: multiplies the mean, a floating-point scalar.
-        ranks: who has made the messages, for errors; None where that is not known.
+        ranks: senders of the messages, for errors; None where they are not known.
 
     Returns:
-        The tensors; what no segment is about is zero.
+        The tensors; zero where no segment is.
 
     Raises:
         ValueError: a payload is not packed, or two segments overlap.
@@ -107,7 +107,7 @@ def decode_messages(
     _check_packed(layout)
     messages = tf.ensure_shape(messages, [None, layout.size])
     count = tf.cast(tf.shape(messages)[0], tf.float64)
-    # As the native codec: the weight is rounded to float32 before it multiplies.
+    # As in the native codec: the weight is rounded to float32 before it multiplies.
     factor = tf.cast(tf.convert_to_tensor(factor, dtype_hint=tf.float64), tf.float64)
     weight = tf.cast(factor / count, tf.float32)
 
@@ -138,7 +138,7 @@ def _check_packed(layout: MessageLayout) -> None:
 
 
 def _encode(values: tf.Tensor, scheme: Scheme, seed: tf.Tensor, shift: int) -> tf.Tensor:
-    """A payload without its header."""
+    """Return a payload without its header."""
     count = values.shape[0]
     body_size = wire.payload_size(scheme, count) - wire.HEADER_SIZE
     if count == 0:
@@ -149,7 +149,7 @@ def _encode(values: tf.Tensor, scheme: Scheme, seed: tf.Tensor, shift: int) -> t
 
 
 def _sums(messages: tf.Tensor, layout: MessageLayout, exact: bool) -> list[tf.Tensor]:
-    """For each segment, the sum over the messages of its values, in order: see `values_of`."""
+    """Return, for each segment, the sum of its values over the messages, in order: see `values_of`."""
 
     def add(number: tf.Tensor, *totals: tf.Tensor) -> tuple[tf.Tensor, ...]:
         message, sums = messages[number], []
@@ -162,9 +162,9 @@ def _sums(messages: tf.Tensor, layout: MessageLayout, exact: bool) -> list[tf.Te
         return number + 1, *sums
 
     kind = tf.float64 if exact else tf.float32
-    # What a sum begins with to be its first term, whatever that one's sign.
-    # Not of the number -0.0: outside of graphs, TensorFlow keeps constants by their numbers' equality, and
-    # everybody's 0.0 would be this one from then on.
+    # Initial value of a sum that keeps its first term, whatever that one's sign. It is not the number -0.0:
+    # outside of graphs, TensorFlow caches constants by their numbers' equality, so that every 0.0 of the
+    # process would be this one from then on.
     zeros = [-tf.zeros([segment.count], kind) for segment in layout.segments]
     count = tf.shape(messages)[0]
     return tf.while_loop(lambda number, *_: number < count, add, (0, *zeros), parallel_iterations=1)[1:]
@@ -173,7 +173,7 @@ def _sums(messages: tf.Tensor, layout: MessageLayout, exact: bool) -> list[tf.Te
 def _assemble(
     layout: MessageLayout, tensor: int, parts: Sequence[tf.Tensor], dtype: tf.DType, count: int
 ) -> tf.Tensor:
-    """A tensor of ``count`` values from those of its segments."""
+    """Assemble a tensor of ``count`` values from its segments."""
     pieces, end = [], 0
     own = [pair for pair in zip(layout.segments, parts, strict=True) if pair[0].tensor == tensor]
     for segment, part in sorted(own, key=lambda pair: (pair[0].start, pair[0].count)):
@@ -188,7 +188,7 @@ def _assemble(
 
 
 def problems(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
-    """What is wrong with each of n messages: int64 of shape (n,), 0 where nothing is."""
+    """Return what is wrong with each of n messages: int64 of shape (n,), 0 where nothing is."""
     expected = np.frombuffer(layout.preamble, np.int64)
     found = [tf.reduce_any(words64(messages[:, :PREAMBLE_SIZE]) != expected, 1)]
     others: list[list[tf.Tensor]] = [[], [], []]
@@ -215,7 +215,7 @@ def problems(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
 
 
 def _assertion(found: tf.Tensor, ranks: Sequence[int] | None) -> tf.Operation | None:
-    """Fails if problems were found, and names the first message that has one."""
+    """Return an assertion that fails if problems were found, and names the first message that has one."""
     with tf.device("/CPU:0"):
         number = tf.argmax(tf.cast(found > 0, tf.int64))
         what = tf.gather(tf.constant(_PROBLEMS), found[number])

@@ -1,6 +1,6 @@
-"""Rounding to levels and back, in TensorFlow's operations.
+"""Rounding to levels and back, in TensorFlow operations.
 
-TensorFlow's kernels take subnormal float32 values for zeros, on CPUs and GPUs. Encoding does likewise.
+TensorFlow's kernels flush subnormal float32 values to zero, on CPUs and GPUs. Encoding does likewise.
 Decoding does not: where a result may depend on subnormal numbers, it is computed in float64.
 """
 
@@ -20,25 +20,25 @@ from hvd_quant.schemes import Scheme
 # See docs/wire-format.md: below TINY_NORM, the arithmetic is done on values scaled by TINY_PRESCALE.
 TINY_NORM = 2.0**-90
 TINY_PRESCALE = 2.0**60
-MANTISSA_BITS = 23  # of float32
+MANTISSA_BITS = 23  # float32
 SMALLEST_NORMAL = 2.0**-126
 UNIT = 2.0**-149  # the smallest float32 above 0
-# Where no value but 0 is smaller than SAFE_VALUE, and the weight is not smaller than SAFE_WEIGHT, no sum is
-# subnormal and no weighted one: a value is a multiple of 2^-24 of itself, rounded down to a power of two.
+# If no value but 0 is smaller than SAFE_VALUE, and the weight is not smaller than SAFE_WEIGHT, no sum and no
+# weighted sum is subnormal: a value is a multiple of 2^-24 of itself, rounded down to a power of two.
 SAFE_VALUE = 2.0**-86
-TOP_POWER = 2.0**24  # what a norm is scaled to before rounding to powers: nothing near it is subnormal
+TOP_POWER = 2.0**24  # norms are scaled to it before rounding to powers: nothing near it is subnormal
 
 
 @tf.autograph.experimental.do_not_convert
 def step_seeds(base: np.ndarray, use: tf.Tensor) -> tf.Tensor:
-    """Seeds for `encode_message`, those of `hvd_quant.codec.native.step_seeds`.
+    """Return seeds for `encode_message`, those of `hvd_quant.codec.native.step_seeds`.
 
     Args:
-        base: whose noise each segment has, uint64 of shape (segments,).
+        base: noise stream of each segment, uint64 of shape (segments,).
         use: how often the message has been encoded before, an int64 scalar.
 
     Returns:
-        int64 of shape (segments,), without a pattern in them.
+        int64 of shape (segments,), well mixed.
     """
     with tf.device("/CPU:0"):
         step = _mix64(tf.bitcast(use, tf.uint64) + tf.constant(1, tf.uint64))
@@ -46,7 +46,7 @@ def step_seeds(base: np.ndarray, use: tf.Tensor) -> tf.Tensor:
 
 
 def _mix64(x: tf.Tensor) -> tf.Tensor:
-    """The finalizer of splitmix64, of uint64."""
+    """Return the finalizer of splitmix64, of uint64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         shifted = tf.bitwise.right_shift(x, tf.constant(shift, tf.uint64))
         x = tf.bitwise.bitwise_xor(x, shifted) * tf.constant(factor, tf.uint64)
@@ -54,13 +54,13 @@ def _mix64(x: tf.Tensor) -> tf.Tensor:
 
 
 def quantize(values: tf.Tensor, scheme: Scheme, seed: tf.Tensor, shift: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Norms (float32, one a bucket) and codes (int8, one a value of the filled-up last bucket too)."""
+    """Return norms (float32, one per bucket) and codes (int8, one per value, the last bucket padded)."""
     count = values.shape[0]
     bucket_size = min(scheme.bucket_size, count)
     filled = fit(tf.cast(values, tf.float32), -(-count // bucket_size) * bucket_size)
     x = tf.reshape(filled, [-1, bucket_size])
     if scheme.norm == "max":
-        # Whether a maximum is NaN if a value is, is up to the device.
+        # Whether a maximum is NaN if a value is depends on the device.
         norms = tf.where(tf.reduce_all(tf.math.is_finite(x), 1), tf.reduce_max(tf.abs(x), 1), math.nan)
     else:
         norms = tf.cast(tf.sqrt(tf.reduce_sum(tf.square(tf.cast(x, tf.float64)), 1)), tf.float32)
@@ -70,7 +70,7 @@ def quantize(values: tf.Tensor, scheme: Scheme, seed: tf.Tensor, shift: int) -> 
     prescale = tf.where(
         norms < TINY_NORM, TINY_PRESCALE, tf.where(norms < TINY_PRESCALE, 1.0, 1.0 / TINY_PRESCALE)
     )
-    # What the norm becomes. An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
+    # An all-zero bucket is divided by 1, a non-finite one gets codes of 0.
     top = float(scheme.num_levels) if scheme.spacing == "uniform" else TOP_POWER
     scaled_norms = tf.where(norms > 0, norms * prescale, 1.0)
     scale = top / scaled_norms
@@ -92,16 +92,16 @@ def quantize(values: tf.Tensor, scheme: Scheme, seed: tf.Tensor, shift: int) -> 
 
 
 def _split_uniform(scaled: tf.Tensor, steps: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """Values in units of a level: the level below, and how far on the way to the next one they are."""
+    """Split values in units of a level: the level below, and the fraction of the way to the next one."""
     floor = tf.floor(scaled)
     return floor, scaled - floor, None
 
 
 def _split_powers(scaled: tf.Tensor, steps: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    """The same for values in units of 1 / TOP_POWER of the norm, between powers of two: of their magnitudes.
+    """Split values in units of 1 / TOP_POWER of the norm between powers of two, by their magnitudes.
 
     As the native codec: the mantissa of a float is the probability of rounding it up to the next power.
-    Below the lowest power, value + power has that mantissa. Also says which values are negative.
+    Below the lowest power, value + power has that mantissa. Also returns which values are negative.
     """
     lowest = TOP_POWER * 2.0 ** (1 - steps)
     magnitude = tf.abs(scaled)
@@ -114,7 +114,7 @@ def _split_powers(scaled: tf.Tensor, steps: int) -> tuple[tf.Tensor, tf.Tensor, 
 
 
 def values_of(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
-    """A payload's values, float32 of shape (count,)."""
+    """Return a payload's values, float32 of shape (count,)."""
     if segment.count == 0:
         return tf.zeros([0], tf.float32)
     scheme = segment.scheme
@@ -122,19 +122,19 @@ def values_of(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
     codes = codes_of(payload, segment)
     values = _powers(codes, scheme) if scheme.spacing == "exponential" else tf.cast(codes, tf.float32)
     if scheme.spacing == "uniform":
-        # In float64: no graph rewriting of this division changes its float32.
+        # In float64: no graph rewrite of this division changes its float32.
         norms = tf.cast(tf.cast(norms, tf.float64) / scheme.num_levels, tf.float32)
     return tf.reshape(values * norms, [-1])[: segment.count]
 
 
 def exact_values_of(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
-    """The same values as float32 arithmetic with subnormal numbers gives, in units of UNIT: float64."""
+    """Return the same values as exact float32 arithmetic gives, in units of UNIT: float64."""
     if segment.count == 0:
         return tf.zeros([0], tf.float64)
     scheme = segment.scheme
     stored = norm_bytes(payload, segment)
     bits = tf.bitcast(stored, tf.uint32)
-    units = tf.cast(magnitude(bits), tf.float64)  # of a subnormal number, in units
+    units = tf.cast(magnitude(bits), tf.float64)  # of subnormal numbers
     negative = tf.bitwise.right_shift(bits, tf.constant(31, tf.uint32)) > 0
     normal = tf.cast(tf.bitcast(stored, tf.float32), tf.float64) / UNIT
     subnormal = tf.where(negative, -units, units)
@@ -153,16 +153,16 @@ def exact_values_of(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
 
 
 def narrow(total: tf.Tensor, weight: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The weighted sum as it is returned."""
+    """Convert the weighted sum to the result's dtype."""
     return tf.cast(total * weight, dtype)
 
 
 def narrow_exact(total: tf.Tensor, weight: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """The same for `exact_values_of`."""
+    """Do the same for `exact_values_of`."""
     result = round_to_float32(total * tf.cast(weight, tf.float64))
     if dtype == tf.float64:
         return result * UNIT
-    # No conversion makes subnormal numbers, so their bits are put together.
+    # No conversion makes subnormal numbers, so their bits are assembled.
     sign = tf.bitwise.left_shift(
         tf.cast(tf.bitwise.right_shift(tf.bitcast(result, tf.uint64), tf.constant(63, tf.uint64)), tf.uint32),
         tf.constant(31, tf.uint32),
@@ -174,17 +174,17 @@ def narrow_exact(total: tf.Tensor, weight: tf.Tensor, dtype: tf.DType) -> tf.Ten
 
 
 def round_to_float32(values: tf.Tensor) -> tf.Tensor:
-    """Float64 numbers, in units of UNIT, rounded to what float32 has."""
+    """Round float64 numbers, in units of UNIT, to float32's precision."""
     return tf.where(tf.abs(values) < 2.0**MANTISSA_BITS, tf.round(values), as_float32(values * UNIT) / UNIT)
 
 
 def as_float32(values: tf.Tensor) -> tf.Tensor:
-    """Float64 numbers rounded to normal ones of float32."""
+    """Round float64 numbers to normal ones of float32."""
     return tf.cast(tf.cast(values, tf.float32), tf.float64)
 
 
 def norm_bytes(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
-    """The norms' bytes of payloads, uint8 of shape (..., buckets, 4)."""
+    """Return the norms' bytes of payloads, uint8 of shape (..., buckets, 4)."""
     end = wire.HEADER_SIZE + wire.norms_size(segment.scheme, segment.count)
     return tf.reshape(
         payload[..., wire.HEADER_SIZE : end], [*leading(payload), (end - wire.HEADER_SIZE) // 4, 4]
@@ -196,7 +196,7 @@ def leading(tensor: tf.Tensor) -> list[int]:
 
 
 def codes_of(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
-    """A payload's codes, int8 of shape (buckets, values), the last bucket filled up."""
+    """Return a payload's codes, int8 of shape (buckets, values), the last bucket padded."""
     scheme, count = segment.scheme, segment.count
     begin = wire.HEADER_SIZE + wire.norms_size(scheme, count)
     codes = unpack(payload[begin : begin + wire.codes_size(scheme, count)], scheme.bits)
@@ -205,7 +205,7 @@ def codes_of(payload: tf.Tensor, segment: Segment) -> tf.Tensor:
 
 
 def _powers(codes: tf.Tensor, scheme: Scheme) -> tf.Tensor:
-    """sign(c) * 2^(|c| - steps) for every code c, 0 for 0: float32."""
+    """Return sign(c) * 2^(|c| - steps) for every code c, 0 for 0: float32."""
     every = np.arange(256).astype(np.uint8).view(np.int8).astype(np.int32)
     powers = np.sign(every) * np.exp2(
         np.minimum(np.abs(every), 2 ** (scheme.bits - 1)) - float(scheme.num_levels)
@@ -214,7 +214,7 @@ def _powers(codes: tf.Tensor, scheme: Scheme) -> tf.Tensor:
 
 
 def may_be_subnormal(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
-    """Whether a norm is so small, and not 0, that decoding may meet a subnormal number; a scalar."""
+    """Return whether a norm is so small, and not 0, that decoding may meet a subnormal number; a scalar."""
     found = [tf.constant(False)]
     for segment, offset in zip(layout.segments, layout.offsets, strict=True):
         if segment.count == 0:
@@ -223,7 +223,7 @@ def may_be_subnormal(messages: tf.Tensor, layout: MessageLayout) -> tf.Tensor:
         steps = segment.scheme.num_levels
         ratio = steps if segment.scheme.spacing == "uniform" else 2.0 ** (steps - 1)
         safe = np.float32(SAFE_VALUE * ratio).view(np.uint32)
-        # Compared as the numbers that their bits are, because a subnormal float would be a zero.
+        # Compared as integers, because a subnormal float would compare as zero.
         bits = tf.cast(magnitude(tf.bitcast(norm_bytes(payloads, segment), tf.uint32)), tf.float64)
         found.append(tf.reduce_any((bits > 0) & (bits < float(safe))))
     return tf.reduce_any(tf.stack(found))

@@ -1,4 +1,4 @@
-"""Packing of codes, and checksums, in torch's operations."""
+"""Packing of codes, and checksums, in torch operations."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from hvd_quant import wire
 
 
 def is_aligned(data: torch.Tensor) -> bool:
-    """Whether bytes can be written as words. Torch asks the storage's beginning, kernels the address."""
+    """Return whether bytes can be written as words. Torch checks the offset, kernels the address."""
     return data.storage_offset() % wire.ALIGNMENT == data.data_ptr() % wire.ALIGNMENT == 0
 
 
-# 8 codes of 3, 5, 6 or 7 bits are brought together in an int64, pairs of neighbours first, then pairs of
-# pairs. For each round: where the upper one of a pair begins, in bytes; and the lower ones' places.
+# 8 codes of 3, 5, 6 or 7 bits are merged in an int64, pairs of neighbours first, then pairs of pairs. For
+# each round: the offset of the upper one of a pair, in bytes, and the mask of the lower ones.
 _ROUNDS = ((1, 0x00FF00FF00FF00FF), (2, 0x0000FFFF0000FFFF), (4, 0x00000000FFFFFFFF))
 
 
 def pack(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
-    """Eight codes into ``bits`` bytes, value i in bits [i * bits, (i + 1) * bits). Overwrites the codes."""
+    """Pack 8 codes into ``bits`` bytes, value i in bits [i * bits, (i + 1) * bits). Overwrites the codes."""
     if bits == 8:
         out.copy_(codes[: out.numel()])
         return
@@ -37,7 +37,7 @@ def pack(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack`: ``count`` codes, int8; undefined where there are not so many."""
+    """Invert `pack`: ``count`` codes, int8; undefined where there are not as many."""
     if bits == 8:
         return torch.nn.functional.pad(packed.view(torch.int8), (0, count - packed.numel()))
     per = 8 // bits if 8 % bits == 0 else 8  # fields in `size` bytes
@@ -45,7 +45,7 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     groups = -(-packed.numel() // size)
     codes = torch.empty(round_up(max(count, groups * per), 8), dtype=torch.int8, device=packed.device)
     fields = codes[: groups * per].view(groups, per)
-    # Each into the upper bits of its byte.
+    # Shift each to the upper bits of its byte.
     if size == 1:
         octets = packed.view(torch.int8)
         for place in range(per):
@@ -60,7 +60,7 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             upper = (words >> (bits * width)).bitwise_and_(mask)
             words.add_(upper, alpha=2 ** (8 * width) - 2 ** (bits * width))
         fields <<= 8 - bits
-    fields >>= 8 - bits  # brings the sign along
+    fields >>= 8 - bits  # sign-extends
     return codes[:count]
 
 
@@ -69,14 +69,14 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def as_words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes as words of ``dtype``; copied where they are not aligned."""
+    """Return bytes as words of ``dtype``; copied where they are not aligned."""
     if data.storage_offset() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype)
 
 
 def weighted_sum(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write the sum of (2 i + 1) * word i, modulo 2^32, to an int32 scalar; return that."""
+    """Write the sum of (2 i + 1) * word i, modulo 2^32, to an int32 scalar; return it."""
     end = 2 * words.numel() + 1
     dtype = torch.int32 if end < 2**31 else torch.int64
     weighted = torch.arange(1, end, 2, dtype=dtype, device=words.device).mul_(words)

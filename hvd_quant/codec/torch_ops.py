@@ -1,9 +1,9 @@
-"""The codec for tensors on any device: kernels of our own where there are such, else torch's operations.
+"""The codec for tensors on any device: our own kernels where there are some, else torch operations.
 
-The payloads of torch's operations decode to the same bits everywhere. They differ from the native codec's in
-the noise of the rounding, which torch's own generator draws, and in norms (docs/wire-format.md). On a GPU
-memory is the limit, so `encode` makes few passes over it, of which none has a shape that depends on the data,
-and none waits for the device. docs/gpu.md counts them.
+Payloads of torch operations decode to the same bits everywhere. They differ from the native codec's in the
+rounding noise, which torch's own generator draws, and in norms (docs/wire-format.md). On a GPU memory
+bandwidth is the limit, so `encode` makes few passes over memory. No pass has a data-dependent shape, and none
+waits for the device. docs/gpu.md counts them.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ def encode(
 
     Args:
         values: float32, float64, float16 or bfloat16, of shape (d,).
-        scheme: how.
-        seed: of the noise, 0 to 2^64 - 1.
-        shift: added to the noise, see `hvd_quant.codec.noise`.
+        scheme: how the values are quantized.
+        seed: seed of the noise, 0 to 2^64 - 1.
+        shift: offset of the noise, see `hvd_quant.codec.noise`.
         residual: for error feedback, see `hvd_quant.codec.native.encode`.
-        out: where to, see there.
+        out: output buffer, see there.
 
     Returns:
-        The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly so many where
-        its codes are packed; of ``out``, what has been written. Elias and Huffman codes are made on the host:
-        the packed payload is brought there and the coded one back, so that the host waits for the device.
+        The payload, uint8 of at most ``wire.max_payload_size(scheme, d)`` bytes, and exactly as many where
+        its codes are packed; with ``out``, a view of what has been written. Elias and Huffman codes are made
+        on the host: the packed payload is copied there and the result back, so that the host waits for the
+        device.
     """
     count = values.numel()
     if scheme.coding != "packed":
@@ -76,7 +77,7 @@ def encode(
 
 @functools.lru_cache(maxsize=64)
 def _alone(scheme: Scheme, count: int, dtype: str) -> MessageLayout:
-    """A message of one payload."""
+    """Return the layout of a message of one payload."""
     return MessageLayout([Segment(0, 0, count, dtype, scheme)], bytes(PREAMBLE_SIZE))
 
 
@@ -108,19 +109,19 @@ def _encode(
 
 
 class _Checks:
-    """What must not be found in messages, looked at together: so the host waits for the device once."""
+    """Checks of messages that are read together, so that the host waits for the device once."""
 
     def __init__(self) -> None:
         self._found: list[torch.Tensor] = []
         self._says: list[str] = []
 
     def refuse(self, found: torch.Tensor, says: str) -> None:
-        """Add something: bool scalars, and the exception's text."""
+        """Add a check: bool scalars that must be false, and the exception's text."""
         self._found.append(found)
         self._says.append(says)
 
     def hold(self) -> None:
-        """Look at them. A CUDA graph that is being captured has nobody to tell, and goes without.
+        """Read the checks. A CUDA graph that is being captured cannot raise, and goes without.
 
         Raises:
             ValueError: something was found.
@@ -145,15 +146,15 @@ def decode_mean(
 
     Args:
         payloads: contiguous one-dimensional uint8.
-        out: where to; contiguous, one-dimensional, on the payloads' device. By default a new tensor.
-        dtype: of the new tensor.
+        out: output; contiguous, one-dimensional, on the payloads' device. By default a new tensor.
+        dtype: dtype of the new tensor.
         factor: multiplies the mean.
 
     Returns:
         ``out``, or a tensor of shape (count,) and of ``dtype``, on the payloads' device.
 
     Raises:
-        ValueError: a payload is damaged (``out`` then holds nothing of use), or they differ.
+        ValueError: a payload is damaged (``out`` is then undefined), or they differ.
     """
     headers = [
         wire.parse_header(head.tobytes(), payload.numel())
@@ -161,7 +162,7 @@ def decode_mean(
     ]
     header, checks, wrong = wire.common_header(headers), _Checks(), False
     if out is not None:
-        wire.check_room(header, out.numel())
+        wire.check_count(header, out.numel())
         dtype = out.dtype
     layout = _alone(header.scheme, header.count, str(dtype).removeprefix("torch."))
     if (kernels := cuda.kernels(payloads[0].device)) is not None and kernels.take(layout):
@@ -179,7 +180,7 @@ def decode_mean(
 
 
 def _heads(payloads: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """The payloads' headers, as far as there are such, on the host, which waits once."""
+    """Copy the payloads' headers, as far as they have any, to the host, which waits once."""
     heads = [payload[: wire.HEADER_SIZE] for payload in payloads]
     ends = np.cumsum([head.numel() for head in heads])
     return np.split(torch.cat(heads).cpu().numpy(), ends[:-1]) if heads else []
@@ -192,11 +193,11 @@ def _mean(
     factor: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``factor`` times the mean of packed payloads, which have been checked; in ``out``, if it is there."""
+    """Return ``factor`` times the mean of packed payloads, which have been checked; in ``out``, if given."""
     total = dequantize(payloads[0], header.scheme, header.count)
     for payload in payloads[1:]:
         total += dequantize(payload, header.scheme, header.count)
-    # As the native codec: the weight is rounded to float32 before it multiplies.
+    # As in the native codec: the weight is rounded to float32 before it multiplies.
     weight = torch.tensor(factor / len(payloads), dtype=torch.float32)
     return total.mul_(weight).to(dtype) if out is None else torch.mul(total, weight, out=out)
 
@@ -204,11 +205,11 @@ def _mean(
 def _packed(
     payload: torch.Tensor, header: wire.Header, checks: _Checks, name: str = "payload"
 ) -> torch.Tensor:
-    """The payload with packed codes; its header is of no meaning. Errors call it by its name."""
+    """Return the payload with packed codes; its header is meaningless. Errors call it by its name."""
     if header.scheme.coding != "packed":
         return torch.from_numpy(entropy.entropy_decode(payload.cpu().numpy(), header)).to(payload.device)
     words = as_words(payload, torch.int32)
-    # The checksum's own word is in the sum, too, with its weight.
+    # The checksum's own word is in the sum, with its weight.
     weight = 2 * wire.CHECKSUM_WORD + 1
     excess = weighted_sum(words, torch.empty((), dtype=torch.int32, device=words.device))
     excess -= (weight + 1) * words[wire.CHECKSUM_WORD]
@@ -228,7 +229,7 @@ def encode_message(
 ) -> int:
     """Encode all segments of a message; see `hvd_quant.codec.native.encode_message`.
 
-    Where the message's size varies, it waits for the device; see `encode`.
+    If the message's size varies, it waits for the device; see `encode`.
     """
     if (kernels := cuda.kernels(message.device)) is not None and kernels.take(layout):
         kernels.encode(values, layout, noise, message, residuals)
@@ -271,9 +272,9 @@ def decode_messages(
             if cuda.capturing(found.device) or not found.any():
                 return
             wrong = True
-    # Slower, or because something is wrong: this says what.
+    # The slow path, which also explains what is wrong.
     messages.check_sizes(layout.fixed_size)
-    checks, rest = _Checks(), []  # of each message
+    checks, rest = _Checks(), []  # rest of each message
     for number, message in enumerate(messages):
         preamble = cuda.constant(layout.preamble, message.device)
         other = (message[:PREAMBLE_SIZE] != preamble).any()
@@ -322,7 +323,7 @@ def decode_messages(
 
 
 def add_error(residual: torch.Tensor, lost: torch.Tensor, times: int) -> None:
-    """Add ``times`` what a mean has lost, where the sum is finite; see `hvd_quant.codec.native.add_error`."""
+    """Add ``times`` a mean's quantization error, where finite; see `hvd_quant.codec.native.add_error`."""
     kept = residual + times * lost
     residual.copy_(torch.where(kept.isfinite(), kept, residual))
 
@@ -339,22 +340,22 @@ def pack_float32(
     floats, end = out[PREAMBLE_SIZE:].view(torch.float32), 0
     for segment in layout.segments:
         place = slice(segment.start, segment.start + segment.count)
-        room = floats[end : end + segment.count]
-        room.copy_(values[segment.tensor].detach().reshape(-1)[place])
+        target = floats[end : end + segment.count]
+        target.copy_(values[segment.tensor].detach().reshape(-1)[place])
         if residuals:
             residual = residuals[segment.tensor].view(-1)[place]
-            room += residual
+            target += residual
             size = min(segment.scheme.bucket_size, segment.count)
-            sent = torch.nn.functional.pad(room.isfinite(), (0, -segment.count % size), value=True)
+            sent = torch.nn.functional.pad(target.isfinite(), (0, -segment.count % size), value=True)
             sent = sent.view(-1, size).all(1).repeat_interleave(size)[: segment.count]
             residual.masked_fill_(sent, 0.0)
         end += segment.count
 
 
 def mean_float32(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tensor) -> None:
-    """Write the mean of what has been collected; see `hvd_quant.codec.native.mean_float32`.
+    """Write the mean of `pack_float32` messages; see `hvd_quant.codec.native.mean_float32`.
 
-    Waits for the device once.
+    It waits for the device once.
     """
     if not isinstance(parts, Messages):
         parts = Messages(parts)
@@ -370,13 +371,13 @@ def mean_float32(parts: Sequence[torch.Tensor], preamble: bytes, out: torch.Tens
 
 
 def empty(count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
-    """Room for a message, or for values, on the device of ``like``."""
+    """Allocate a buffer for a message or values on the device of ``like``."""
     return torch.empty(count, dtype=getattr(torch, dtype), device=like.device)
 
 
 @functools.lru_cache(maxsize=4096)
 def _unsigned_header(scheme: Scheme, count: int) -> bytes:
-    """A payload's header, with 0 for the checksum."""
+    """Return a payload's header, with 0 for the checksum."""
     header = bytearray(wire.pack_header(scheme, count, 0))
     header[4 * wire.CHECKSUM_WORD : 4 * wire.CHECKSUM_WORD + 4] = bytes(4)
     return bytes(header)

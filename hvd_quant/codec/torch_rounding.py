@@ -1,7 +1,7 @@
-"""Rounding to levels and back, in torch's operations.
+"""Rounding to levels and back, in torch operations.
 
-On a GPU memory is the limit, so these make few passes over it, of which none has a shape that depends on the
-data, and none waits for the device. docs/gpu.md counts them.
+On a GPU memory bandwidth is the limit, so these make few passes over memory. No pass has a data-dependent
+shape, and none waits for the device. docs/gpu.md counts them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from hvd_quant.schemes import Scheme
 # See docs/wire-format.md: below TINY_NORM, decoders do the arithmetic on values scaled by TINY_PRESCALE.
 TINY_NORM = 2.0**-90
 TINY_PRESCALE = 2.0**60
-SMALLEST_NORMAL = 2.0**-126  # of float32
-MANTISSA_BITS = 23  # of float32
-FAST_BITS = 5  # up to so many, `_round_down_fast` resolves the noise finely enough
+SMALLEST_NORMAL = 2.0**-126  # float32
+MANTISSA_BITS = 23  # float32
+FAST_BITS = 5  # up to this many, `_round_down_fast` resolves the noise finely enough
 
 
 def quantize(
     values: torch.Tensor, scheme: Scheme, seed: int, shift: int, norms: torch.Tensor
 ) -> torch.Tensor:
-    """Write the norms, a float32 a bucket, and return the codes.
+    """Write the norms, one float32 per bucket, and return the codes.
 
-    A norm that float32 cannot divide into steps of full precision is raised to the smallest of which it can.
-    Beside a norm that is not finite, values become 0 or NaN, and the integer that NaN is converted to has 0
-    in its low bits on every device.
+    A norm that float32 cannot divide into steps of full precision is raised to the smallest that it can. With
+    a norm that is not finite, values become 0 or NaN, and the integer that NaN is converted to has 0 in its
+    low bits on every device.
 
     Returns:
         uint8, a multiple of 8, whose low ``scheme.bits`` bits are the codes, and 0 beyond the last value. The
@@ -63,7 +63,7 @@ def quantize(
 def _round_down_fast(
     x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
 ) -> None:
-    """Codes of uniform levels: what is left of value / step + noise + offset, without its fraction.
+    """Compute codes of uniform levels: the integer part of value / step + noise + offset.
 
     The offset makes the sum positive, so that its conversion to an integer rounds down, and vanishes from the
     codes' bits. It costs precision: sums are multiples of ``unit``. The noise keeps away from 0 and 1 by as
@@ -84,7 +84,7 @@ def _round_down_fast(
 def _round_down(
     x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
 ) -> None:
-    """Codes of uniform levels, with all the precision that value / step has."""
+    """Compute codes of uniform levels, with the full precision of value / step."""
     norms.clamp_(min=scheme.num_levels * SMALLEST_NORMAL)
     scaled = x / _divided(norms, scheme.num_levels).unsqueeze(1)
     if scheme.rounding == "nearest":
@@ -99,7 +99,7 @@ def _round_down(
 def _round_to_power(
     x: torch.Tensor, norms: torch.Tensor, scheme: Scheme, seed: int, shift: int, codes: torch.Tensor
 ) -> None:
-    """Codes of levels that are powers of two, from values in units of half the norm.
+    """Compute codes of levels that are powers of two, from values in units of half the norm.
 
     As in the native codec, the mantissa of a float is the probability of rounding it up to the next power, so
     random bits are added to it, and the exponent is kept. For v below the lowest power p, (v + p) / 2 has
@@ -114,7 +114,7 @@ def _round_to_power(
     if scheme.rounding == "nearest":
         bits += 2 ** (MANTISSA_BITS - 1) - below
     else:
-        # All ones are left out: with them, a rounding error of the largest value could lead beyond the norm.
+        # All ones are left out: with them, a rounding error of the largest value could exceed the norm.
         top = 2**MANTISSA_BITS - 1
         random = torch.empty_like(bits)
         random.random_(-below, top - below, generator=_generator(x.device, seed))
@@ -128,7 +128,7 @@ def _round_to_power(
 
 
 def _uniform(out: torch.Tensor, low: float, high: float, seed: int, shift: int) -> None:
-    """Fill with uniform numbers, each moved up by a share of their range, and around its end."""
+    """Fill with uniform numbers, each shifted by a fraction of their range, cyclically."""
     start = (high - low) * shift / 2**FRACTION_BITS
     out.uniform_(low + start, high + start, generator=_generator(out.device, seed))
     if shift:
@@ -136,12 +136,12 @@ def _uniform(out: torch.Tensor, low: float, high: float, seed: int, shift: int) 
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator | None:
-    """One with that seed; in a CUDA graph torch's own, which has other numbers in every replay."""
+    """Return a generator with that seed; in a CUDA graph torch's own, which differs in every replay."""
     return None if cuda.capturing(device) else torch.Generator(device).manual_seed(_mix64(seed))
 
 
 def _mix64(x: int) -> int:
-    """The finalizer of splitmix64: torch's CPU generator looks at a seed's low 32 bits alone."""
+    """Return the finalizer of splitmix64: torch's CPU generator uses a seed's low 32 bits only."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
     return x ^ x >> 31
@@ -167,8 +167,8 @@ def dequantize(payload: torch.Tensor, scheme: Scheme, count: int) -> torch.Tenso
 
 
 def _times(codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Their product, float32. Torch makes that of mixed types in one pass, but on a CPU brings the converted
-    codes to other memory first, which takes longer than to multiply in place.
+    """Return their product, float32. Torch takes mixed types in one pass, but on a CPU it first copies the
+    converted codes, which takes longer than to multiply in place.
     """
     if codes.device.type == "cpu":
         return codes.to(torch.float32).mul_(factors)
@@ -176,12 +176,12 @@ def _times(codes: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 
 def _divided(x: torch.Tensor, by: int) -> torch.Tensor:
-    """By a tensor: of a number, torch's CUDA operation takes the reciprocal, and rounds twice."""
+    """Divide by a tensor: by a number, CUDA operations multiply by the reciprocal, and round twice."""
     return x / cuda.constant(np.float32(by).tobytes(), x.device).view(torch.float32)
 
 
 @functools.cache
 def _powers(steps: int) -> bytes:
-    """sign(c) * 2^(|c| - steps), 0 for c = 0, of all int8 c, by their bit patterns: 256 float32."""
+    """Return sign(c) * 2^(|c| - steps), 0 for c = 0, for all int8 c, by bit pattern: 256 float32."""
     codes = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64)
     return (np.sign(codes) * np.exp2(np.abs(codes) - steps)).astype(np.float32).tobytes()

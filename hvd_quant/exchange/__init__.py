@@ -1,1 +1,1 @@
-"""Payloads between ranks."""
+"""Exchanges of payloads between ranks."""

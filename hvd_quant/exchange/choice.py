@@ -1,4 +1,4 @@
-"""Which exchange algorithm gradients take, by what lies between the ranks."""
+"""Choice of the exchange algorithm, by the link between the ranks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hvd_quant.exchange.topology import NOT_HIERARCHICAL, Topology
 
 @dataclass
 class ExchangeChoice:
-    """What decides on the algorithm: the same on all ranks.
+    """Chooses the algorithm: the same on all ranks.
 
     Args:
-        exchange: what the user asked for.
-        size: ranks.
-        link: between them, as if each had a host of its own.
-        topology: where they are; None until all have told.
+        exchange: the user's choice.
+        size: number of ranks.
+        link: link between the ranks, as if each had its own host.
+        topology: hosts of the ranks; None until all have announced theirs.
     """
 
     exchange: str
@@ -26,17 +26,17 @@ class ExchangeChoice:
     topology: Topology | None = None
 
     def locate(self, topology: Topology) -> None:
-        """Note where the ranks are.
+        """Set the hosts of the ranks.
 
         Raises:
-            ValueError: the exchange that the user asked for is none for that; on every rank.
+            ValueError: the user's exchange does not fit them; on every rank.
         """
         if self.exchange == "hierarchical" and topology.ranks_per_host == 1 and self.size > 1:
             raise ValueError(NOT_HIERARCHICAL)
         self.topology = topology
 
     def algorithm(self, nbytes: int, count: int, *, hierarchical: bool = True) -> str:
-        """The name of the algorithm for so many values in so many bytes."""
+        """Return the name of the algorithm for a number of values and their bytes."""
         ranks_per_host = self.topology.ranks_per_host if self.topology is not None else 1
         link = replace(self.link, ranks_per_host=ranks_per_host)
         return choose(self.exchange, link, self.size, nbytes, count, hierarchical=hierarchical)

@@ -1,4 +1,4 @@
-"""Drives an exchange over a transport, stage by stage."""
+"""Drive an exchange over a transport, stage by stage."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hvd_quant.exchange.transport import Buffer, Handle, Transport
 
 
 class Exchange:
-    """An exchange in flight; starts its first collective when made.
+    """An exchange in flight; the constructor starts its first collective.
 
-    Whatever arrives, it goes through all of its stages, lest another rank waits for ever.
+    Whatever arrives, it runs all of its stages, or another rank would wait forever.
 
     Args:
-        data: what is exchanged.
-        algorithm: what is done.
-        transport: between the ranks.
-        name: the same on all ranks, and no other exchange's at the same time.
+        data: gradients to exchange.
+        algorithm: exchange algorithm.
+        transport: transport between the ranks.
+        name: the same on all ranks, and not in use by another exchange in flight.
     """
 
     def __init__(self, data: BucketData, algorithm: Algorithm, transport: Transport, name: str) -> None:
@@ -32,7 +32,7 @@ class Exchange:
 
     @property
     def stages_left(self) -> int:
-        """Collectives to be started."""
+        """Collectives still to be started."""
         return 0 if self._handle is None else len(self.algorithm.stages) - self._stage - 1
 
     def _start(self, message: Buffer, sizes: Sequence[int | None]) -> Handle:
@@ -47,14 +47,14 @@ class Exchange:
             message, sizes = self.algorithm.stages[self._stage].prepare(self.data, parts)
         except ValueError as error:
             self._failure = self._failure or error
-            message, sizes = parts[rank][:0], [0] * len(parts)  # nobody takes an empty message for a mean
+            message, sizes = parts[rank][:0], [0] * len(parts)  # an empty message never passes for a mean
         try:
             self._handle = self._start(message, sizes)
-        except ValueError as error:  # of the transport
+        except ValueError as error:  # raised by the transport
             self._failure = self._failure or error
 
     def advance(self, *, wait: bool) -> bool:
-        """Take the exchange to its last collective, as far as it gets without waiting, or with.
+        """Advance the exchange to its last collective, as far as possible without waiting, or with.
 
         Returns:
             Whether it is there.
@@ -72,14 +72,14 @@ class Exchange:
         return received
 
     def finish(self, out: Sequence[Buffer], factor: float = 1.0) -> None:
-        """Wait for the end, and write ``factor`` times the ranks' mean. Can be called again.
+        """Wait for the end, and write ``factor`` times the mean over the ranks. Can be called again.
 
         Args:
-            out: where to, in the order of the bucket's entries.
+            out: output buffers, in the order of the bucket's entries.
             factor: multiplies the mean.
 
         Raises:
-            ValueError: some rank has sent something else than was expected.
+            ValueError: some rank has sent something unexpected.
         """
         self.advance(wait=True)
         if self._handle is not None:
@@ -90,10 +90,10 @@ class Exchange:
             self.data.codec.decode_messages(messages, layout, out, factor)
 
     def ready(self) -> bool:
-        """Whether `finish` would not wait for another rank."""
+        """Return whether `finish` would not wait for another rank."""
         return self.advance(wait=False) and (self._handle is None or self._handle.ready())
 
     def abandon(self) -> None:
-        """Let go of the exchange, wherever it is."""
+        """Abandon the exchange in its current stage."""
         if self._handle is not None:
             self._handle.abandon()

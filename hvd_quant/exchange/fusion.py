@@ -1,4 +1,4 @@
-"""Which gradients travel together: fused buckets fit themselves to the order in which gradients come."""
+"""Assignment of gradients to fused buckets, which adapt to the order in which gradients arrive."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hvd_quant.exchange.topology import Topology
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schemes import MAX_BITS, MIN_BITS
 
-_BUCKETS_KEPT = MAX_BITS - MIN_BITS + 1  # of one group of gradients, for schemes that change their bits
+_BUCKETS_KEPT = MAX_BITS - MIN_BITS + 1  # per group of gradients, for schemes that change their bits
 
 
 class HasEntry(Protocol):
-    """A gradient."""
+    """A gradient with an entry."""
 
     @property
     def entry(self) -> Entry:
@@ -25,31 +25,31 @@ T = TypeVar("T", bound=HasEntry)
 
 
 class FusionGroup(Generic[T]):
-    """Entries that are to travel together, and the gradients that have come of them.
+    """Entries that travel together, and their gradients that have arrived.
 
     Args:
-        name: the same on all ranks, whatever each of them has in the group: so ranks that disagree meet.
+        name: the same on all ranks, whatever each has in the group: so ranks that disagree meet.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.entries: dict[str, Entry] = {}
-        self.nbytes = 0  # of the gradients as they are
+        self.nbytes = 0  # gradient bytes, uncompressed
         self.arrived: dict[str, T] = {}
         self.open = False  # more entries may join
         self.times_sent = 0
         self._splits = 0
         self._bucket: GroupLayout | None = None
-        self._buckets: dict[tuple[Entry, ...], GroupLayout] = {}  # of schemes that come and go
+        self._buckets: dict[tuple[Entry, ...], GroupLayout] = {}  # for schemes that change
         self._buffers: dict[str, Buffer] = {}
 
     @property
     def complete(self) -> bool:
-        """Whether everything has come that is expected."""
+        """Whether all expected gradients have arrived."""
         return not self.open and len(self.arrived) == len(self.entries)
 
     def put(self, entry: Entry) -> None:
-        """Add an entry at the end, or put it in the place of the one with its key."""
+        """Append an entry, or replace the one with its key."""
         former = self.entries.get(entry.key)
         self.nbytes += entry.nbytes - (former.nbytes if former is not None else 0)
         self.entries[entry.key] = entry
@@ -63,7 +63,7 @@ class FusionGroup(Generic[T]):
         return entries
 
     def split(self) -> FusionGroup[T]:
-        """Keep what has arrived, and return a group of the others."""
+        """Keep what has arrived, and return a group of the rest."""
         others: FusionGroup[T] = FusionGroup(f"{self.name}.{self._splits}")
         self._splits += 1
         for entry in self.take_out([key for key in self.entries if key not in self.arrived]):
@@ -71,7 +71,7 @@ class FusionGroup(Generic[T]):
         return others
 
     def bucket(self, size: int, rank: int, seed: object, topology: Topology | None = None) -> GroupLayout:
-        """The fused bucket of the entries."""
+        """Return the fused bucket of the entries."""
         if self._bucket is None:
             entries = tuple(self.entries.values())
             if entries not in self._buckets:
@@ -83,22 +83,22 @@ class FusionGroup(Generic[T]):
 
 
 class Fusion(Generic[T]):
-    """Assigns gradients to fused buckets as they come.
+    """Assigns gradients to fused buckets as they arrive.
 
-    Gradients known in advance (`plan`) and those that came in an earlier step have their bucket. Others join
-    the open one, which is closed when it is full. What is sent incomplete, because a result was asked for,
-    is split from then on into what had come and what had not: so buckets fit themselves to the training's
-    habits, in the same way on all ranks, as long as these ask for results after the same gradients have come.
+    Gradients known in advance (`plan`) and those of an earlier step have their bucket. Others join the open
+    one, which is closed when it is full. A bucket that was sent incomplete, because a result was requested,
+    is split from then on into what had arrived and what had not. So buckets adapt to the training loop, in
+    the same way on all ranks, as long as these request results after the same gradients.
 
     Args:
-        fusion_bytes: a bucket is full when its gradients have so many bytes.
+        fusion_bytes: size at which a bucket is full, in bytes of its gradients.
     """
 
     def __init__(self, fusion_bytes: int) -> None:
         self.fusion_bytes = fusion_bytes
         self._group_of: dict[str, FusionGroup[T]] = {}
         self._open: dict[str, FusionGroup[T]] = {}  # by device
-        self._waiting: dict[str, FusionGroup[T]] = {}  # groups of which some have come, by name, in order
+        self._waiting: dict[str, FusionGroup[T]] = {}  # groups that have arrived in part, by name, in order
         self._groups = 0
 
     def plan(self, entries: Sequence[Entry]) -> None:
@@ -118,10 +118,10 @@ class Fusion(Generic[T]):
         return FusionGroup(str(self._groups - 1))
 
     def group_of(self, entry: Entry) -> FusionGroup[T]:
-        """The group that the entry belongs to: the open one, from now on, if it is new or on a new device.
+        """Return the entry's group: if it is new or on a new device, the open one from now on.
 
-        An entry that has changed otherwise keeps its place, because changed ones may come in another order on
-        every rank.
+        An entry that has changed otherwise keeps its group, because changed ones may arrive in another order
+        on every rank.
         """
         group = self._group_of.get(entry.key)
         if group is not None:
@@ -144,10 +144,10 @@ class Fusion(Generic[T]):
         return group
 
     def add(self, gradient: T) -> tuple[FusionGroup[T], list[T]] | None:
-        """Note that a gradient has come.
+        """Note that a gradient has arrived.
 
         Returns:
-            The group that is to be sent now, if there is one, and its gradients in the order of its entries.
+            The group that is to be sent now, if any, and its gradients in the order of its entries.
         """
         entry = gradient.entry
         group = self.group_of(entry)
@@ -159,11 +159,11 @@ class Fusion(Generic[T]):
 
     @property
     def waiting(self) -> bool:
-        """Whether some gradients have come and not been sent."""
+        """Whether some gradients have arrived and not been sent."""
         return bool(self._waiting)
 
     def flush(self) -> list[tuple[FusionGroup[T], list[T]]]:
-        """Everything that has come, to be sent now, whether its group is complete or not."""
+        """Return everything that has arrived, to be sent now, even if its group is incomplete."""
         groups = list(self._waiting.values())
         for group in groups:
             self._close(group)

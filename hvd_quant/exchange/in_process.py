@@ -9,22 +9,22 @@ import numpy as np
 
 
 class Network:
-    """What the ranks share.
+    """State shared by the ranks.
 
     Args:
-        size: how many ranks.
+        size: number of ranks.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.ranks: list[InProcess] = [InProcess(self, rank) for rank in range(size)]
         self.received_bytes = [0] * size  # by each rank from the others
-        self.between: Counter[tuple[int, int]] = Counter()  # bytes, by who has sent them, and to whom
+        self.between: Counter[tuple[int, int]] = Counter()  # bytes by (sender, receiver)
         self._collectives: dict[tuple[str, int], dict[int, list[np.ndarray]]] = {}
         self._posted: Counter[tuple[str, int]] = Counter()
 
     def post(self, name: str, rank: int, parts: list[np.ndarray]) -> _Handle:
-        """Add a rank's parts, one for every rank, to the next collective of that name."""
+        """Add a rank's parts, one per rank, to the next collective of that name."""
         number = self._posted[name, rank]
         self._posted[name, rank] += 1
         collective = self._collectives.setdefault((name, number), {})

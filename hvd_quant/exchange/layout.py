@@ -1,8 +1,8 @@
-"""Fused buckets: which gradients travel together, and where each is in the messages.
+"""Fused buckets: which gradients travel together, and their positions in the messages.
 
-A fused bucket is a tuple of entries, one a gradient, in an order that all ranks share. Its gradients are not
-copied together. Every one is quantized where it lies, into a payload of its own (or several, where a chunk of
-the scatter-allgather begins inside it), so that buckets of quantization never straddle two tensors.
+A fused bucket is a tuple of entries, one per gradient, in an order that all ranks share. Its gradients are
+not copied together. Each is quantized in place, into a payload of its own (or several, if a chunk of the
+scatter-allgather begins inside it), so that quantization buckets never straddle two tensors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Entry:
     """A gradient's place in a fused bucket.
 
     Args:
-        key: what it is called on every rank.
-        count: how many values it has.
-        dtype: of its values.
+        key: its name on every rank.
+        count: number of values.
+        dtype: dtype of its values.
         scheme: how they are quantized.
-        device: where they are; fused buckets do not mix devices.
+        device: their device; fused buckets do not mix devices.
     """
 
     key: str
@@ -46,26 +46,27 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the gradient as it is."""
+        """Bytes of the uncompressed gradient."""
         return self.count * _ITEM_SIZES[self.dtype]
 
 
 def digest(*what: object) -> bytes:
-    """`PREAMBLE_SIZE` bytes that are the same in every process, and differ for what differs."""
+    """Hash to `PREAMBLE_SIZE` bytes, the same in every process."""
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=PREAMBLE_SIZE).digest()
 
 
 class GroupLayout:
-    """The messages and the noise of the gradients that travel together.
+    """Messages and noise of the gradients that travel together.
 
     Args:
         entries: the gradients.
-        size: ranks that take part.
-        rank: this one.
-        seed: of the noise, the same on all ranks; anything that JSON can hold.
-        topology: where the ranks are; None if it is not known, as if each had a host of its own.
-        buffers: what an exchange needs in every step; of several fused buckets, of which one is under way.
+        size: number of ranks that take part.
+        rank: this rank.
+        seed: seed of the noise, the same on all ranks; any JSON value.
+        topology: hosts of the ranks; None if they are not known, as if each rank had its own host.
+        buffers: buffers that an exchange reuses in every step; shared by fused buckets that are not in flight
+            together.
     """
 
     def __init__(
@@ -91,32 +92,32 @@ class GroupLayout:
 
     @cached_property
     def counterparts(self) -> list[int]:
-        """Ranks in this rank's place on every host, where all have equally many."""
+        """Counterparts of this rank, one per host, if all hosts have equally many ranks."""
         return self.topology.counterparts(self.rank)
 
     @cached_property
     def digest(self) -> bytes:
-        """Of what all ranks must agree on."""
+        """Hash of what all ranks must agree on."""
         return digest([(e.key, e.count, e.dtype, str(e.scheme)) for e in self.entries], self.size)
 
     @cached_property
     def whole(self) -> MessageLayout:
-        """A message that holds every gradient in one segment."""
+        """A message with every gradient in one segment."""
         segments = [Segment(i, 0, e.count, e.dtype, e.scheme) for i, e in enumerate(self.entries)]
         return MessageLayout(segments, digest(self.digest.hex(), "whole"))
 
     @cached_property
     def chunks(self) -> tuple[MessageLayout, ...]:
-        """``size`` messages of nearly equal length that hold every value once, in order."""
+        """``size`` messages of nearly equal size that hold every value once, in order."""
         return self._cut_up(self.size, "chunk")
 
     @cached_property
     def host_chunks(self) -> tuple[MessageLayout, ...]:
-        """The same for the ranks of a host, one for each."""
+        """The same for the ranks of a host, one per rank."""
         return self._cut_up(len(self.neighbours), "host's chunk")
 
     def _cut_up(self, parts: int, title: str) -> tuple[MessageLayout, ...]:
-        """Gradients are cut between two buckets of quantization only, so that cutting changes no norm."""
+        """Cut gradients at bounds of quantization buckets only, so that cutting changes no norm."""
         bits = [e.count * e.scheme.bits for e in self.entries]
         ends = list(itertools.accumulate(bits))
         total = ends[-1] if ends else 0
@@ -138,7 +139,7 @@ class GroupLayout:
         )
 
     def _cut(self, i: int, bits: int) -> int:
-        """The end of a bucket of quantization that is nearest to ``bits`` bits into gradient i."""
+        """Return the end of the quantization bucket that is nearest to ``bits`` bits into gradient i."""
         entry = self.entries[i]
         if bits <= 0 or bits >= entry.count * entry.scheme.bits:
             return 0 if bits <= 0 else entry.count
@@ -148,23 +149,23 @@ class GroupLayout:
 
     @property
     def own_chunk(self) -> MessageLayout:
-        """The chunk that this rank averages, over one float32 tensor of its values."""
+        """Own chunk, which this rank averages, over one float32 tensor of its values."""
         return self.chunks[self.rank].flattened
 
     @property
     def own_host_chunk(self) -> int:
-        """The number of the host's chunk that this rank averages."""
+        """Index of the host's chunk that this rank averages."""
         return self.neighbours.index(self.rank)
 
     def raw_preamble(self, chunk: int) -> bytes:
-        """What goes before the values of a host's chunk, as they are."""
+        """Return the preamble of a host's chunk of uncompressed values."""
         return digest(self.digest.hex(), "host's values", chunk)
 
     def noise(self, layout: MessageLayout, stage: str, uses: np.ndarray) -> Noise:
-        """Of a message's segments: a function of seed, rank, tensor, place, stage and step.
+        """Return the noise of a message's segments, a function of seed, rank, tensor, place, stage and step.
 
         Args:
-            layout: of the message.
+            layout: layout of the message.
             stage: as in `noise_keys`.
             uses: how often each gradient has been exchanged before, uint64 of shape (entries,).
         """
@@ -172,16 +173,16 @@ class GroupLayout:
         return Noise(native.step_seeds(base, tensors, uses), shifts)
 
     def noise_keys(self, layout: MessageLayout, stage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What of the noise is the same in every step.
+        """Return the noise parameters that do not change between steps.
 
         Args:
-            layout: of the message.
-            stage: sets the first rounding of an exchange, ``"whole"`` or ``"chunk"`` (or ``"host"``, which
-                counterparts do), apart from the second, ``"mean"``, which every rank does for itself, so that
-                nothing correlates there.
+            layout: layout of the message.
+            stage: separates the first rounding of an exchange, ``"whole"`` or ``"chunk"`` (or ``"host"``, by
+                counterparts), from the second, ``"mean"``, which every rank does alone and without
+                correlation.
 
         Returns:
-            For each segment: whose noise it has, uint64; its gradient, int64; its shift, uint32.
+            For each segment: its noise stream, uint64; its gradient, int64; its shift, uint32.
         """
         cache = (stage, layout.preamble)
         if cache not in self._noise:
@@ -191,8 +192,8 @@ class GroupLayout:
             keys, shifts = [], []
             for segment in layout.segments:
                 together = stage != "mean" and segment.scheme.rounding == "correlated"
-                whose = "all" if together else self.rank
-                keys.append(digest(self._seed, whose, stage, self.entries[segment.tensor].key, segment.start))
+                owner = "all" if together else self.rank
+                keys.append(digest(self._seed, owner, stage, self.entries[segment.tensor].key, segment.start))
                 shifts.append(shift(segment.scheme, *place) if together else 0)
             self._noise[cache] = (
                 np.frombuffer(b"".join(keys), "<u8").astype(np.uint64),

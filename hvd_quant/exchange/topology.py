@@ -1,4 +1,4 @@
-"""Which ranks share a host."""
+"""Assignment of ranks to hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Topology:
     """Ranks on hosts.
 
     Args:
-        hosts: what each rank's host is called, in rank order; the same on all ranks.
+        hosts: name of each rank's host, in rank order; the same on all ranks.
     """
 
     def __init__(self, hosts: Sequence[Hashable]) -> None:
@@ -24,21 +24,21 @@ class Topology:
 
     @cached_property
     def ranks_per_host(self) -> int:
-        """Ranks on every host; 1 where there is one host, or not all have equally many.
+        """Ranks per host; 1 if there is one host, or not all have equally many.
 
-        Where it is more, hosts are several, and an exchange by hosts is to be had.
+        Above 1 there are several hosts, and the hierarchical exchange is available.
         """
         sizes = Counter(self.hosts)
         return self.hosts.count(self.hosts[0]) if len(sizes) > 1 and len(set(sizes.values())) == 1 else 1
 
     def neighbours(self, rank: int) -> list[int]:
-        """The ranks on a rank's host, itself among them."""
+        """Return the ranks on a rank's host, including itself."""
         return [other for other, host in enumerate(self.hosts) if host == self.hosts[rank]]
 
     def counterparts(self, rank: int) -> list[int]:
-        """The ranks that have a rank's place among their neighbours, one on every host.
+        """Return the ranks with a rank's index among their neighbours, one per host.
 
-        They stand in the order of their hosts' first ranks, which is the same for all ranks.
+        They are in the order of their hosts' first ranks, which is the same for all ranks.
         """
         place = self.neighbours(rank).index(rank)
         first = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]

@@ -1,22 +1,22 @@
-"""Fused buckets that no call is using, with their buffers: fresh memory is slow."""
+"""Fused buckets that no call is using, with their buffers: allocating new ones is slow."""
 
 from __future__ import annotations
 
 from hvd_quant.exchange.layout import Entry, GroupLayout
 
-_IDLE_BYTES = 256 << 20  # of buffers that are kept between calls
-_LAYOUT_BYTES = 1 << 16  # what a fused bucket counts for, however small its buffers are
+_IDLE_BYTES = 256 << 20  # buffers kept between calls
+_LAYOUT_BYTES = 1 << 16  # minimum that a fused bucket counts for
 
 
 class IdleBuckets:
-    """Keeps them for later calls, at the cost of those that have not been used for longest."""
+    """Keeps them for later calls; the least recently used are dropped."""
 
     def __init__(self) -> None:
-        self._idle: dict[Entry, list[GroupLayout]] = {}  # the most recently used ones last
+        self._idle: dict[Entry, list[GroupLayout]] = {}  # the most recently used last
         self.nbytes = 0
 
     def take(self, entry: Entry) -> GroupLayout | None:
-        """One for this entry, if there is one."""
+        """Return one for this entry, if there is one."""
         idle = self._idle.get(entry)
         if not idle:
             return None
@@ -25,7 +25,7 @@ class IdleBuckets:
         return bucket
 
     def put_back(self, bucket: GroupLayout) -> None:
-        """Keep one that is no longer used."""
+        """Keep one that is no longer in use."""
         entry = bucket.entries[0]
         self._idle[entry] = [*self._idle.pop(entry, ()), bucket]
         self.nbytes += kept_bytes(bucket)
@@ -36,7 +36,7 @@ class IdleBuckets:
                 del self._idle[oldest]
 
     def all(self) -> list[GroupLayout]:
-        """All that are kept."""
+        """Return all that are kept."""
         return [bucket for buckets in self._idle.values() for bucket in buckets]
 
     def clear(self) -> None:
@@ -46,5 +46,5 @@ class IdleBuckets:
 
 
 def kept_bytes(bucket: GroupLayout) -> int:
-    """What it counts for."""
+    """Return the bytes that a bucket counts for."""
     return _LAYOUT_BYTES + sum(buffer.nbytes for buffer in bucket.buffers.values())

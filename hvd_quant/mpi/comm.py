@@ -33,11 +33,11 @@ from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, QSGD, Scheme
 
 AVERAGE = "average"  # MPI has no such op
-_LATENCY = 3e-4  # seconds per collective: nothing is negotiated before it, unlike with Horovod
+_LATENCY = 3e-4  # seconds per collective: nothing is negotiated first, unlike in Horovod
 
 
 def _host_of(comm: MPI.Intracomm) -> tuple[int, bool]:
-    """The first of the ranks on this rank's host, and whether all are there."""
+    """Return the first of the ranks on this rank's host, and whether all ranks are on it."""
     neighbours = comm.Split_type(MPI.COMM_TYPE_SHARED)
     host, one_host = neighbours.bcast(comm.rank), neighbours.size == comm.size
     neighbours.Free()
@@ -48,33 +48,32 @@ class QuantizedComm:
     """Allreduce with quantized values over the ranks of an MPI communicator.
 
     Making one is collective, like every call here but `stats` and `state_dict`: all ranks do it, in the same
-    order. It has a duplicate of the communicator to itself: other traffic on ``comm`` does not matter.
-    Threads may use several of them at once, if MPI was initialised with ``MPI.THREAD_MULTIPLE``, as mpi4py
-    does.
+    order. It works on a duplicate of the communicator: other traffic on ``comm`` does not matter. Threads may
+    use several of them at once, if MPI was initialised with ``MPI.THREAD_MULTIPLE``, as mpi4py does.
 
     Args:
-        comm: an intracommunicator. With one rank, values pass as they are.
+        comm: an intracommunicator. With one rank, values are copied unchanged.
         scheme: how values are quantized, e.g. ``hvd_quant.QSGD(bits=4)``, or ``hvd_quant.DQSGD(...)``, of
             which a step ends when a call's name comes again. Calls without a name share one, so that each of
             them is a step.
-        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
-            a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"hierarchical"``, the ranks of a host average their values as they are, and the
-            hosts exchange these means; ``"auto"``, the quickest by the model in
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their values uncompressed, and
+            the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
             `hvd_quant.exchange.cost`.
-        seed: of the rounding noise, 0 to 2^64 - 1. Each rank and each call draws its own noise from it. Give
-            another one to a communicator that reduces what this one has reduced.
+        seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank and each call draws its own noise from it.
+            Use another one for a communicator that reduces the results of this one.
         min_numel: calls of fewer values are not quantized, but reduced in float32.
-        error_feedback: whether each rank keeps, for every name, what quantization has lost of its values, and
-            adds it to the next ones of that name (Karimireddy et al., ICML 2019). It takes a float32 per
-            value of memory, and every call needs a name.
+        error_feedback: whether each rank keeps, for every name, the quantization error of its values, and
+            adds it to the next ones of that name (Karimireddy et al., ICML 2019). It takes a float32 buffer
+            of each name's size, and every call needs a name.
         overrides: which names are quantized otherwise, or not at all: a mapping of shell patterns to schemes
             or None, or the path of a YAML or TOML file with one; see `hvd_quant.reducer.overrides.Overrides`.
             The first pattern that matches holds. Every call needs a name.
 
     Raises:
         RankMismatchError: the ranks have given different arguments, or some rank's ``HVD_QUANT_...``
-            variables are of no use; on every rank.
+            variables are invalid; on every rank.
         TypeError, ValueError: an argument is not of its type, or not in its range.
 
     Example:
@@ -110,7 +109,7 @@ class QuantizedComm:
         except ValueError as error:
             if "HVD_QUANT_" not in str(error):
                 raise
-            fault = error  # of the environment: on this rank alone, perhaps
+            fault = error  # invalid environment, perhaps on this rank only
         barrier(comm)
         host, one_host = _host_of(comm)
         if fault is None:
@@ -123,10 +122,10 @@ class QuantizedComm:
         )
         self._norms = Norms(self._comm, self._state) if isinstance(scheme, DQSGD) else None
         self._idle = IdleBuckets()
-        self._requests: list[Request] = []  # that were not over when last looked at
+        self._requests: list[Request] = []  # not complete when last checked
 
     def _agree(self, fault: ValueError | None, host: int) -> None:
-        """Compare the ranks' arguments, and whether their environments are in order; tell the hosts."""
+        """Compare the ranks' arguments and whether their environments are valid, and exchange the hosts."""
         own: Description = {"environment": str(fault)}
         if fault is None:
             own = {
@@ -153,7 +152,7 @@ class QuantizedComm:
         if fault is not None:
             raise fault
 
-    # --- what users call --------------------------------------------------------------------------------
+    # --- public -----------------------------------------------------------------------------------------
 
     def Allreduce(  # noqa: N802  as in mpi4py
         self,
@@ -168,13 +167,13 @@ class QuantizedComm:
             sendbuf: a NumPy array or a torch tensor on the CPU, of float32, float64, float16 or (tensors)
                 bfloat16, of any shape, contiguous in C order; or ``MPI.IN_PLACE``, to take the values from
                 ``recvbuf``. Shape and dtype are the same on all ranks.
-            recvbuf: where to; of the same dtype and as many values.
+            recvbuf: output, of the same dtype and number of values.
             op: ``MPI.SUM`` or ``hvd_quant.mpi.AVERAGE``.
-            name: of what is reduced, the same on all ranks, by which ``overrides``, ``error_feedback`` and
-                DQ-SGD's steps go.
+            name: name of the values, the same on all ranks; key of ``overrides``, ``error_feedback`` and
+                DQ-SGD's steps.
 
         Sums are computed in float32. What that cannot hold makes its bucket non-finite, as NaN and Inf do.
-        After an interrupt (Ctrl-C) within a call, do not go on with the communicator.
+        After an interrupt (Ctrl-C) within a call, do not use the communicator any more.
 
         Raises:
             RankMismatchError: the ranks have called with different arguments; on every rank, and later
@@ -191,11 +190,11 @@ class QuantizedComm:
         op: MPI.Op | str = MPI.SUM,
         name: str | None = None,
     ) -> Request:
-        """Begin an `Allreduce`, to be completed by the request's ``Wait`` or ``Test``.
+        """Start an `Allreduce`, to be completed by the request's ``Wait`` or ``Test``.
 
-        Several may be in flight at once, and be completed in any order, which need not be the same on all
+        Several may be in flight at once, and be completed in any order, which may differ between
         ranks. As in MPI, leave both buffers alone until the request is complete. With DQ-SGD, the first call
-        of a step waits until all ranks have begun the calls of the step before.
+        of a step waits until all ranks have started the calls of the step before.
 
         Raises:
             TypeError, ValueError: an argument is refused; nothing has been sent.
@@ -233,21 +232,21 @@ class QuantizedComm:
         return request
 
     def stats(self) -> dict[str, Any]:
-        """What this rank has contributed so far.
+        """Return statistics of this rank.
 
         Returns:
-            ``steps``, how often the name that came most often has come, those before a loaded state included;
-            ``messages``, calls; ``raw_bytes``, the values as they were; ``wire_bytes``, what they were
-            encoded into; ``received_bytes``, what came from other ranks in calls that are complete;
-            ``compression_ratio``, raw over wire bytes. With DQ-SGD also ``bits``, a list of those of each
-            step since the communicator was made.
+            ``steps``, the number of calls with the most frequent name, including those before a loaded state;
+            ``messages``, calls; ``raw_bytes``, the uncompressed values; ``wire_bytes``, the encoded values;
+            ``received_bytes``, bytes from other ranks in calls that are complete; ``compression_ratio``, raw
+            over wire bytes. With DQ-SGD also ``bits``, a list with the bits of each step since the
+            communicator was made.
         """
         return self._state.stats(in_step=self._norms is not None and self._norms.in_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
+        """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
-        With ``error_feedback`` every rank has a state of its own. To be taken between steps.
+        With ``error_feedback`` the state differs between ranks. Call it between steps.
 
         Raises:
             RuntimeError: calls are in flight.
@@ -262,8 +261,8 @@ class QuantizedComm:
         """Continue where `state_dict` was taken. Collective.
 
         Raises:
-            ValueError: some rank's is no such state; on every rank, and nothing is loaded.
-            RankMismatchError: the ranks' states have not come equally far; on every rank.
+            ValueError: some rank's state is invalid; on every rank, and nothing is loaded.
+            RankMismatchError: the ranks' states are of different steps; on every rank.
             RuntimeError: calls are in flight.
         """
         if any(request.in_flight for request in self._requests):
@@ -288,15 +287,15 @@ class QuantizedComm:
                 "the ranks have loaded states that have not come equally far. Load those of the same step."
             )
         self.options.seed = self._state.seed
-        self._idle.clear()  # fused buckets know the seed
+        self._idle.clear()  # fused buckets depend on the seed
         if self._norms is not None:
             self._norms.forget()
 
     def Free(self) -> None:  # noqa: N802
-        """Wait for what is in flight, and free the communicator (not the one it was made from). Collective.
+        """Wait for what is in flight, and free the communicator (not the one that was passed in). Collective.
 
         Raises:
-            RankMismatchError: of a call that nobody has waited for.
+            RankMismatchError: raised by a call that nobody has waited for.
         """
         if self._comm == MPI.COMM_NULL or MPI.Is_finalized():
             return
@@ -310,7 +309,7 @@ class QuantizedComm:
             self._norms.drain()
         self._comm.Free()
         for request in requests:
-            request.Wait()  # raises its error, if it has one
+            request.Wait()  # raises its error, if any
 
     def __enter__(self) -> QuantizedComm:
         return self
@@ -318,7 +317,7 @@ class QuantizedComm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:  # else it may be this rank's alone, and waiting for the others would hide it
+        if error is None:  # else the error may be this rank's only, and waiting for the others would hide it
             self.Free()
 
     # --- one call ---------------------------------------------------------------------------------------
@@ -329,13 +328,13 @@ class QuantizedComm:
         """Exchange the values of a call and write ``factor`` times their mean; yields while it must wait."""
         state, statistics = self._state, self._state.statistics
         number, name = statistics.messages, call.get("name")  # every rank numbers its calls
-        use = sum(state.uses.values())  # part of the noise's key
+        use = sum(state.uses.values())  # part of the noise key
         state.use(name or "")
         statistics.messages += 1
         statistics.raw_bytes += values.nbytes
         scheme = self.options.scheme_of(name, values.size, state.present_scheme)
         if self._norms is not None:
-            self._norms.tell(None if scheme is None else values, call["dtype"])
+            self._norms.send(None if scheme is None else values, call["dtype"])
         if self.size == 1:
             out[:] = values
             return

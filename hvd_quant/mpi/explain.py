@@ -1,4 +1,4 @@
-"""Why a call has failed, in the same words on every rank."""
+"""Explain why a call has failed, in the same words on every rank."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hvd_quant.reducer.errors import Description, differences
 
 
 def explain(transport: MpiTransport, call: Description, error: ValueError) -> Generator[None, None, str]:
-    """Ask all ranks, which have all noticed, what they have called. Patience is limited."""
+    """Ask all ranks, which have all noticed, for the arguments of their calls. Waits for a limited time."""
     deadline = polling.clock.monotonic() + polling.PATIENCE_SECONDS
     answers: list[np.ndarray] = []
     description = np.frombuffer(json.dumps(call).encode(), np.uint8)
-    # Others may have chosen an exchange of more collectives, of which the others are then empty.
+    # Others may have chosen an exchange of more collectives; the rest of them is empty then.
     for message in [description[:0]] * (3 - transport.collectives) + [description]:
         handle = transport.allgather(message, [len(message)] * transport.size, "mismatch")
         while not handle.ready():

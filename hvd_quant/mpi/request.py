@@ -1,4 +1,4 @@
-"""Calls in flight. Whoever waits for one takes all of the process forward."""
+"""Requests in flight. Waiting for one advances all of the process."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from mpi4py import MPI
 
-# Ranks may wait for their calls in different orders, and a rank's part in one must not depend on its waiting
-# for another.
+# Ranks may wait for their requests in different orders, so a rank's part in one must not depend on its
+# waiting for another.
 underway: list[Request] = []
-abandoned: list[Any] = []  # what MPI may still read
+abandoned: list[Any] = []  # buffers that MPI may still read
 lock = threading.RLock()
-_busy = False  # under the lock, which a signal's handler or a finalizer has, too, if it interrupts its holder
+_busy = False  # guarded by the lock, which a signal handler or finalizer that interrupts its holder also gets
 
 
 def progress() -> None:
-    """Take all calls as far as they get without waiting."""
+    """Advance all requests as far as possible without waiting."""
     global _busy
     with lock:
         if _busy:
@@ -30,7 +30,7 @@ def progress() -> None:
 
 
 def check_not_within() -> None:
-    """Refuse to wait within `progress`, where nothing would go on.
+    """Refuse to wait within `progress`, where nothing would advance.
 
     Raises:
         RuntimeError: this is called from there.
@@ -44,46 +44,46 @@ def check_not_within() -> None:
 
 
 def barrier(comm: MPI.Intracomm) -> None:
-    """A barrier in which requests go on, before calls in which they would not."""
+    """Run a barrier in which requests advance, before calls in which they would not."""
     request = comm.Ibarrier()
     while not request.Test():
         progress()
 
 
 def check_mpi() -> None:
-    """Raises a RuntimeError if MPI is not there to be used."""
+    """Check that MPI can be used; else raise a RuntimeError."""
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise RuntimeError("MPI is not initialised, or no longer: call MPI.Init() first")
 
 
 class Request:
-    """An ``Iallreduce`` on its way; complete it with `Wait`, or with `Test` until that is true.
+    """An ``Iallreduce`` in flight; complete it with `Wait`, or with `Test` until that is true.
 
-    Any call here takes all of the process's requests forward. While none is made they may stand still, and
-    with them other ranks that wait for theirs: complete requests before you wait for other ranks by other
-    means, such as a barrier.
+    Any call here advances all of the process's requests. Between calls they may stand still, and with them
+    other ranks that wait for theirs: complete requests before you wait for other ranks by other means, such
+    as a barrier.
 
-    One that is dropped is taken forward none the less, and writes to its receive buffer when it gets there;
+    A request that is dropped still advances, and writes to its receive buffer when it completes;
     `QuantizedComm.Free` waits for it, and raises its error.
     """
 
     def __init__(self, generator: Iterator[None]) -> None:
-        self._generator: Iterator[None] | None = generator  # which yields while it waits for other ranks
+        self._generator: Iterator[None] | None = generator  # yields while it waits for other ranks
         self._error: BaseException | None = None
-        self._reported = False  # the error
+        self._reported = False  # whether the error has been raised
 
     @property
     def in_flight(self) -> bool:
-        """Whether there is something left to wait for."""
+        """Whether it is incomplete."""
         return self._generator is not None
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to wait for, and nothing to tell."""
+        """Whether it is complete, and its error, if any, has been raised."""
         return self._generator is None and (self._error is None or self._reported)
 
     def advance(self) -> bool:
-        """As far as it gets without waiting; whether that is the end."""
+        """Advance as far as possible without waiting; returns whether it is complete."""
         try:
             if self._generator is not None:
                 next(self._generator)
@@ -91,13 +91,13 @@ class Request:
             self._generator = None
         except BaseException as error:
             self._generator, self._error = None, error
-            if not isinstance(error, Exception):  # an interrupt, of whatever this request is waited with
-                abandoned.append(error)  # whose traceback keeps what MPI may still read
+            if not isinstance(error, Exception):  # an interrupt, during a wait for any request
+                abandoned.append(error)  # its traceback keeps what MPI may still read
                 raise
         return self._generator is None
 
     def Test(self) -> bool:  # noqa: N802  as in mpi4py
-        """Whether the result is in the receive buffer. Never waits for another rank.
+        """Return whether the result is in the receive buffer. Never waits for another rank.
 
         Raises:
             RankMismatchError: the ranks have called with different arguments.
@@ -114,16 +114,16 @@ class Request:
         """Wait until the result is in the receive buffer.
 
         Returns:
-            True, as mpi4py.
+            True, as in mpi4py.
 
         Raises:
             RankMismatchError: the ranks have called with different arguments.
-            RuntimeError: called by a signal's handler that interrupts another call.
+            RuntimeError: called by a signal handler that interrupts another call.
         """
         if not self.Test():
             check_not_within()
         while not self.Test():
-            pass  # MPI yields the core by itself, where it is told to
+            pass  # MPI yields the core by itself, if it is configured to
         return True
 
     def test(self) -> tuple[bool, None]:

@@ -1,4 +1,4 @@
-"""Bytes between ranks by MPI's point-to-point messages."""
+"""Transport of bytes between ranks by MPI point-to-point messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
-COLLECTIVES = 4  # of one transport at most
-# A message of more bytes goes in parts, because counts are 32-bit integers before MPI 4. A part of exactly so
-# many is followed by another, which may be empty.
+COLLECTIVES = 4  # per transport at most
+# Longer messages are split, because counts are 32-bit integers before MPI 4. A part of exactly this size is
+# followed by another, which may be empty.
 _PART = 2**30
 
 
@@ -22,13 +22,13 @@ class _Handle:
         comm: MPI.Intracomm,
         tag: int,
         parts: Sequence[np.ndarray],
-        rooms: dict[str, np.ndarray],
+        buffers: dict[str, np.ndarray],
     ) -> None:
-        self._comm, self._tag, self._rooms = comm, tag, rooms
+        self._comm, self._tag, self._buffers = comm, tag, buffers
         self._status = MPI.Status()
         self._received: list[list[np.ndarray]] = [[] for _ in parts]
         self._received[comm.rank].append(parts[comm.rank])
-        # Each rank begins with the one after it, lest all send to the same one at once.
+        # Each rank starts with the next one, so that they do not all send to the same one at once.
         others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
         self._awaited = dict.fromkeys(reversed(others))
         self._requests = [
@@ -40,7 +40,7 @@ class _Handle:
     def ready(self) -> bool:
         for source in list(self._awaited):
             while (message := self._comm.Improbe(source, self._tag, self._status)) is not None:
-                part = self._room(source, self._status.Get_count(MPI.BYTE))
+                part = self._buffer(source, self._status.Get_count(MPI.BYTE))
                 self._requests.append(message.Irecv([part, MPI.BYTE]))
                 self._received[source].append(part)
                 if len(part) < _PART:
@@ -53,31 +53,31 @@ class _Handle:
             pass
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in self._received]
 
-    def _room(self, source: int, size: int) -> np.ndarray:
-        """The memory that the same part came into last time, if that is large enough."""
+    def _buffer(self, source: int, size: int) -> np.ndarray:
+        """Return the buffer that received the same part last time, if it is large enough, or a new one."""
         key = f"received {self._tag % COLLECTIVES} {source} {len(self._received[source])}"
-        if key not in self._rooms or len(self._rooms[key]) < size:
-            self._rooms[key] = np.empty(size, np.uint8)
-        return self._rooms[key][:size]
+        if key not in self._buffers or len(self._buffers[key]) < size:
+            self._buffers[key] = np.empty(size, np.uint8)
+        return self._buffers[key][:size]
 
 
 class MpiTransport:
-    """See `hvd_quant.exchange.transport.Transport`: the up to `COLLECTIVES` collectives of one exchange.
+    """Transport for one exchange of up to `COLLECTIVES`; see `hvd_quant.exchange.transport.Transport`.
 
-    Collectives match in the order in which they begin, whatever their names, so that ranks that disagree
-    about the exchange meet none the less. Buffers are NumPy arrays.
+    Collectives match in the order in which they start, whatever their names, so that ranks that disagree
+    about the exchange still meet. Buffers are NumPy arrays.
 
     Args:
-        comm: for the use of transports alone.
-        number: of the exchange on ``comm``, the same on all ranks.
-        rooms: memory to receive into, kept from one exchange to the next.
+        comm: for the use of transports only.
+        number: number of the exchange on ``comm``, the same on all ranks.
+        buffers: memory to receive into, kept from one exchange to the next.
     """
 
-    def __init__(self, comm: MPI.Intracomm, number: int, rooms: dict[str, np.ndarray]) -> None:
+    def __init__(self, comm: MPI.Intracomm, number: int, buffers: dict[str, np.ndarray]) -> None:
         self.rank, self.size = comm.rank, comm.size
-        self.collectives = 0  # begun so far
-        self._comm, self._rooms = comm, rooms
-        tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # lasting for so many exchanges
+        self.collectives = 0  # started so far
+        self._comm, self._buffers = comm, buffers
+        tags = (MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) + 1) // COLLECTIVES  # exchanges until tags repeat
         self._first_tag = COLLECTIVES * (number % tags)
 
     def allgather(self, message: np.ndarray, sizes: Sequence[int | None], name: str) -> _Handle:
@@ -92,4 +92,4 @@ class MpiTransport:
     def _begin(self, parts: Sequence[np.ndarray]) -> _Handle:
         tag = self._first_tag + self.collectives
         self.collectives += 1
-        return _Handle(self._comm, tag, parts, self._rooms)
+        return _Handle(self._comm, tag, parts, self._buffers)

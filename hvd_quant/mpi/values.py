@@ -8,19 +8,19 @@ import numpy as np
 
 from hvd_quant.codec import flat_array, is_tensor, native
 
-Array = Any  # np.ndarray | torch.Tensor: torch is the caller's to import
+Array = Any  # np.ndarray | torch.Tensor: only callers import torch
 
 
 def values_of(name: str, buffer: Array, *, written: bool) -> tuple[np.ndarray, str]:
-    """A buffer as the codec reads and writes it, and its dtype.
+    """Return a buffer as the codec reads and writes it, and its dtype.
 
     Args:
-        name: what the user calls it.
-        buffer: it.
-        written: whether it will be.
+        name: the user's name of it.
+        buffer: the buffer.
+        written: whether it will be written.
 
     Raises:
-        TypeError, ValueError: it is not as `hvd_quant.mpi.QuantizedComm.Allreduce` says.
+        TypeError, ValueError: it violates the rules of `hvd_quant.mpi.QuantizedComm.Allreduce`.
     """
     tensor = is_tensor(buffer)
     if not tensor and (not isinstance(buffer, np.ndarray) or isinstance(buffer, np.ma.MaskedArray)):

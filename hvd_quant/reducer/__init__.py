@@ -1,4 +1,4 @@
-"""What every front end needs between the gradients that it is handed and the exchange.
+"""The common part of the front ends, between their gradients and the exchange.
 
 Nothing here imports a framework or Horovod.
 """

@@ -1,8 +1,8 @@
 """The control tensor: the few numbers that Horovod itself reduces in place of a gradient.
 
-The gradient's payload travels by an exchange of ours, which knows neither the reduction that the user asked
-for nor whether the ranks agree. The control tensor tells both. Horovod reduces it under the parameter's own
-name, exactly as it would have reduced the gradient.
+The gradient's payload is exchanged by us, without knowing the reduction that the user asked for or whether
+the ranks agree. The control tensor carries both. Horovod reduces it under the parameter's own name, exactly
+as it would have reduced the gradient.
 
 Each rank r of n contributes the float64 vector c_r = [1, f, f^2, w_r, g_r], where f < 2^26 is a fingerprint
 of the rank's configuration and of the tensor, w_r a large number of that rank's own, and g_r the squared norm
@@ -31,10 +31,10 @@ from hvd_quant.reducer.errors import Description, UnsupportedReductionError
 
 FINGERPRINT_BITS = 26  # f^2 < 2^52: sums of either over the ranks are exact, or nearly
 SIZE = 5
-SQUARE = 4  # where the squared norm is
+SQUARE = 4  # index of the squared norm
 NBYTES = 8 * SIZE
-# A gradient that looks like a control tensor, float64 of shape (SIZE,), is reduced in this one: Horovod
-# notices where ranks differ.
+# Gradients that look like a control tensor, float64 of shape (SIZE,), get this shape: Horovod notices if
+# ranks differ.
 OTHER_SHAPE = (1, 1, 1, 1, SIZE)
 
 
@@ -43,14 +43,14 @@ class FingerprintMismatch(Exception):  # noqa: N818  it is caught and turned int
 
 
 def fingerprint(description: Description) -> int:
-    """A hash of a description, of FINGERPRINT_BITS bits. Every process computes the same."""
+    """Hash a description to FINGERPRINT_BITS bits, the same in every process."""
     text = json.dumps(description, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % 2**FINGERPRINT_BITS
 
 
 def _weight(rank: int) -> float:
-    """w_r: from 2^60 to 2^61, in steps of 2^40, so that sums over the ranks are exact."""
+    """Return w_r: from 2^60 to 2^61, in steps of 2^40, so that sums over the ranks are exact."""
     digest = hashlib.blake2b(rank.to_bytes(8, "little"), digest_size=8).digest()
     return 2.0**60 + 2.0**40 * (int.from_bytes(digest, "little") % 2**20)
 
@@ -61,15 +61,15 @@ def _mean_weight(size: int) -> float:
 
 
 def values(own: int, rank: int) -> list[float]:
-    """What rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
+    """Return what rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
     return [1.0, float(own), float(own) ** 2, _weight(rank), 0.0]
 
 
 def check(reduced: Sequence[float], own: int, size: int) -> float:
-    """The factor for the decoded mean.
+    """Return the factor for the decoded mean.
 
     Args:
-        reduced: the SIZE values that came back. Fewer are no reduction, but a reduce-scatter's.
+        reduced: the SIZE reduced values. Fewer come from a reduce-scatter.
         own: this rank's fingerprint.
         size: the number of ranks that took part in the exchange.
 
@@ -92,26 +92,26 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
         )
     if not (close(mean, factor * own) and close(mean_square, factor * own**2)):
         raise FingerprintMismatch
-    nearest = round(factor)  # Sum and Average are exact, though Horovod's scaling may have rounded
+    nearest = round(factor)  # Sum and Average are exact, but Horovod's scaling may have rounded
     return float(nearest) if nearest and close(factor, nearest) else factor
 
 
 class Control:
-    """The control tensor of one gradient, from step to step; how it is stored is the front end's business.
+    """The control tensor of one gradient, in all steps; the front end decides how it is stored.
 
     Args:
-        fingerprint: of the rank's configuration and of the gradient.
+        fingerprint: fingerprint of the rank's configuration and of the gradient.
     """
 
     __slots__ = ("_factor", "_reduced", "fingerprint")
 
     def __init__(self, fingerprint: int) -> None:
         self.fingerprint = fingerprint
-        self._reduced: list[float] | None = None  # as it came back last, but for the squared norm
-        self._factor = 1.0  # in it
+        self._reduced: list[float] | None = None  # as last reduced, without the squared norm
+        self._factor = 1.0  # the factor found in it
 
     def factor(self, reduced: list[float], size: int) -> float:
-        """What `check` says of the reduced tensor; nearly always what it said in the step before."""
+        """Return the result of `check` for the reduced tensor; cached, because it rarely changes."""
         reduced = reduced[:SQUARE]
         if reduced != self._reduced:
             self._factor = check(reduced, self.fingerprint, size)

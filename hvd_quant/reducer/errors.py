@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-_NAMED_AT_MOST = 5  # different parameters in a message
+_NAMED_AT_MOST = 5  # differing parameters in a message
 
 Description = Mapping[str, object]
 
@@ -13,11 +13,11 @@ Description = Mapping[str, object]
 class RankMismatchError(RuntimeError):
     """The ranks are configured differently, or submitted their gradients in different orders."""
 
-    __init__ = Exception.__init__  # else TensorFlow's AutoGraph makes another exception of it
+    __init__ = Exception.__init__  # otherwise TensorFlow's AutoGraph replaces the exception
 
 
 class UnsupportedReductionError(RuntimeError):
-    """Horovod was asked for a reduction that quantized gradients cannot be given."""
+    """Horovod was called with a reduction that quantized gradients do not support."""
 
     __init__ = Exception.__init__
 
@@ -27,13 +27,13 @@ def explain_mismatch(
     parameters: Sequence[Description],
     gradients: Sequence[Sequence[Description]],
 ) -> str:
-    """Name the difference between ranks, in the same words on every rank.
+    """Explain the difference between ranks, in the same words on every rank.
 
     Args:
         configs: every rank's configuration, in rank order.
-        parameters: every rank's parameters by name, each with its shape and dtype; none if names are unknown.
-        gradients: what every rank found the mismatch on: gradients' ``name``, ``shape``, ``dtype``, and
-            ``named``, which tells whether the name is a parameter's or a place in the order of arrival.
+        parameters: every rank's parameters by name, each with shape and dtype; none if names are unknown.
+        gradients: gradients at which each rank noticed the mismatch: their ``name``, ``shape``, ``dtype``,
+            and ``named``, whether the name is a parameter's or a place in the order of arrival.
     """
     if found := differences(configs):
         advice = "Give every rank the same compressor arguments."
@@ -63,13 +63,13 @@ def explain_mismatch(
     everything = [gradient for of_rank in gradients for gradient in of_rank]
     if not everything:
         return (
-            "the ranks have the same configuration and parameters now, but some rank told the others of "
-            "different ones, before its reset(). Training can go on from here."
+            "the ranks have the same configuration and parameters now, but some rank had announced "
+            "different ones before its reset(). Training can go on from here."
         )
     if not all(gradient["named"] for gradient in everything):
         return (
             "the ranks submitted their gradients in different orders, or different ones, and the compressor "
-            "was not told the parameters' names. Pass it named_parameters=model.named_parameters(), or use "
+            "does not know the parameters' names. Pass it named_parameters=model.named_parameters(), or use "
             "hvd_quant.torch.DistributedOptimizer, which does so."
         )
     names = [[gradient["name"] for gradient in of_rank] for of_rank in gradients]
@@ -77,7 +77,7 @@ def explain_mismatch(
     some = [[name for name in of_rank if name not in everywhere][:_NAMED_AT_MOST] for of_rank in names]
     if found := differences([{"what others lack": of_rank} for of_rank in some]):
         return (
-            "the ranks had different gradients on their way when the first result was asked for: "
+            "the ranks had different gradients in flight when the first result was requested: "
             + "; ".join(found.values())
             + ". Submit the same gradients on every rank before any result is used."
         )
@@ -91,7 +91,7 @@ def explain_mismatch(
 
 
 def differences(by_rank: Sequence[Description]) -> dict[str, str]:
-    """For every field that is not the same everywhere, its values and the ranks that have them."""
+    """Return, for every field that differs between ranks, its values and the ranks that have them."""
     found = {}
     for field in dict.fromkeys(field for description in by_rank for field in description):
         ranks: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""A gradient as a front end hands it over, and a parameter as it describes it."""
+"""Gradients and parameters as front ends describe them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")  # that are quantized
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the model, as ranks compare it, and as its gradient will come.
+    """A parameter of the model, as ranks compare it.
 
     Args:
-        shape, dtype, device: of its gradient.
+        shape, dtype, device: those of its gradient.
         trained: whether it gets one.
     """
 
@@ -36,41 +36,41 @@ class Parameter:
 
     @property
     def count(self) -> int:
-        """Values in it."""
+        """Number of values."""
         return math.prod(self.shape)
 
     def describe(self) -> list[Any]:
-        """What must be the same on all ranks."""
+        """Describe what must be the same on all ranks."""
         return [list(self.shape), self.dtype, *([] if self.trained else ["frozen"])]
 
 
 class State(IntEnum):
-    """Where a gradient is, from ``compress`` to ``decompress``."""
+    """State of a gradient, from ``compress`` to ``decompress``."""
 
     IDLE = 0  # not in flight
-    SUBMITTED = 1  # held back, until the ranks have agreed
-    GROUPED = 2  # waits for others of its fused bucket, or that for a slot
+    SUBMITTED = 1  # held back until the ranks have agreed
+    GROUPED = 2  # waits for the rest of its fused bucket, or that for a slot
     SENT = 3
-    ANNOUNCED = 4  # all ranks are told of what is sent with it
-    RECEIVED = 5  # its result is there
+    ANNOUNCED = 4  # announced to all ranks with the rest of its round
+    RECEIVED = 5  # the result has been written
     ABANDONED = 6
 
 
 class Gradient:
-    """What a front end knows of a gradient, from step to step. It overrides what raises an exception here.
+    """A front end's record of a gradient, in all steps. Subclasses override what raises an exception here.
 
-    It is called by its parameter's name, or by its place in the order of arrival.
+    It is identified by its parameter's name, or by its place in the order of arrival.
 
     Args:
-        entry: its place in a fused bucket; has its key, its size, and how it is quantized.
+        entry: its place in a fused bucket, with its key, its size, and its scheme.
         named: whether its key is a parameter's name.
-        description: what must be the same on all ranks.
+        description: properties that must be the same on all ranks.
         control: its control tensor.
     """
 
     __slots__ = ("control", "description", "entry", "named", "sent", "use", "waits_as")
 
-    codec: ClassVar[Codec]  # or an attribute, where devices differ
+    codec: ClassVar[Codec]  # or an attribute, if devices differ
 
     def __init__(self, entry: Entry, named: bool, description: Description, control: Control) -> None:
         self.entry, self.named, self.description, self.control = entry, named, description, control
@@ -85,7 +85,7 @@ class Gradient:
 
     @property
     def key(self) -> str:
-        """What it is called on every rank."""
+        """Its name on every rank."""
         return self.entry.key
 
     @classmethod
@@ -93,29 +93,29 @@ class Gradient:
         """Called before the values of gradients that travel together are read."""
 
     def hold(self, tensor: Any) -> None:
-        """Take this step's values, which are read when they are sent."""
+        """Keep this step's values, which are read when they are sent."""
         raise NotImplementedError
 
     def values(self) -> Buffer:
-        """The gradient, as its codec reads it."""
+        """Return the gradient as its codec reads it."""
         raise NotImplementedError
 
     def out(self, values: Buffer) -> Buffer:
-        """Where its result is to be written, as its codec writes it; ``values`` to overwrite these."""
+        """Return the output buffer for its codec; ``values`` to overwrite these."""
         raise NotImplementedError
 
     def scratch(self) -> Any:
-        """Memory for another result, in the front end's terms."""
+        """Allocate a buffer for another result, of the front end's type."""
         raise NotImplementedError
 
     def buffer_of(self, scratch: Any) -> Buffer:
-        """That memory, as the codec writes it."""
+        """Return that buffer as the codec writes it."""
         raise NotImplementedError
 
     def replace_result(self, scratch: Any) -> None:
-        """Take what has been written there for the result."""
+        """Use what has been written there as the result."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Let go of the gradient and of its result."""
+        """Drop the references to the gradient and to its result."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Fused buckets in flight: from the gradients that come to the means that are written."""
+"""Fused buckets in flight: from submitted gradients to their means."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROUPED = State.GROUPED  # looked up for every gradient
 
 @dataclass(slots=True)
 class SentBucket:
-    """Gradients that travel together."""
+    """Gradients that were sent in one bucket."""
 
     exchange: Exchange
     gradients: list[Gradient]
@@ -37,11 +37,11 @@ class BucketsInFlight:
     """Sends the gradients of a rank, as soon as their fused buckets are complete and there is a slot.
 
     Args:
-        state: of the training.
-        agreement: between the ranks.
-        rounds: of this rank.
-        ranks: of the process set: sets side by side must not share their noise.
-        fusion_bytes: of a fused bucket.
+        state: state of the training.
+        agreement: agreement between the ranks.
+        rounds: rounds of this rank.
+        ranks: ranks of the process set: sets side by side must not share their noise.
+        fusion_bytes: size of a fused bucket.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BucketsInFlight:
         self._fusion: Fusion[Gradient] = Fusion(fusion_bytes)
         self._ready: deque[tuple[FusionGroup[Gradient], list[Gradient]]] = deque()  # for the next slots
         self._underway: list[Exchange] = []  # not yet at their last collective
-        # What this rank sends until it asks for a result is a round. All ranks' rounds must be the same.
+        # A round is what this rank sends until it requests a result. Rounds must be the same on all ranks.
         self._sent: list[SentBucket] = []  # in this round
         self.in_round = False  # whether gradients have come since the last round
         self.announced: list[SentBucket] = []  # in the round of which the results are waited for
@@ -70,16 +70,16 @@ class BucketsInFlight:
         """Begin a generation.
 
         Args:
-            transport: between the ranks.
-            choice: decides on the exchange's algorithm.
-            expected: gradients that will come, in lists that are fused each for itself.
+            transport: transport between the ranks.
+            choice: chooses the exchange algorithm.
+            expected: gradients that will come, in lists that are fused separately.
         """
         self._transport, self._choice = transport, choice
         for entries in expected:
             self._fusion.plan(entries)
 
     def add(self, gradient: Gradient) -> None:
-        """Have a gradient travel, in the next slot after its fused bucket is complete."""
+        """Add a gradient, to be sent in the next slot after its fused bucket is complete."""
         gradient.use = self._state.use(gradient.entry.key)
         gradient.waits_as, self.in_round = _GROUPED, True
         if (ready := self._fusion.add(gradient)) is not None:
@@ -94,16 +94,16 @@ class BucketsInFlight:
         return False
 
     def end_round(self) -> None:
-        """Send everything that has come, for nothing more will before a result is used, and tell what it was.
+        """Send and announce everything submitted: nothing more will be before a result is used.
 
-        If the ranks have not sent the same, some of it will never arrive: who waits for that must learn it.
+        If the ranks have not sent the same, some of it will never arrive, and those who wait must learn it.
         """
         self._ready.extend(self._fusion.flush())
         while self.send_next():
             pass
         self.announced, self._sent, self.in_round = self._sent, [], False
         exchanges = [sent.exchange for sent in self.announced]
-        # Sorted, because gradients, and with them fused buckets, may come in another order on every rank.
+        # Sorted, because gradients, and with them fused buckets, may come in another order on other ranks.
         rows = sorted((one.name, one.algorithm.name, one.data.bucket.digest.hex()) for one in exchanges)
         self._rounds.announce(digest(rows))
         for sent in self.announced:
@@ -139,12 +139,12 @@ class BucketsInFlight:
     # --- what is in flight ------------------------------------------------------------------------------
 
     def advance(self) -> bool:
-        """Take exchanges on as far as they get without waiting; are all at their last collective?
+        """Advance exchanges without waiting; returns whether all are at their last collective.
 
-        All of them side by side: they may have begun in another order on every rank, and one's second
-        collective may wait for a rank that waits for another's. Not in hooks of backward, where it would
-        depend on the others' progress how much this rank has submitted. And what an exchange on a GPU does
-        between its collectives waits for that.
+        All of them side by side: they may have started in another order on every rank, and one's second
+        collective may wait for a rank that waits for another's. Not in hooks of backward, where the number of
+        operations that this rank submits would depend on the others' progress. And on a GPU, the work between
+        an exchange's collectives waits for backward.
         """
         self._underway = [exchange for exchange in self._underway if not exchange.advance(wait=False)]
         return not self._underway
@@ -153,15 +153,15 @@ class BucketsInFlight:
         """Write the means of everything that the round has sent, as it arrives.
 
         No result is used before the ranks are known to have sent the same: a rank that found nothing wrong
-        would go on, and wait for others that have stopped.
+        would continue, and wait for others that have stopped.
 
         Args:
-            factor: of the first gradient that was asked for; nearly always that of all.
+            factor: factor of the first gradient whose result was requested; nearly always that of all.
 
         Raises:
             RoundMismatch, ValueError: they have not sent the same.
         """
-        # To their last collectives first, in the order in which Horovod carries them out.
+        # Advance to their last collectives first, in the order in which Horovod executes them.
         self._wait(self.advance)
         statistics = self._state.statistics
         for sent in self.announced:
@@ -185,7 +185,7 @@ class BucketsInFlight:
 
     @staticmethod
     def decode_again(gradient: Gradient, factor: float) -> None:
-        """Write the mean of one gradient whose factor is not that of those it travelled with."""
+        """Decode the mean of a gradient again whose factor differs from that of its bucket."""
         sent = gradient.sent
         results = [one.scratch() for one in sent.gradients]
         out = [one.buffer_of(result) for one, result in zip(sent.gradients, results, strict=True)]
@@ -193,7 +193,7 @@ class BucketsInFlight:
         gradient.replace_result(results[sent.gradients.index(gradient)])
 
     def clear(self) -> None:
-        """Forget what is in flight."""
+        """Drop what is in flight."""
         for sent in (*self._sent, *self.announced):
             sent.exchange.abandon()
         self._ready.clear()

@@ -1,4 +1,4 @@
-"""The options of compressors: checked, kept, and described for ranks to compare."""
+"""Options of compressors, checked, and described for ranks to compare."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ FUSION_BYTES = 8 << 20
 
 @dataclass
 class Options:
-    """What a user has asked for.
+    """Options of a compressor.
 
     Args:
         scheme: how gradients are quantized.
-        overrides: which of them are quantized otherwise, or not at all; see `Overrides`.
+        overrides: which gradients are quantized otherwise, or not at all; see `Overrides`.
         min_numel: gradients of fewer values stay uncompressed.
         exchange: one of `EXCHANGES`.
-        error_feedback: whether what quantization loses is kept, and added to the next gradient.
-        fusion_bytes: gradients travel together in fused buckets of about so many bytes; 0 for each alone.
-        seed: of the rounding noise.
+        error_feedback: whether the quantization error is kept, and added to the next gradient.
+        fusion_bytes: size of fused buckets, in bytes of their gradients; 0 sends each gradient alone.
+        seed: seed of the rounding noise.
 
     Raises:
-        TypeError, ValueError: an argument is not of its type, or not in its range; or a variable of the
-            environment is not.
+        TypeError, ValueError: an argument is not of its type, or not in its range; or an environment variable
+            is invalid.
     """
 
     scheme: Scheme | DQSGD
@@ -54,7 +54,7 @@ class Options:
             )
         check_integer("fusion_bytes", self.fusion_bytes, 0, 2**63 - 1)
         check_integer("seed", self.seed, 0, 2**64 - 1)
-        native.threads()  # this and the next check what the environment says
+        native.threads()  # this and the next check the environment
         cost.stated_bandwidth()
         self._has_overrides = bool(self.overrides)
         self.min_numel, self.fusion_bytes = int(self.min_numel), int(self.fusion_bytes)
@@ -67,23 +67,23 @@ class Options:
 
     @property
     def needs_names(self) -> bool:
-        """Whether gradients must be told apart from step to step."""
+        """Whether gradients must be identified from step to step."""
         return self.error_feedback or bool(self.overrides)
 
     def scheme_of(self, name: str | None, count: int, present: Scheme) -> Scheme | None:
-        """A gradient's scheme; None if it stays uncompressed.
+        """Return a gradient's scheme; None if it stays uncompressed.
 
         Args:
-            name: None if it is not known.
-            count: of its values.
-            present: what the user's scheme is in this step.
+            name: name of the gradient; None if it is unknown.
+            count: number of its values.
+            present: the user's scheme in this step.
         """
         if count < self.min_numel:
             return None
         return self.overrides.scheme(name, present) if self._has_overrides and name is not None else present
 
     def describe(self) -> Description:
-        """What must be the same on all ranks."""
+        """Describe what must be the same on all ranks."""
         # With correlated rounding ranks share their noise.
         seed = {"seed": self.seed} if "correlated" in self._roundings else {}
         return {

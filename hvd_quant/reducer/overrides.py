@@ -1,4 +1,4 @@
-"""Which parameters are quantized otherwise than the rest, by patterns on their names."""
+"""Exceptions from the scheme, by patterns on the parameters' names."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Overrides:
     """Schemes of single parameters, or None for those that stay uncompressed.
 
     Args:
-        given: a mapping of shell patterns (``*``, ``?``, ``[...]``; matched with regard to case) to schemes
-            or None. Of the patterns that match a name the first one holds. Or the path of a YAML or TOML file
-            (by its suffix, .yaml, .yml or .toml) with such a mapping, in which ``none`` stands for None (in
-            YAML ``null`` too) and a scheme is a mapping of ``scheme`` (qsgd or nuqsgd) and its arguments:
+        given: a mapping of case-sensitive shell patterns (``*``, ``?``, ``[...]``) to schemes or None. The
+            first pattern that matches a name holds. Or the path of a YAML or TOML file (by its suffix, .yaml,
+            .yml or .toml) with such a mapping, in which ``none`` stands for None (in YAML ``null`` too) and a
+            scheme is a mapping of ``scheme`` (qsgd or nuqsgd) and its arguments:
 
                 "*.bias": none
                 "embed.*": {scheme: qsgd, bits: 8}
 
-        rounding: of schemes in a file that name none.
+        rounding: rounding of schemes in a file that have none.
 
     Raises:
-        TypeError, ValueError: these are no such patterns or schemes, or the file is none that can be read.
+        TypeError, ValueError: patterns or schemes are invalid, or the file cannot be parsed.
         OSError: the file cannot be opened.
     """
 
@@ -64,16 +64,16 @@ class Overrides:
         return iter(self._schemes.items())
 
     def pattern(self, name: str) -> str | None:
-        """The first pattern that matches a parameter's name, or None."""
+        """Return the first pattern that matches a parameter's name, or None."""
         return next((pattern for pattern in self._schemes if fnmatchcase(name, pattern)), None)
 
     def scheme(self, name: str, default: Any) -> Any:
-        """A parameter's scheme, None if it stays uncompressed; ``default`` if nothing is said of it."""
+        """Return a parameter's scheme, None if it stays uncompressed; ``default`` if no pattern matches."""
         pattern = self.pattern(name)
         return default if pattern is None else self._schemes[pattern]
 
     def unused(self, names: Iterable[str]) -> list[str]:
-        """The patterns that hold for none of these parameters."""
+        """Return the patterns that hold for none of these parameters."""
         used = {self.pattern(name) for name in names}
         return [pattern for pattern in self._schemes if pattern not in used]
 
@@ -100,7 +100,7 @@ def _read(path: Path) -> Any:
 
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        # Of equal keys YAML would keep the last one; of patterns the first one is to hold.
+        # For equal keys YAML would keep the last one, but the first pattern is to hold.
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if repeated := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:

@@ -1,4 +1,4 @@
-"""Waiting for other ranks, with limited patience: one of them may not run this code, or have died."""
+"""Wait for other ranks for a limited time: one of them may not run this code, or have died."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import time
 from collections.abc import Callable
 
 PATIENCE_SECONDS = 60.0
-POLL_SECONDS = 1e-3  # between two looks at what is waited for, as in Horovod itself
+POLL_SECONDS = 1e-3  # polling interval, as in Horovod itself
 
-clock = time  # tests have one of their own
+clock = time  # tests replace it
 
 
 def pause() -> None:
-    """Let other ranks, and Horovod's thread, go on."""
+    """Let other ranks, and Horovod's thread, run."""
     clock.sleep(POLL_SECONDS)
 
 
 def wait_for(condition: Callable[[], object]) -> bool:
-    """Wait until something is so, or the other ranks have had their time for it; returns whether it is so."""
+    """Wait until a condition holds, or the time is up; returns whether it holds."""
     deadline = clock.monotonic() + PATIENCE_SECONDS
     while not condition():
         if clock.monotonic() > deadline:

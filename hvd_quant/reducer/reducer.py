@@ -1,8 +1,8 @@
 """The sequence that every gradient goes through: submitted, sent, announced, received.
 
 A front end calls `begin` before the first gradient of a generation, then `submit` for each, and `finish` for
-each result. The ranks agree on what they have before anything is sent, and on what they have sent before any
-result is used.
+each result. The ranks agree on their configuration before anything is sent, and on what they have sent before
+any result is used.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ _IDLE, _ABANDONED = State.IDLE, State.ABANDONED  # looked up for every gradient
 
 
 class Reducer:
-    """Exchanges a compressor's gradients. Its caller holds `lock`.
+    """Exchanges a compressor's gradients. Callers hold `lock`.
 
     Args:
-        options: what the user asked for.
-        state: of the training.
-        number: the compressor's, in its process.
-        ranks: of its process set.
+        options: the user's options.
+        state: state of the training.
+        number: number of the compressor in its process.
+        ranks: ranks of its process set.
     """
 
     def __init__(self, options: Options, state: TrainingState, number: int, ranks: Any) -> None:
-        self.lock = threading.RLock()  # autograd calls hooks from a thread for every device
+        self.lock = threading.RLock()  # autograd calls hooks from one thread per device
         self.state = state
         self.agreement = Agreement(number)
-        self.known: dict[str, Gradient] = {}  # of this generation
+        self.known: dict[str, Gradient] = {}  # in this generation
         self.in_flight: dict[str, Gradient] = {}
         self._options = options
         self._rounds = Rounds(self.agreement)
         self._sending = BucketsInFlight(state, self.agreement, self._rounds, ranks, options.fusion_bytes)
-        self._transport: CountedTransport | None = None  # until there is a gradient, and again after reset
+        self._transport: CountedTransport | None = None  # set by the first gradient, and again after a reset
         self._choice: ExchangeChoice | None = None
         self._parameters: dict[str, list[Any]] = {}
-        # Hooks of backward must not submit more operations on some ranks than on others. So until a first
-        # result is asked for, when all ranks are known to agree, they submit nothing.
+        # Hooks of backward must not submit more operations on some ranks than on others. So they submit
+        # nothing until the first result is requested, when all ranks are known to agree.
         self._held: list[Gradient] | None = None
 
-    # --- what front ends call ---------------------------------------------------------------------------
+    # --- called by front ends ---------------------------------------------------------------------------
 
     @property
     def has_begun(self) -> bool:
@@ -71,7 +71,7 @@ class Reducer:
 
     @property
     def rank(self) -> int:
-        """The own rank, in the present generation."""
+        """Own rank in the present generation."""
         return self._transport.rank
 
     def begin(
@@ -81,17 +81,17 @@ class Reducer:
         host: int,
         parameters: Mapping[str, Parameter] | None,
     ) -> None:
-        """Begin a generation: lay out the parameters, and compare notes with the other ranks.
+        """Begin a generation: lay out the parameters, and send a proposal to the other ranks.
 
         Args:
-            transport: between the ranks.
-            choice: decides on the exchange's algorithm.
+            transport: transport between the ranks.
+            choice: chooses the exchange algorithm.
             host: a number that ranks of the same host have in common.
-            parameters: by name, in their order; None if names are not known.
+            parameters: parameters by name, in order; None if names are unknown.
 
         Raises:
             RankMismatchError: the ranks are configured differently.
-            ValueError: the options need names, or are none for the ranks' hosts.
+            ValueError: the options need names, or do not fit the ranks' hosts.
         """
         if parameters is None and self._options.needs_names:
             raise ValueError(
@@ -102,20 +102,20 @@ class Reducer:
         parameters = parameters or {}
         self._choice = choice
         self._parameters = {name: parameter.describe() for name, parameter in parameters.items()}
-        # Their order is in it, too: it is that of the fused buckets.
+        # Their order is part of it, because it is that of the fused buckets.
         own = control_tensor.fingerprint({**self.config(), "parameters": list(self._parameters.items())})
         self.agreement.propose(transport, own, host, self.state.position())
         self._rounds.begin(transport)
-        # Frozen ones apart: they may be trained later.
+        # Frozen ones in buckets of their own: they may be trained later.
         expected = [self._entries(parameters, trained=trained) for trained in (True, False)]
         self._sending.begin(transport, choice, expected)
         self._transport, self._held = transport, []
-        # In vain, if some rank does not run this code, or comes late. Then Horovod gets its control tensors
-        # all the same: if that rank is configured differently, too, these show it.
+        # If some rank does not run this code, or comes late, nobody answers. Then Horovod still reduces the
+        # control tensors, which show whether that rank is configured differently, too.
         wait_for(lambda: self._agreed(ask=True))
 
     def _entries(self, parameters: Mapping[str, Parameter], *, trained: bool) -> list[Entry]:
-        """Those that will be exchanged, in about the order in which backward computes them."""
+        """Return the entries that will be exchanged, in about the order in which backward computes them."""
         entries = []
         for name, one in reversed(parameters.items()):
             if one.trained == trained and one.dtype in DTYPES:
@@ -125,30 +125,30 @@ class Reducer:
         return entries
 
     def scheme_of(self, name: str | None, count: int) -> Any:
-        """How a gradient is quantized in this step; None if it is not."""
+        """Return the scheme of a gradient in this step; None if it is not quantized."""
         return self._options.scheme_of(name, count, self.state.present_scheme)
 
     def count(self) -> None:
-        """Note that a gradient has come, or several that are reduced by one operation."""
+        """Count a gradient, or several that are reduced by one operation."""
         slots = self._rounds.slots
         slots.gradients += 1
         if slots.gradients == 1 and not self._rounds.settled:
-            # With other slots than the others, this rank would submit more than they, or less. However late
-            # they are, they announce the last round before they do anything in this one. What is raised here
-            # is raised again when a result is asked for.
+            # With other slots than the others, this rank would submit more operations than they, or fewer.
+            # However late they are, they announce the last round before they do anything in this one. An
+            # exception here is raised again when a result is requested.
             with contextlib.suppress(ValueError, *self.agreement.transport.errors):
                 while not self._rounds.all_announced():
                     pause()
 
     def submit(self, gradient: Gradient, tensor: Any) -> None:
-        """Take a gradient for the exchange.
+        """Submit a gradient to the exchange.
 
         Args:
-            gradient: which it is.
-            tensor: its values, in the front end's terms.
+            gradient: the gradient.
+            tensor: its values, of the front end's type.
 
         Raises:
-            RuntimeError: it was submitted before, and is still in flight.
+            RuntimeError: it is already in flight.
         """
         key = gradient.entry.key
         if key in self.in_flight:
@@ -165,10 +165,10 @@ class Reducer:
             self._sending.add(gradient)
 
     def fill_slots(self) -> None:
-        """Submit as many messages as all ranks do after so many gradients.
+        """Submit as many messages as all ranks do after this many gradients.
 
-        Where none is ready, because this rank has other gradients than others, or in another order, it
-        submits an operation that counts, and does nothing.
+        If none is ready, because this rank has other gradients than others, or in another order, it submits
+        an operation that only counts.
         """
         slots = self._rounds.slots
         for _ in range(slots.due()):
@@ -180,8 +180,8 @@ class Reducer:
         """Wait for a gradient's result.
 
         Args:
-            gradient: as it was submitted.
-            reduced: its control tensor, as it came back.
+            gradient: a gradient that was submitted.
+            reduced: its reduced control tensor.
 
         Raises:
             RankMismatchError: the ranks are configured differently, disagree about what they sent, or some
@@ -225,7 +225,7 @@ class Reducer:
                 self.state.end_step()
 
     def reset(self) -> None:
-        """Forget what is in flight; tell the others, who may wait for what this rank will not send."""
+        """Drop what is in flight, and announce that to the others, who may wait for it."""
         self.agreement.drop_proposal()  # if all have answered it, there is a round to leave
         if self._sending.announced:
             self._go_on_for_others()
@@ -235,7 +235,7 @@ class Reducer:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what is in flight. The next gradient begins a new generation."""
+        """Drop what is in flight. The next gradient begins a new generation."""
         for gradient in self.in_flight.values():
             gradient.waits_as, gradient.sent = _ABANDONED, None
             gradient.release()
@@ -250,7 +250,7 @@ class Reducer:
     # --- agreement --------------------------------------------------------------------------------------
 
     def config(self) -> Description:
-        """What must be the same on all ranks."""
+        """Describe what must be the same on all ranks."""
         return {
             **self._options.describe(),
             "link": asdict(self._choice.link),
@@ -259,11 +259,11 @@ class Reducer:
         }
 
     def fingerprint(self, description: Description) -> int:
-        """The fingerprint of a gradient's control tensor."""
+        """Return the fingerprint of a gradient's control tensor."""
         return control_tensor.fingerprint({**self.config(), "resets": self.agreement.resets, **description})
 
     def _state(self) -> Description:
-        """The configuration, and what may come to differ later."""
+        """Describe the configuration, and what may come to differ later."""
         return {
             **self.config(),
             "schedule": self.state.schedule_state(),
@@ -271,11 +271,11 @@ class Reducer:
         }
 
     def _agreed(self, *, ask: bool = False) -> bool:
-        """Whether all ranks have told what they have.
+        """Return whether all ranks have proposed the same.
 
         Args:
-            ask: what the difference is, if there is one. Otherwise, as when this rank has gone on because
-                some other was late, all will find out by what they reduce.
+            ask: ask what the difference is, if there is one. Otherwise, for example if this rank has
+                continued because another was late, all find out by what they reduce.
         """
         if not self.agreement.proposed:
             return True
@@ -293,13 +293,13 @@ class Reducer:
             raise
         if same:
             self.state.catch_up(self.agreement.positions)
-            for gradient in self._held or ():  # their scheme may be another one now
+            for gradient in self._held or ():  # their scheme may have changed
                 scheme = self.scheme_of(gradient.key if gradient.named else None, gradient.entry.count)
                 gradient.entry = replace(gradient.entry, scheme=scheme)
         return True
 
     def _send_held(self, gradient: Gradient, reduced: list[float]) -> None:
-        """Send what has come: all ranks have submitted this gradient, and before that told what they have."""
+        """Send what has been held: all ranks have submitted this gradient, and their proposals before it."""
 
         def agreed() -> bool:
             if self._agreed():
@@ -309,14 +309,14 @@ class Reducer:
             return False
 
         if not wait_for(agreed):
-            raise ValueError("not all ranks have told their configuration")
+            raise ValueError("not all ranks have reported their configuration")
         held, self._held = self._held, None
         for one in held:
             self._sending.add(one)
         self._rounds.slots.completed.clear()  # not in hooks
 
     def _mismatch(self, gradients: list[Gradient]) -> RankMismatchError:
-        """What to raise on a difference that was noticed at these gradients, by all ranks."""
+        """Return the error for a difference that all ranks have noticed at these gradients."""
         descriptions = [one.description for one in gradients]
         state = self._state()
         self.agreement.drop_proposal()
@@ -331,12 +331,12 @@ class Reducer:
         return RankMismatchError(message)
 
     def _explain(self, question: str, gradients: list[Description], state: Description) -> str | None:
-        """Ask all ranks what they have: None, if they do not all answer, because one has died, say."""
+        """Ask all ranks for their state: None if not all answer, for example because one has died."""
         answers = self.agreement.ask(question, [state, self._parameters, gradients], self._sending.advance)
         return explain_mismatch(*zip(*answers, strict=True)) if answers else None
 
     def _go_on_for_others(self) -> None:
-        """Take exchanges to their last collectives, if the other ranks do, too: they may wait for these."""
+        """Advance exchanges to their last collectives, if the other ranks do: they may wait for these."""
 
         def there() -> bool:
             self._rounds.all_announced()  # raises an exception if they do not
@@ -345,17 +345,17 @@ class Reducer:
         with contextlib.suppress(ValueError, *self.agreement.transport.errors):
             wait_for(there)
 
-    # --- what the stall check says ----------------------------------------------------------------------
+    # --- for the stall check ----------------------------------------------------------------------------
 
     def describe_in_flight(self) -> str | None:
-        """What gradients are in flight, in a sentence; None if there are none.
+        """Describe the gradients in flight in a sentence; None if there are none.
 
-        For the stall check, from another thread while this one waits, so that it takes no lock.
+        The stall check calls it from another thread while this one waits, so it takes no lock.
         """
         first = "Not all ranks have submitted their first gradient. " if self.agreement.proposed else ""
         if not (keys := list(self.in_flight)):
             return first or None
         state = (
-            "results have been asked for" if self._sending.announced else "no result has been asked for yet"
+            "results have been requested" if self._sending.announced else "no result has been requested yet"
         )
         return f"{first}Gradients in flight: {enumeration(keys)}; {state}."

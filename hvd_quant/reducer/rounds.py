@@ -1,8 +1,8 @@
-"""Rounds: what the ranks send until they ask for a result must be the same on all of them.
+"""Rounds: what the ranks send until they request a result must be the same on all of them.
 
-And slots: how many operations a rank submits in a hook of backward must not depend on what has arrived, nor
-on which gradients it has. So hooks submit a message after as many gradients as the slowest rank needed in the
-last round, or one that counts and does nothing.
+And slots: the number of operations that a rank submits in a hook of backward must not depend on what has
+arrived, nor on which gradients it has. So hooks submit a message after as many gradients as the slowest rank
+needed in the last round, or one that only counts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hvd_quant.codec.message import framed, unframed
 from hvd_quant.exchange.transport import CountedTransport, Handle
 from hvd_quant.reducer.agreement import Agreement
 
-NOTHING = bytes(8)  # announced in place of a round that is left; no digest
+NOTHING = bytes(8)  # announced in place of a round that is left; not a digest
 
 
 class RoundMismatch(ValueError):  # noqa: N818  it is caught and turned into a RankMismatchError
-    """By the time that results were asked for, the ranks had not sent the same."""
+    """The ranks had not sent the same when results were requested."""
 
 
 class RoundLeft(RoundMismatch):
@@ -27,14 +27,14 @@ class RoundLeft(RoundMismatch):
 
 
 class Slots:
-    """After which gradients a hook submits a message."""
+    """The numbers of gradients after which a hook submits a message."""
 
     def __init__(self) -> None:
-        self.agreed: list[int] = []  # after how many gradients, in ascending order
-        self.gradients = 0  # that have come in this round, those that are not exchanged included
+        self.agreed: list[int] = []  # numbers of gradients, in ascending order
+        self.gradients = 0  # arrived in this round, including those that are not exchanged
         self.used = 0
-        self.skipped = 0  # in which no message was ready
-        self.completed: list[int] = []  # after how many gradients fused buckets of this round were complete
+        self.skipped = 0  # slots in which no message was ready
+        self.completed: list[int] = []  # numbers of gradients after which fused buckets were complete
 
     def due(self) -> int:
         """How many messages are to be submitted now; takes the slots."""
@@ -43,7 +43,7 @@ class Slots:
         return due
 
     def end_round(self) -> None:
-        """The next gradient is another round's first."""
+        """Start another round with the next gradient."""
         self.gradients = self.used = self.skipped = 0
         self.completed = []
 
@@ -52,27 +52,27 @@ class Rounds:
     """A rank's rounds in the present generation.
 
     Args:
-        agreement: between the ranks.
+        agreement: agreement between the ranks.
     """
 
     def __init__(self, agreement: Agreement) -> None:
         self.slots = Slots()
         self._agreement = agreement
         self._transport: CountedTransport | None = None
-        self._number = 0  # since the generation began
-        self._announcements: list[Handle] = []  # of rounds not yet known to have been the same
+        self._number = 0  # rounds since the generation began
+        self._announcements: list[Handle] = []  # rounds whose agreement is not known yet
         self._failure: RoundMismatch | None = None  # found in them
 
     def begin(self, transport: CountedTransport) -> None:
-        """Begin a generation, in which no rank knows anything of the others' rounds."""
+        """Begin a generation, with no announcements."""
         self._transport = transport
         self._number, self.slots.agreed = 0, []
 
     def announce(self, sent: bytes) -> None:
-        """Tell the others about a round, and end it.
+        """Announce a round to the others, and end it.
 
         Args:
-            sent: a digest of what this rank has sent in it, 8 bytes.
+            sent: digest of what this rank has sent in it, 8 bytes.
         """
         row = np.array([self.slots.skipped, *self.slots.completed], np.int64)
         message = framed(row.tobytes(), sent)
@@ -84,17 +84,17 @@ class Rounds:
         self.slots.end_round()
 
     def leave(self) -> None:
-        """Tell the others that this rank has left the round."""
+        """Announce that this rank has left the round."""
         self.slots.end_round()
         self.announce(NOTHING)
 
     @property
     def settled(self) -> bool:
-        """Whether all rounds of this rank are known to have been the same on all ranks."""
+        """Whether all rounds of this rank are known to be the same on all ranks."""
         return not self._announcements and self._failure is None
 
     def all_announced(self) -> bool:
-        """Whether all ranks have announced all rounds that this one has.
+        """Return whether all ranks have announced all rounds that this one has.
 
         Raises:
             RoundLeft: some have left one.
@@ -107,7 +107,7 @@ class Rounds:
         return not self._announcements
 
     def _compare(self, messages: list[np.ndarray]) -> RoundMismatch | None:
-        """What is wrong with a round, by what all ranks have announced; else, have the next one follow it."""
+        """Return what is wrong with a round, from all announcements; else set the slots of the next one."""
         rows, sent = zip(*map(unframed, messages), strict=True)
         if left := [rank for rank, one in enumerate(sent) if one == NOTHING]:
             return RoundLeft(
@@ -117,14 +117,14 @@ class Rounds:
             )
         if sent.count(sent[0]) != len(sent):
             return RoundMismatch("the ranks have not sent the same")
-        told = [np.frombuffer(row, np.int64).tolist() for row in rows]
-        skipped, completed = [one[0] for one in told], [one[1:] for one in told]
-        self.slots.agreed = [max(one) for one in zip(*completed, strict=False)]  # as many as on every rank
+        received = [np.frombuffer(row, np.int64).tolist() for row in rows]
+        skipped, completed = [one[0] for one in received], [one[1:] for one in received]
+        self.slots.agreed = [max(one) for one in zip(*completed, strict=False)]  # equally many on every rank
         self._transport.level(max(skipped), skipped[self._transport.rank])
         return None
 
     def drop(self) -> None:
-        """Let go of all announcements; some may never be answered."""
+        """Abandon all announcements; some may never be answered."""
         for announcement in self._announcements:
             announcement.abandon()
         self._announcements.clear()

@@ -1,7 +1,7 @@
-"""Says on every rank what it waits for, when other ranks do not come.
+"""Warn on every rank about what it waits for, when other ranks do not come.
 
-Horovod's own stall check speaks on rank 0 alone, and knows tensors' names, but neither gradients nor the line
-of the program that waits. Ours takes the same settings: ``HOROVOD_STALL_CHECK_TIME_SECONDS`` (default 60) and
+Horovod's own stall check warns on rank 0 only, and knows tensors' names, but neither gradients nor the line
+of the program that waits. Ours uses the same settings: ``HOROVOD_STALL_CHECK_TIME_SECONDS`` (default 60) and
 ``HOROVOD_STALL_CHECK_DISABLE``.
 """
 
@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 
 _SECONDS = 60  # Horovod's default
 _LIBRARIES = ("horovod", "hvd_quant", "torch", "tensorflow", "keras", "tf_keras")
-_NAMED_AT_MOST = 5  # of many things in a message
+_NAMED_AT_MOST = 5  # items in a message
 _THREAD = "hvd_quant stall"
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ logger = logging.getLogger("hvd_quant")
 
 
 def stall_seconds() -> float | None:
-    """How long operations may be in flight before that is said, by Horovod's settings; None for ever."""
+    """Return the seconds before a warning, by Horovod's settings; None if it is disabled."""
     if _integer("HOROVOD_STALL_CHECK_DISABLE", 0) > 0:
         return None
     seconds = _integer("HOROVOD_STALL_CHECK_TIME_SECONDS", _SECONDS)
@@ -38,7 +38,7 @@ def stall_seconds() -> float | None:
 
 
 def _integer(variable: str, default: int) -> int:
-    """As C's strtol: what begins with no digits is 0."""
+    """Parse an integer as C's strtol: without leading digits it is 0."""
     text = os.environ.get(variable)
     if text is None:
         return default
@@ -47,12 +47,13 @@ def _integer(variable: str, default: int) -> int:
 
 
 class StallCheck(Generic[T]):
-    """Watches operations in flight from a daemon thread, and logs a warning when one has been for too long.
+    """Watches operations in flight from a daemon thread, and warns when one takes too long.
 
     Args:
-        in_flight: told what is watched, what is in flight at the moment, as keys that no later operation has.
-        describe: told those that have been in flight for too long, and what is watched, the lines that say
-            what they are; the first says which rank waits.
+        in_flight: called with what is watched; returns what is in flight, as keys that no later operation
+            has.
+        describe: called with the keys that are in flight for too long, and what is watched; returns the lines
+            of the warning about them, of which the first names this rank.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class StallCheck(Generic[T]):
         in_flight: Callable[[list[T]], Iterable[Hashable]],
         describe: Callable[[list[Hashable], list[T]], list[str]],
     ) -> None:
-        self.watched: weakref.WeakSet[T] = weakref.WeakSet()  # what submits operations
+        self.watched: weakref.WeakSet[T] = weakref.WeakSet()  # submitters of operations
         self._in_flight, self._describe = in_flight, describe
         self._since: dict[Hashable, float] = {}
-        self._told: set[Hashable] = set()  # what was in flight when something was said
-        self._process = 0  # in which the thread runs: none survives a fork
+        self._reported: set[Hashable] = set()  # in flight at the last warning
+        self._process = 0  # process of the thread, which does not survive a fork
 
     def watch(self, one: T) -> None:
-        """Watch what submits operations, unless the user has disabled Horovod's stall check."""
+        """Watch a submitter of operations, unless the user has disabled Horovod's stall check."""
         self.watched.add(one)
         if self._process == os.getpid() or (seconds := stall_seconds()) is None:
             return
@@ -78,35 +79,35 @@ class StallCheck(Generic[T]):
     def _watch(self, seconds: float) -> None:
         while True:
             time.sleep(min(1.0, seconds / 4))
-            if (message := self.look(time.monotonic(), seconds)) is not None:
+            if (message := self.poll(time.monotonic(), seconds)) is not None:
                 logger.warning(message)
 
-    def look(self, now: float, seconds: float) -> str | None:
-        """What is to be said, once of each operation.
+    def poll(self, now: float, seconds: float) -> str | None:
+        """Return the warning that is due, once per operation.
 
         Args:
-            now: the time, in seconds.
-            seconds: that operations may be in flight.
+            now: current time, in seconds.
+            seconds: time that operations may be in flight.
         """
         self._since = {key: self._since.get(key, now) for key in self._in_flight(list(self.watched))}
-        self._told &= self._since.keys()
+        self._reported &= self._since.keys()
         stalled = [key for key, since in self._since.items() if now - since >= seconds]
-        if self._told.issuperset(stalled):
+        if self._reported.issuperset(stalled):
             return None
-        self._told.update(self._since)
+        self._reported.update(self._since)
         first, *lines = self._describe(stalled, list(self.watched))
         return "\n  ".join([f"{first} has waited {seconds:g} s for other ranks.", *lines, *_places()])
 
 
 def enumeration(names: Iterable[str]) -> str:
-    """Names, as they stand in a sentence; of many, the first few and the number of the others."""
+    """Enumerate names in a sentence; of many, the first few and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
     return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def _places() -> list[str]:
-    """The lines of the user's program at which the main thread is, and each that has called Horovod or us."""
+    """Return where in the user's program the main thread is, and each that has called Horovod or us."""
     libraries = {
         name: str(Path(module.__file__).parent) + os.sep
         for name in _LIBRARIES
@@ -115,7 +116,7 @@ def _places() -> list[str]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     places = []
     for ident, frame in sys._current_frames().items():
-        stack = traceback.extract_stack(frame)[::-1]  # where the thread is comes first
+        stack = traceback.extract_stack(frame)[::-1]  # innermost frame first
         within = [
             next((name for name, folder in libraries.items() if entry.filename.startswith(folder)), None)
             for entry in stack

@@ -1,4 +1,4 @@
-"""What a compressor knows of the training so far: noise, schedule of bits, residuals, statistics."""
+"""A compressor's state of the training: noise, schedule of bits, residuals, statistics."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hvd_quant.schemes import DQSGD, Scheme, check_integer
 
 @dataclass
 class Statistics:
-    """What this rank has contributed so far.
+    """Statistics of this rank.
 
     Args:
         messages: fused buckets that were sent.
-        raw_bytes: the gradients as they were.
-        wire_bytes: what they were encoded into: messages, control tensors, uncompressed gradients.
-        received_bytes: what came from other ranks by our own exchanges.
+        raw_bytes: bytes of the uncompressed gradients.
+        wire_bytes: bytes that they were encoded into: messages, control tensors, uncompressed gradients.
+        received_bytes: bytes received from other ranks by our own exchanges.
     """
 
     messages: int = 0
@@ -32,22 +32,22 @@ class Statistics:
     received_bytes: int = 0
 
     def report(self) -> dict[str, Any]:
-        """As ``stats()`` returns it."""
+        """Return the statistics as ``stats()`` does."""
         ratio = self.raw_bytes / self.wire_bytes if self.wire_bytes else 1.0
         return {**vars(self), "compression_ratio": ratio}
 
 
 class Residuals:
-    """What error feedback keeps: what has not been sent of each gradient, flat float32.
+    """Residuals of error feedback: what has not been sent of each gradient, flat float32.
 
-    Of NumPy arrays; a framework with arrays of its own overrides the three methods at the end.
+    This class uses NumPy arrays; a framework's own overrides the three methods at the end.
     """
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
 
     def of(self, key: str, count: int, like: Any) -> Buffer:
-        """A gradient's, on its device; of nothing, if there are none, or those of another size."""
+        """Return a gradient's residual on its device; zeros if there is none, or one of another size."""
         residual = self.kept.get(key)
         if residual is None or len(residual) != count:
             residual = self._zeros(count, like)
@@ -55,11 +55,11 @@ class Residuals:
         return residual
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of all."""
+        """Return copies of all."""
         return {key: self._flat_copy(residual) for key, residual in self.kept.items()}
 
     def load(self, residuals: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a state, ready to be kept.
+        """Check and convert the residuals of a state.
 
         Raises:
             ValueError: they are not finite.
@@ -81,34 +81,34 @@ class Residuals:
 
 
 class TrainingState:
-    """How far a compressor has come.
+    """A compressor's state of the training.
 
     Args:
-        scheme: what the user asked for.
-        seed: of the rounding noise.
-        residuals: of error feedback; None without it.
+        scheme: the user's scheme.
+        seed: seed of the rounding noise.
+        residuals: residuals of error feedback; None without it.
     """
 
     def __init__(self, scheme: Scheme | DQSGD, seed: int, residuals: Residuals | None = None) -> None:
         self.scheme, self.seed, self.residuals = scheme, seed, residuals
-        self.uses: Counter[str] = Counter()  # how often each gradient has come; part of the noise's key
-        self.least_use = 0  # what every gradient has come, at least
+        self.uses: Counter[str] = Counter()  # how often each gradient has come; part of the noise key
+        self.least_use = 0  # lower bound for every gradient
         self.statistics = Statistics()
         self.schedule = BitSchedule(scheme) if isinstance(scheme, DQSGD) else None
         self.present_scheme: Scheme = self._scheme()
-        self._squares: list[float] = []  # squared norms of the gradients that have come back in this step
-        self._bits: list[int] = []  # of each step
+        self._squares: list[float] = []  # squared norms of this step's reduced gradients
+        self._bits: list[int] = []  # bits of each step
 
     # --- uses -------------------------------------------------------------------------------------------
 
     def use(self, key: str) -> int:
-        """How often a gradient has come before; counts this time."""
+        """Return how often a gradient has come before, and count it."""
         use = max(self.uses[key], self.least_use)
         self.uses[key] = use + 1
         return use
 
     def most_uses(self) -> int:
-        """How often the gradient that came most often has come."""
+        """Uses of the most frequent gradient."""
         return max([self.least_use, *self.uses.values()])
 
     # --- schedule of bits -------------------------------------------------------------------------------
@@ -117,11 +117,11 @@ class TrainingState:
         return self.scheme if self.schedule is None else self.scheme.at(self.schedule.bits)
 
     def note_square(self, square: float) -> None:
-        """Note the squared norm of a gradient that has come back."""
+        """Note the squared norm of a reduced gradient."""
         self._squares.append(square)
 
     def end_step(self) -> None:
-        """The next gradient is of another step, which may have another number of bits."""
+        """End the step; the next one may have another number of bits."""
         self._bits.append(self.schedule.bits)
         self.schedule.advance(*self._squares)
         self._squares.clear()
@@ -129,42 +129,42 @@ class TrainingState:
             self.present_scheme = self._scheme()
 
     def forget_step(self) -> None:
-        """Leave the present step."""
+        """Drop the present step."""
         self._squares.clear()
 
     def schedule_state(self) -> dict[str, Any] | None:
-        """The schedule, as ranks compare it."""
+        """Return the schedule, as ranks compare it."""
         return self.schedule.state_dict() if self.schedule is not None else None
 
     # --- between ranks ----------------------------------------------------------------------------------
 
     def position(self) -> list[int]:
-        """How far this rank has come, as many int64 with every configuration."""
+        """Return this rank's position, as int64 that are sent with every proposal."""
         uses = digest(sorted(self.uses.items()), self.least_use)
         schedule = self.schedule.to_integers() if self.schedule is not None else [0] * BitSchedule.INTEGERS
         return [int.from_bytes(uses, "little", signed=True), self.most_uses(), *schedule]
 
-    def catch_up(self, progress: Sequence[Sequence[int]]) -> None:
-        """Go on from where the rank is that has come furthest, if they differ.
+    def catch_up(self, positions: Sequence[Sequence[int]]) -> None:
+        """Continue from the position of the most advanced rank, if they differ.
 
-        After a step that was left, or a state that some have loaded, they need not have come equally far.
-        What all have told decides, not what this rank has: it may have loaded a state since it told.
+        After a step that was left, or a state that some have loaded, ranks may be at different positions. The
+        positions that were sent decide, not this rank's present one: it may have loaded a state since.
         """
-        if all(told == progress[0] for told in progress):
+        if all(one == positions[0] for one in positions):
             return
-        self.least_use = max(most_uses for _, most_uses, *_ in progress)
+        self.least_use = max(most_uses for _, most_uses, *_ in positions)
         self.uses.clear()
         if self.schedule is not None:
-            self.schedule.load_integers(max(schedule for _, _, *schedule in progress))
+            self.schedule.load_integers(max(schedule for _, _, *schedule in positions))
             self.present_scheme = self._scheme()
 
     # --- what users see ---------------------------------------------------------------------------------
 
     def stats(self, *, in_step: bool = False) -> dict[str, Any]:
-        """What ``stats()`` of the front ends returns.
+        """Return what ``stats()`` of the front ends returns.
 
         Args:
-            in_step: whether gradients of a step have come that has not ended yet.
+            in_step: whether a step has begun and not ended.
         """
         bits = {}
         if self.schedule is not None:
@@ -172,7 +172,7 @@ class TrainingState:
         return {**bits, "steps": self.most_uses(), **self.statistics.report()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals."""
+        """Return what a resumed run needs to continue with the same noise, bits, and residuals."""
         state: dict[str, Any] = {"seed": self.seed, "uses": dict(self.uses), "least_use": self.least_use}
         if self.schedule is not None:
             state["schedule"] = self.schedule.state_dict()
@@ -186,11 +186,11 @@ class TrainingState:
         """Continue where `state_dict` was taken.
 
         Args:
-            state: of a compressor with the same scheme.
-            check: told the residuals; raises ValueError if they do not fit the parameters.
+            state: state of a compressor with the same scheme.
+            check: called with the residuals; raises ValueError if they do not fit the parameters.
 
         Raises:
-            ValueError: this is no such state.
+            ValueError: the state is invalid.
         """
         try:
             seed, uses, least_use = state["seed"], Counter(state["uses"]), state.get("least_use", 0)

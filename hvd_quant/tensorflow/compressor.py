@@ -1,10 +1,10 @@
 """Compressors for Horovod's functions on TensorFlow tensors, eager and in graphs.
 
-Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result; in a
+Horovod calls ``compress``, allreduces its result, and calls ``decompress`` on the reduced one; in a
 ``tf.function`` it does so once, when the function is traced. So these two lay out operations: ``compress`` a
 control tensor for Horovod to reduce (see `hvd_quant.reducer.control_tensor`), ``decompress`` the exchange of
-the quantized gradient, which runs in every step (`hvd_quant.tensorflow.steps`). Gradients that have been
-compressed when a first result is asked for, as by ``hvd.grouped_allreduce``, travel together.
+the quantized gradient, which runs in every step (`hvd_quant.tensorflow.group_steps`). Gradients that were
+compressed when the first result is requested, for example by ``hvd.grouped_allreduce``, travel together.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.tensorflow import device, refusals
 from hvd_quant.tensorflow.graph_exchange import GraphExchange, variable
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import DTYPES, call
 from hvd_quant.tensorflow.names import GradientNames
-from hvd_quant.tensorflow.progress import Progress
 from hvd_quant.tensorflow.stall import check
-from hvd_quant.tensorflow.steps import DTYPES, call
 from hvd_quant.tensorflow.traces import Member, Traces
 
-_MANY = 10  # compressors alive: more than models are trained in one process
+_MANY = 10  # compressors alive: more than a process trains models
 
 
 class QuantizedCompressor(HorovodCompressor, Compressor):
-    """The exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
+    """Exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
 
-    Make it once, outside of what is traced, the same on all ranks. It serves one model: its parts are told
-    apart by their places in the traced function.
+    Make it once, outside of traced functions, the same on all ranks. It serves one model: gradients are
+    identified by their places in the traced function.
 
     Args:
         scheme: how gradients are quantized.
-        min_numel: gradients of fewer values are left to Horovod, uncompressed. Those whose number of values
-            is not known when the function is traced are quantized.
-        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
-            a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
-            hosts exchange these means; ``"auto"``, the quickest by the model in
+        min_numel: gradients of fewer values are left to Horovod, uncompressed. If the number of values is
+            unknown when the function is traced, they are quantized.
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
+            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
             `hvd_quant.exchange.cost`.
-        error_feedback: whether each rank keeps what quantization has lost of a gradient, and adds it to the
-            next one (Karimireddy et al., ICML 2019). It takes a float32 a value of memory.
-        fusion_bytes: how many bytes of gradients `hvd_quant.tensorflow.keras.DistributedOptimizer` has travel
-            together. Horovod's own functions have ``groups=`` for that.
+        error_feedback: whether each rank keeps the quantization error of a gradient, and adds it to the next
+            one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each gradient's size.
+        fusion_bytes: size of the groups in which `hvd_quant.tensorflow.keras.DistributedOptimizer` sends
+            gradients. Horovod's own functions have ``groups=`` for that.
         overrides: which gradients are quantized otherwise, or not at all: a mapping of shell patterns on
             their variables' names to schemes or None, such as ``{"*/bias": None, "embed*": QSGD(bits=8)}``,
             or the path of a YAML or TOML file with one; see `hvd_quant.reducer.overrides.Overrides`. The
             first pattern that matches holds. ``min_numel`` holds for all. It needs the variables' names:
             `hvd_quant.tensorflow.DistributedGradientTape` and
-            `hvd_quant.tensorflow.keras.DistributedOptimizer` tell them by themselves.
+            `hvd_quant.tensorflow.keras.DistributedOptimizer` pass them by themselves.
         process_set: the ranks that take part; give Horovod's function the same.
-        seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
+        seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
             ``rounding="correlated"`` all ranks need the same one.
 
     Raises:
@@ -88,45 +88,46 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         options = Options(scheme, overrides, min_numel, exchange, error_feedback, fusion_bytes, seed)
         super().__init__(options, process_set)
         self._state = TrainingState(scheme, options.seed, Residuals() if error_feedback else None)
-        self._progress = Progress(self._state)
-        check.watch(self._progress)
-        self._choice: ExchangeChoice | None = None  # until all ranks have told where they are
-        self._traces = Traces(self._progress, self._number)
-        self._exchange = GraphExchange(options, process_set, self._progress, self._number)
+        self._graph_state = GraphState(self._state)
+        check.watch(self._graph_state)
+        self._choice: ExchangeChoice | None = None  # until all ranks have announced their hosts
+        self._traces = Traces(self._graph_state, self._number)
+        self._exchange = GraphExchange(options, process_set, self._graph_state, self._number)
         self._names = GradientNames(options)
-        self._zero: tf.Variable | None = None  # until there is a gradient: the user may set up devices
+        self._zero: tf.Variable | None = None  # until the first gradient: the user may set up devices before
         _warn_of_many()
 
-    # --- what Horovod calls -----------------------------------------------------------------------------
+    # --- called by Horovod ------------------------------------------------------------------------------
 
     @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing
     def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
-        """Lay out what Horovod is to reduce in place of a gradient.
+        """Lay out the tensor for Horovod to reduce in place of a gradient.
 
         Args:
-            tensor: of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass untouched.
+            tensor: tensor of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass
+                unchanged.
 
         Returns:
-            What Horovod is to reduce, and the context for `decompress`.
+            The tensor for Horovod to reduce, and the context for `decompress`.
 
         Raises:
             RankMismatchError: the ranks are configured differently.
-            RuntimeError: Horovod is not initialised; or TensorFlow is in the manner of TensorFlow 1, or
+            RuntimeError: Horovod is not initialised; or TensorFlow is in graph mode as in TensorFlow 1, or
                 compiles this function by XLA; or error feedback or DQ-SGD is used outside of a function.
-            ValueError: there are ``overrides``, and nobody has told the gradient's name.
+            ValueError: there are ``overrides``, and the gradient's name is unknown.
         """
-        told = self._names.of(tensor)  # as it was handed over: what is made of it is another tensor
+        given = self._names.of(tensor)  # before the conversion, which makes another tensor
         tensor = tf.convert_to_tensor(tensor)
         if tensor.dtype in DTYPES:
             self._check_place()
-        self._begin()  # whatever the dtype is, which may differ: all ranks submit the same number
+        self._begin()  # whatever the dtype, which may differ between ranks: all submit equally many
         trace, graph = self._traces.at_hand()
         if tensor.dtype not in DTYPES:
             return self._traces.named(trace, tensor), None
         count = tensor.shape.num_elements()
-        scheme = self._names.scheme(told, count)
+        scheme = self._names.scheme(given, count)
         if scheme is None:
-            alone = told is not None and not told.grouped and not self._names.is_small(count)
+            alone = given is not None and not given.grouped and not self._names.is_small(count)
             return self._traces.passed(trace, tensor, alone)
         group = trace.open_group(graph)
         index = len(group.tensors)
@@ -145,19 +146,20 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
-        """Lay out the exchange of a gradient, and of those that have been compressed since the last one.
+        """Lay out the exchange of a gradient, and of those that were compressed since the last one.
 
         Args:
             tensor: the reduced control tensor.
-            ctx: what `compress` returned beside it; None for a tensor that passed untouched.
+            ctx: context from `compress`; None for a tensor that passed unchanged.
 
         Returns:
-            The mean over the ranks, or the sum if that was asked for, in the gradient's shape and dtype.
+            The mean over the ranks, or the sum for ``op=Sum``, in the gradient's shape and dtype.
 
         Raises:
-            RankMismatchError: the ranks disagree about what they sent. In a graph it arrives as one of
+            RankMismatchError: the ranks disagree about what they sent. In a graph it is raised as one of
                 ``tf.errors``, with the same text.
-            UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product. In a graph as above.
+            UnsupportedReductionError: Horovod was called with Adasum, Min, Max or Product. In a graph as
+                above.
         """
         if ctx is None:
             return tensor
@@ -178,84 +180,83 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             return np.array(reduced[0])
 
         (factor,) = call(checked, [tensor], [tf.float64])
-        # An assertion of what the call returns: TensorFlow drops calls that nothing but control depends on.
+        # Assert what the call returns: TensorFlow drops calls that only control dependencies use.
         same = tf.debugging.assert_equal(
             factor, group.first[0], "gradients that travel together must be reduced by the same operation"
         )
         with tf.control_dependencies([same] if same is not None else []):
             return tf.identity(group.results[ctx.index])
 
-    # --- what users call --------------------------------------------------------------------------------
+    # --- public -----------------------------------------------------------------------------------------
 
     def name_gradients(self, gradients: Iterable[tuple[str, Any]], *, grouped: bool = False) -> None:
-        """Tell which variables the gradients are of that Horovod will be handed, for ``overrides``.
+        """Give the variables' names of the gradients that Horovod will be called with, for ``overrides``.
 
-        To be called once for all gradients of a step, with the same tensors that Horovod's function gets, in
+        Call it once for all gradients of a step, with the same tensors that Horovod's function gets, in
         the same traced function. The first call warns of patterns that hold for none of its names.
 
         Args:
-            gradients: names, each with a tensor of any shape and dtype. What is none (None, or a sparse
-                gradient, which travels uncompressed) counts as a name alone.
+            gradients: names, each with a tensor of any shape and dtype. Anything else (None, or a sparse
+                gradient, which travels uncompressed) counts as a name only.
             grouped: whether ``hvd.grouped_allreduce`` reduces them. Horovod's groups are of one dtype, and
-                a gradient with None for an override travels as float64 there; by itself, in its own dtype.
+                a gradient with None for an override travels as float64 there; alone, in its own dtype.
 
         Raises:
-            TypeError: something is no name.
-            ValueError: a tensor is given under two names.
+            TypeError: a name is not a string.
+            ValueError: a tensor has two names.
         """
-        self._names.tell(gradients, grouped)
+        self._names.register(gradients, grouped)
 
     def is_left_out(self, name: str, count: int | None) -> bool:
-        """Whether a gradient travels uncompressed by an override, and not because it is small.
+        """Return whether a gradient travels uncompressed because of an override, and not because it is small.
 
         Args:
-            name: of its variable.
-            count: of its values; None if it is not known.
+            name: name of its variable.
+            count: number of its values; None if it is unknown.
         """
         return self._names.is_left_out(name, count)
 
     def stats(self) -> dict[str, Any]:
-        """What this rank has contributed so far.
+        """Return statistics of this rank.
 
         Returns:
-            ``steps``, how often the group of gradients that came most often has come, those before a loaded
-            state included; ``messages``, how many groups were sent; ``raw_bytes``, the gradients as they
-            were; ``wire_bytes``, what they were encoded into (messages, control tensors, small gradients);
-            ``received_bytes``, what came from other ranks by our own exchanges; ``compression_ratio``, raw
-            over wire bytes. With a schedule of bits also ``bits``, a list of those of each step since the
-            compressor was made.
+            ``steps``, uses of the most frequent group of gradients, including those before a loaded state;
+            ``messages``, groups sent; ``raw_bytes``, the uncompressed gradients; ``wire_bytes``, their
+            encoded size (messages, control tensors, small gradients); ``received_bytes``, bytes from other
+            ranks by our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule of bits
+            also ``bits``, a list with the bits of each step since the compressor was made.
         """
-        with self._progress.lock:
+        with self._graph_state.lock:
             self._exchange.note_uses()
-            return self._state.stats(in_step=self._progress.in_step)
+            return self._state.stats(in_step=self._graph_state.in_step)
 
     def reset(self) -> None:
-        """Forget the gradients of a step that has failed, but not the noise and the statistics.
+        """Drop the gradients of a step that has failed, but keep the noise and the statistics.
 
-        To be called on every rank, before training goes on after an exception.
+        Call it on every rank, before training continues after an exception.
         """
-        self._progress.forget_step()
+        self._graph_state.forget_step()
         self._traces.forget_eager()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
+        """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
-        With ``error_feedback`` every rank has a state of its own. To be taken between steps, and not in a
-        traced function.
+        With ``error_feedback`` the state differs between ranks. Call it between steps, and not in a traced
+        function.
         """
-        progress = self._progress
-        with progress.lock:
-            if progress.in_flight:
-                raise RuntimeError("take a compressor's state between steps: gradients are on their way")
-            progress.end_step()
+        graph_state = self._graph_state
+        with graph_state.lock:
+            if graph_state.in_flight:
+                raise RuntimeError("take a compressor's state between steps: gradients are in flight")
+            graph_state.end_step()
             self._exchange.note_uses()
             return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. To be called on every rank, before the first step.
+        """Continue where `state_dict` was taken. Call it on every rank, before the first step.
 
         Raises:
-            ValueError: this is no such state.
+            ValueError: the state is invalid.
             RuntimeError: this compressor has been used already.
         """
         if self._choice is not None:
@@ -277,16 +278,16 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             refusals.refuse_xla()
         elif self.options.error_feedback or self._state.schedule is not None:
             raise RuntimeError(
-                "error_feedback and DQ-SGD tell gradients apart by their places in a traced function: reduce "
+                "error_feedback and DQ-SGD identify gradients by their places in a traced function: reduce "
                 "them within a tf.function"
             )
 
     def _control(self, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
-        """The control tensor of a gradient."""
+        """Return the control tensor of a gradient."""
         rank = self.process_set.rank() if self.process_set.included() else 0
         values = control_tensor.values(fingerprint, rank)
-        # Of a constant, TensorFlow would have the mean once, when it folds the graph's constants, and not in
-        # every step. And it is to wait for the gradient, as Horovod's allreduce of that would.
+        # A constant would be reduced once, when TensorFlow folds the graph's constants, and not in every
+        # step. And it must wait for the gradient, as Horovod's allreduce of that would.
         with tf.control_dependencies([tensor]):
             own = tf.constant(values, tf.float64) + self._zero
         if self._state.schedule is not None:
@@ -312,13 +313,13 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         choice = self._exchange_choice(hvd)
         self._zero = variable(0.0, tf.float64, "hvd_quant_zero")
         if self.process_set.included() and self.process_set.size() > 1:
-            with tf.init_scope(), self._progress.waiting("the other ranks' first gradients"):
-                told = hvd.allgather_object(
+            with tf.init_scope(), self._graph_state.waiting("the other ranks' first gradients"):
+                received = hvd.allgather_object(
                     (self._config(choice), host),
                     name="hvd_quant.agreement",
                     process_set=self.process_set,
                 )
-            choice.locate(agree(told))
+            choice.locate(agree(received))
         self._choice = choice
 
     def _config(self, choice: ExchangeChoice) -> Description:
@@ -332,8 +333,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
 
 def _warn_of_many() -> None:
-    """Warn, once a process, where a compressor seems to be made in every step."""
-    # Those that Horovod's caches or graphs hold count, and no others: the stall check keeps none alive.
+    """Warn, once per process, if a compressor seems to be made in every step."""
+    # Only those that Horovod's caches or graphs hold count: the stall check keeps none alive.
     if len(check.watched) >= _MANY and not _warned:
         _warned.append(True)
         warnings.warn(
@@ -350,13 +351,14 @@ class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
     """Gradients quantized by QSGD: ``hvd.DistributedGradientTape(tape, compression=QSGDCompressor(bits=4))``.
 
     Args:
-        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
-        rounding: of the scheme; by default ``"independent"``, or ``"nearest"`` with ``error_feedback``.
-        **options: of the exchange, see `QuantizedCompressor`.
+        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
+        rounding: rounding of the scheme; by default ``"independent"``, or ``"nearest"`` with
+            ``error_feedback``.
+        **options: options of the exchange, see `QuantizedCompressor`.
 
     Warning:
-        Horovod hands sparse gradients (``tf.IndexedSlices``, of embeddings) to no compressor: they travel
-        uncompressed, unless its function is given ``sparse_as_dense=True``.
+        Horovod passes sparse gradients (``tf.IndexedSlices``, of embeddings) to no compressor: they travel
+        uncompressed, unless its function is called with ``sparse_as_dense=True``.
     """
 
 
@@ -364,23 +366,24 @@ class NUQSGDCompressor(QuantizedCompressor, scheme=NUQSGD):
     """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
 
     Args:
-        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.NUQSGD`.
+        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.NUQSGD`.
         rounding: as in `QSGDCompressor`.
-        **options: of the exchange, see `QuantizedCompressor`.
+        **options: options of the exchange, see `QuantizedCompressor`.
     """
 
 
 class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
-    """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
+    """Gradients quantized by DQ-SGD, with bits that follow the training; see `QSGDCompressor`.
 
-    A step ends when a gradient comes again. The norm that the next step's bits follow from is that of the
-    quantized gradients: the root of the sum over them of the ranks' mean squared norm.
+    A step ends when a gradient comes again. The next step's bits depend on the norm of the quantized
+    gradients: the root of the sum over them of the ranks' mean squared norm.
 
     Args:
-        k, mean_bits, total_steps, alpha, min_bits, max_bits: of the schedule, see `hvd_quant.DQSGD`.
-        norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
+        k, mean_bits, total_steps, alpha, min_bits, max_bits: arguments of the schedule, see
+            `hvd_quant.DQSGD`.
+        norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
         rounding: as in `QSGDCompressor`.
-        **options: of the exchange, see `QuantizedCompressor`.
+        **options: options of the exchange, see `QuantizedCompressor`.
 
     Example:
         >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * steps_per_epoch)

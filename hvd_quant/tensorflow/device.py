@@ -1,4 +1,4 @@
-"""The exchange on a GPU: the codec is made of TensorFlow's operations, and gradients stay where they are."""
+"""The exchange on a GPU: the codec in TensorFlow operations, without copies to the host."""
 
 from __future__ import annotations
 
@@ -12,43 +12,47 @@ import tensorflow as tf
 from hvd_quant.codec import tf_ops, tf_rounding
 from hvd_quant.codec.message import MessageLayout, lengths_fault
 from hvd_quant.exchange.layout import GroupLayout
-from hvd_quant.tensorflow.steps import Steps, call, once_reduced
+from hvd_quant.tensorflow.group_steps import GroupSteps, call, once_reduced
 
 
 def has_gpu() -> bool:
-    """Whether TensorFlow computes on a GPU here."""
+    """Return whether TensorFlow computes on a GPU here."""
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def can_exchange(steps: Steps) -> bool:
-    """Whether what a group sends is known when it is traced: its shapes, its bits, and the size of its codes.
+def can_exchange(steps: GroupSteps) -> bool:
+    """Return whether a group's messages are known when it is traced: shapes, bits, and the size of its codes.
 
-    Error feedback, too, is left to the CPU.
+    Error feedback is left to the CPU, too.
     """
-    progress = steps.progress
+    graph_state = steps.graph_state
     return (
         None not in steps.shapes
-        and progress.state.schedule is None
+        and graph_state.state.schedule is None
         and all(one.scheme.coding == "packed" for one in steps.gradients)
-        and progress.state.residuals is None
+        and graph_state.state.residuals is None
         and steps.algorithm in ("allgather", "scatter_allgather")
     )
 
 
 def exchange(
-    steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet
+    steps: GroupSteps,
+    tensors: list[tf.Tensor],
+    use: tf.Tensor,
+    reduced: tf.Tensor,
+    process_set: hvd.ProcessSet,
 ) -> list[tf.Tensor]:
     """Lay out a group's exchange.
 
     Args:
-        steps: of the group, for which `can_exchange` holds.
+        steps: steps of the group, for which `can_exchange` holds.
         tensors: its gradients.
-        use: how often it has come, an int64 scalar.
-        reduced: the first control tensor, as it came back.
-        process_set: the ranks.
+        use: how often it has come before, an int64 scalar.
+        reduced: the first reduced control tensor.
+        process_set: the ranks that take part.
 
     Returns:
-        The mean over the ranks, or the sum if that was asked for, of each gradient.
+        The mean over the ranks, or the sum for ``op=Sum``, of each gradient.
     """
     bucket = steps.bucket(steps.shapes, 0)
     if steps.algorithm == "allgather":
@@ -65,7 +69,7 @@ def exchange(
     message = _encode_mean(bucket, *hvd.alltoall(sent, splits=splits, process_set=process_set), use)
     received = _gather(steps, message, reduced, process_set)
     factor = _factor(steps, reduced, received, bucket)
-    pieces = defaultdict(list)  # of each gradient, in order
+    pieces = defaultdict(list)  # parts of each gradient, in order
     messages = _cut(steps, received, sizes)
     for rank, (chunk, message) in enumerate(zip(bucket.chunks, messages, strict=True)):
         flat = chunk.flattened
@@ -78,10 +82,12 @@ def exchange(
     ]
 
 
-def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet) -> tf.Tensor:
-    """All ranks' messages end to end.
+def _gather(
+    steps: GroupSteps, message: tf.Tensor, reduced: tf.Tensor, process_set: hvd.ProcessSet
+) -> tf.Tensor:
+    """Gather all ranks' messages, back to back.
 
-    Nothing is looked at before everything has come, the control tensor included: a rank that has found an
+    Nothing is checked before everything has arrived, the control tensor included: a rank that has found an
     error takes part in nothing any more, and the others would wait for it.
     """
     received = hvd.allgather(steps.named(message, "gather"), process_set=process_set)
@@ -89,8 +95,8 @@ def _gather(steps: Steps, message: tf.Tensor, reduced: tf.Tensor, process_set: h
         return tf.identity(received)
 
 
-def _factor(steps: Steps, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout) -> tf.Tensor:
-    """What the mean is to be multiplied by. Counts the step."""
+def _factor(steps: GroupSteps, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout) -> tf.Tensor:
+    """Return the factor of the mean, and count the step."""
     raw_bytes = sum(entry.nbytes for entry in bucket.entries)
     if steps.algorithm == "allgather":
         encoded_bytes, received_bytes = bucket.whole.size, (bucket.size - 1) * bucket.whole.size
@@ -115,10 +121,10 @@ def _encode(
 
 
 def _encode_mean(bucket: GroupLayout, received: tf.Tensor, sizes: tf.Tensor, use: tf.Tensor) -> tf.Tensor:
-    """The message with the mean of all ranks' messages about the own chunk.
+    """Encode the mean of all ranks' messages with the own chunk.
 
-    These have come end to end, each of its size. If something is wrong with them, it is an empty message,
-    which nobody takes for a mean: others wait for one.
+    They have arrived back to back, each of its size. If they are damaged, the result is an empty message,
+    which never passes for a mean: others wait for one.
     """
     own, flat = bucket.chunks[bucket.rank], bucket.own_chunk
 
@@ -126,7 +132,7 @@ def _encode_mean(bucket: GroupLayout, received: tf.Tensor, sizes: tf.Tensor, use
         parts = tf.reshape(received, [bucket.size, own.size])
 
         def encoded() -> tf.Tensor:
-            # The noise is that of the chunk, whose segments have the gradients' names.
+            # The noise is that of the chunk, whose segments have the gradients' keys.
             base, _, shifts = bucket.noise_keys(own, "mean")
             values = _decode_flat(parts, flat, tf.constant(1.0))
             return tf_ops.encode_message([values], flat, tf_rounding.step_seeds(base, use), shifts)
@@ -136,7 +142,7 @@ def _encode_mean(bucket: GroupLayout, received: tf.Tensor, sizes: tf.Tensor, use
     def nothing() -> tf.Tensor:
         return tf.zeros([0], tf.uint8)
 
-    # Not the size of what has come: TensorFlow believes that to be the size of what was sent.
+    # Not the size of what was received: TensorFlow infers that from what was sent.
     return tf.cond(tf.equal(tf.reduce_sum(sizes), bucket.size * own.size), mean, nothing)
 
 
@@ -147,8 +153,8 @@ def _decode_flat(
     return values
 
 
-def _cut(steps: Steps, received: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
-    """The messages that have come end to end."""
+def _cut(steps: GroupSteps, received: tf.Tensor, sizes: list[int]) -> list[tf.Tensor]:
+    """Split the messages that have arrived back to back."""
     size = tf.size(received)
     with tf.device("/CPU:0"):
         fault = tf.strings.format(lengths_fault(len(sizes), "{}", sum(sizes)), size)

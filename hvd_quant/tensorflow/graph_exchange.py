@@ -1,4 +1,4 @@
-"""The exchange of a group of gradients as operations: Horovod's collectives, and the steps between them."""
+"""The exchange of a group of gradients in a graph: Horovod's collectives, and the steps between them."""
 
 from __future__ import annotations
 
@@ -13,40 +13,48 @@ from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.reducer.options import Options
 from hvd_quant.schemes import DQSGD
 from hvd_quant.tensorflow import device
-from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import DTYPES, GradientSpec, Ranks, Steps, call, once_reduced, sizes_type
-from hvd_quant.tensorflow.traces import Group, Trace
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import (
+    DTYPES,
+    GradientSpec,
+    GroupSteps,
+    Ranks,
+    call,
+    once_reduced,
+    sizes_type,
+)
+from hvd_quant.tensorflow.traces import Trace, TracedGroup
 
 
 class GraphExchange:
     """Lays out the exchanges of one compressor.
 
     Args:
-        options: what the user asked for.
+        options: the user's options.
         process_set: the ranks that take part.
-        progress: the compressor's.
-        number: the compressor's.
+        graph_state: state of the compressor.
+        number: number of the compressor.
     """
 
     def __init__(
-        self, options: Options, process_set: hvd.ProcessSet, progress: Progress, number: int
+        self, options: Options, process_set: hvd.ProcessSet, graph_state: GraphState, number: int
     ) -> None:
         self._options, self._process_set = options, process_set
-        self._progress, self._number = progress, number
-        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise's key
+        self._graph_state, self._number = graph_state, number
+        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise key
 
-    def lay_out(self, group: Group, trace: Trace, reduced: tf.Tensor, choice: ExchangeChoice) -> None:
+    def lay_out(self, group: TracedGroup, trace: Trace, reduced: tf.Tensor, choice: ExchangeChoice) -> None:
         """Lay out a group's exchange, once.
 
         Args:
-            group: gets its steps and its results.
-            trace: what it is in.
-            reduced: the first control tensor, as it comes back.
-            choice: what decides on the algorithm.
+            group: group, which gets its steps and its results.
+            trace: traced function that it is in.
+            reduced: the first reduced control tensor.
+            choice: chooses the algorithm.
         """
         tensors = group.tensors
-        group.steps = steps = Steps(
-            self._progress,
+        group.steps = steps = GroupSteps(
+            self._graph_state,
             group.name,
             f"hvd_quant_{self._number}_{group.name}",
             [
@@ -76,14 +84,14 @@ class GraphExchange:
         group.tensors = []  # eager ones need not wait for the garbage collector
 
     def note_uses(self) -> None:
-        """Have the state know how often each group has come by now."""
+        """Write the uses of each group to the training state."""
         for name, uses in self._uses.items():
-            self._progress.state.uses[name] = int(uses.numpy())
+            self._graph_state.state.uses[name] = int(uses.numpy())
 
     def _by_host(
-        self, steps: Steps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
+        self, steps: GroupSteps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
     ) -> list[tf.Tensor]:
-        """Lay out a group's exchange, with the native codec between Horovod's collectives."""
+        """Lay out a group's exchange with the native codec between Horovod's collectives."""
         with tf.device("/CPU:0"):
             shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
             first = sizes_type(steps.stages[0])
@@ -111,10 +119,10 @@ class GraphExchange:
         return Ranks(process_set.rank(), process_set.size(), seed, choice.topology)
 
     def _algorithm(self, tensors: list[tf.Tensor], choice: ExchangeChoice) -> str:
-        """The exchange's name: a function of what all ranks know when they trace, whenever they do.
+        """Return the exchange's name: a function of what all ranks know when they trace.
 
-        Of overrides it knows nothing: names may differ between ranks, by mistake, and those that go by
-        different algorithms would wait for each other for ever, and see no error.
+        It ignores overrides: names may differ between ranks, by mistake, and ranks with different algorithms
+        would wait for each other indefinitely, without an error.
         """
         counts = [tensor.shape.num_elements() for tensor in tensors]
         if None in counts or choice.topology is None:
@@ -122,18 +130,18 @@ class GraphExchange:
         scheme = self._options.scheme
         scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
         nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
-        # On a GPU the exchange by hosts would take gradients to the host, which the model does not know.
+        # On a GPU the hierarchical exchange would copy gradients to the host, which the cost model ignores.
         return choice.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
 
     def _counter(self, name: str) -> tf.Variable:
-        """How often a group has come. A variable, because a number would be the traced one for ever."""
+        """Return how often a group has come. A variable, because a number would be constant in the graph."""
         if name not in self._uses:
-            self._uses[name] = variable(self._progress.state.uses[name], tf.int64, "hvd_quant_uses")
+            self._uses[name] = variable(self._graph_state.state.uses[name], tf.int64, "hvd_quant_uses")
         return self._uses[name]
 
 
 def variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
-    """A scalar of our own, which may be made while a function is traced."""
-    # Of this class itself: of tf.Variable, tf.function allows none after its first call.
+    """Make a scalar variable, also while a function is traced."""
+    # This class itself: tf.function allows no new tf.Variable after its first call.
     with tf.init_scope(), tf.device("/CPU:0"):
         return ResourceVariable(value, trainable=False, dtype=dtype, name=name)

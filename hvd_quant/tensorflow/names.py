@@ -1,6 +1,6 @@
-"""Which variable a gradient is of, and its scheme by that.
+"""The names of the gradients' variables, and their schemes.
 
-Horovod does not tell a compressor the variable. Our front ends do, just before they hand it the gradient.
+Horovod does not pass names to a compressor. Our front ends register them before they pass the gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hvd_quant.reducer.options import Options
 from hvd_quant.schemes import DQSGD, Scheme
 
 
-class Told(NamedTuple):
-    """What was said of a gradient.
+class GivenName(NamedTuple):
+    """What is known of a gradient.
 
     Args:
-        name: of its variable.
+        name: name of its variable.
         grouped: whether ``hvd.grouped_allreduce`` reduces it together with others, which takes one dtype.
     """
 
@@ -30,23 +30,23 @@ class Told(NamedTuple):
 
 
 class GradientNames:
-    """The names of tensors, by their identities. They keep no tensor alive, and go when it does.
+    """Names of tensors by identity. They keep no tensor alive, and are dropped with it.
 
     Args:
-        options: the compressor's.
+        options: options of the compressor.
     """
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._told: dict[int, tuple[weakref.ref[tf.Tensor], Told]] = {}
-        self._any_told = False
+        self._given: dict[int, tuple[weakref.ref[tf.Tensor], GivenName]] = {}
+        self._any_given = False
 
-    def tell(self, gradients: Iterable[tuple[str, Any]], grouped: bool) -> None:
-        """Note the names of gradients; those that are no tensors count as names alone.
+    def register(self, gradients: Iterable[tuple[str, Any]], grouped: bool) -> None:
+        """Register the names of gradients; what is not a tensor counts as a name only.
 
         Raises:
-            TypeError: something is no name.
-            ValueError: a tensor is given twice.
+            TypeError: a name is not a string.
+            ValueError: a tensor has two names.
         """
         gradients = list(gradients)
         given: dict[int, str] = {}
@@ -60,9 +60,9 @@ class GradientNames:
                 )
         for name, gradient in gradients:
             if isinstance(gradient, tf.Tensor):
-                self._note(gradient, Told(name, grouped))
-        if not self._any_told:
-            self._any_told = True
+                self._note(gradient, GivenName(name, grouped))
+        if not self._any_given:
+            self._any_given = True
             for pattern in self._options.overrides.unused(name for name, _ in gradients):
                 warnings.warn(
                     f"the override of {pattern!r} holds for no gradient: no name matches it, or all that do "
@@ -70,56 +70,56 @@ class GradientNames:
                     stacklevel=3,
                 )
 
-    def of(self, tensor: Any) -> Told | None:
-        """What was said of a tensor, if anything was."""
-        reference, told = self._told.get(id(tensor), (None, None))
-        return told if reference is not None and reference() is tensor else None
+    def of(self, tensor: Any) -> GivenName | None:
+        """Return what is known of a tensor, if anything."""
+        reference, given = self._given.get(id(tensor), (None, None))
+        return given if reference is not None and reference() is tensor else None
 
     def is_small(self, count: int | None) -> bool:
-        """Whether a gradient of so many values is left to Horovod. Of an unknown number, none is."""
+        """Return whether a gradient is too small to be quantized. An unknown number of values is not."""
         return count is not None and (count == 0 or count < self._options.min_numel)
 
     def is_left_out(self, name: str, count: int | None) -> bool:
-        """Whether a gradient stays uncompressed by an override, and not because it is small."""
+        """Return whether an override, and not its size, leaves a gradient uncompressed."""
         options = self._options
         return not self.is_small(count) and options.overrides.scheme(name, options.scheme) is None
 
-    def scheme(self, told: Told | None, count: int | None) -> Scheme | DQSGD | None:
-        """A gradient's scheme, the user's own unless it has another; None if it stays uncompressed.
+    def scheme(self, given: GivenName | None, count: int | None) -> Scheme | DQSGD | None:
+        """Return a gradient's scheme, by default the user's; None if it stays uncompressed.
 
         Raises:
-            ValueError: it depends on a name that is not known.
+            ValueError: it depends on an unknown name.
         """
         options, small = self._options, self.is_small(count)
-        if options.overrides and told is None and not (small and self._any_told):
+        if options.overrides and given is None and not (small and self._any_given):
             raise ValueError(
-                "overrides need the variables' names, which Horovod does not tell: use "
+                "overrides need the variables' names, which Horovod does not pass on: use "
                 "hvd_quant.tensorflow.DistributedGradientTape or "
                 "hvd_quant.tensorflow.keras.DistributedOptimizer in place of Horovod's, or call the "
                 "compressor's name_gradients before hvd.allreduce"
             )
         if small:
             return None
-        return options.overrides.scheme(told.name, options.scheme) if options.overrides else options.scheme
+        return options.overrides.scheme(given.name, options.scheme) if options.overrides else options.scheme
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._given)
 
-    def _note(self, tensor: tf.Tensor, told: Told) -> None:
-        kept, key = self._told, id(tensor)
+    def _note(self, tensor: tf.Tensor, given: GivenName) -> None:
+        kept, key = self._given, id(tensor)
 
         def forget(reference: weakref.ref[tf.Tensor]) -> None:
             if key in kept and kept[key][0] is reference:
                 del kept[key]
 
-        kept[key] = weakref.ref(tensor, forget), told
+        kept[key] = weakref.ref(tensor, forget), given
 
 
 def variable_name(variable: Any) -> str:
-    """A variable's name as ``overrides`` have it.
+    """Return a variable's name for ``overrides``.
 
-    The path of Keras's own, such as ``"sequential/dense/kernel"``, which their ``value`` has as well; the
-    name of other variables of TensorFlow's, without ``":0"``.
+    For Keras's own it is the path, such as ``"sequential/dense/kernel"``, which their ``value`` has as well;
+    for other TensorFlow variables it is the name without ``":0"``.
     """
     path = getattr(variable, "path", None)
     return path if isinstance(path, str) else re.sub(r":\d+$", "", variable.name)

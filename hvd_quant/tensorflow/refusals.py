@@ -1,4 +1,4 @@
-"""What we refuse, and how we notice: by who is calling, where nothing else would tell."""
+"""Refused configurations that can only be recognised by the caller's frames."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _FUNCTION_FILE = Function.__init__.__code__.co_filename
 def refuse_xla() -> None:
     """Refuse to be traced for XLA, which compiles neither Horovod's operations nor ours.
 
-    Its own message is of little help.
+    XLA's own message is of little help.
 
     Raises:
         RuntimeError: the function that is being traced is to be compiled by XLA.
     """
-    for frame in _callers():  # TensorFlow does not tell what is traced whether it will be compiled
+    for frame in _callers():  # nothing else shows whether XLA will compile it
         function = frame.f_locals.get("self") if frame.f_code.co_filename == _FUNCTION_FILE else None
         if isinstance(function, Function) and function._jit_compile:
             raise RuntimeError(
@@ -30,10 +30,10 @@ def refuse_xla() -> None:
 
 
 def refuse_horovods_optimizer_of_keras_3() -> None:
-    """Refuse Horovod's own Keras optimizer under Keras 3. To be called when a compressor's hash is taken.
+    """Refuse Horovod's own Keras optimizer under Keras 3. Called when a compressor is hashed.
 
-    Horovod takes that when the optimizer is made, and nothing else that would tell us of it. Under Keras 3 it
-    never calls ``compress``, and replicas would drift apart in silence.
+    Horovod does that when the optimizer is made, and nothing else that we could notice. Under Keras 3 it
+    never calls ``compress``, and replicas would silently diverge.
 
     Raises:
         RuntimeError: Horovod is making an optimizer of Keras 3.
@@ -57,7 +57,7 @@ def refuse_a_loss_scaler_around() -> None:
     Raises:
         RuntimeError: a loss scaler of Keras 3 has called.
     """
-    import keras  # which whoever needs no Keras does not load
+    import keras  # imported only if needed
 
     its_file = keras.optimizers.LossScaleOptimizer.apply.__code__.co_filename
     if any(frame.f_code.co_filename == its_file for frame in _callers()):
@@ -70,7 +70,7 @@ def refuse_a_loss_scaler_around() -> None:
 
 
 def refuse_overwritten(variables: Sequence[Any]) -> None:
-    """Refuse gradients that are no gradients, and that nobody reduces.
+    """Refuse pseudo-gradients, which nobody reduces.
 
     Raises:
         ValueError: a variable is overwritten by its gradient.
@@ -84,7 +84,7 @@ def refuse_overwritten(variables: Sequence[Any]) -> None:
 
 
 def _callers() -> Iterator[FrameType]:
-    """The frames of what has called the function that asks, innermost first."""
+    """Iterate over the frames of the callers, innermost first."""
     frame = sys._getframe(1).f_back
     while frame is not None:
         yield frame

@@ -1,4 +1,4 @@
-"""What of compressors is in flight, for `hvd_quant.reducer.stall`."""
+"""Compressors' operations in flight, for `hvd_quant.reducer.stall`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Hashable
 import horovod.tensorflow as hvd
 
 from hvd_quant.reducer.stall import StallCheck, enumeration
-from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.graph_state import GraphState
 
 
-def in_flight(watched: list[Progress]) -> list[Hashable]:
-    """What has been sent and not received: the compressor's number, what it is, and how much came before."""
+def in_flight(watched: list[GraphState]) -> list[Hashable]:
+    """Return what is in flight: the compressor's number, its name, and its sequence number."""
     if not hvd.is_initialized():
         return []
     return [(id(one), what, number) for one in watched for what, number in list(one.in_flight.items())]
 
 
-def describe(keys: list[Hashable], watched: list[Progress]) -> list[str]:
-    """The lines that say what these are."""
+def describe(keys: list[Hashable], watched: list[GraphState]) -> list[str]:
+    """Describe these operations in lines."""
     waited_for = enumeration(dict.fromkeys(what for _, what, _ in keys))
     return [
         f"hvd_quant: rank {hvd.rank()} of {hvd.size()}",
@@ -26,4 +26,4 @@ def describe(keys: list[Hashable], watched: list[Progress]) -> list[str]:
     ]
 
 
-check: StallCheck[Progress] = StallCheck(in_flight, describe)
+check: StallCheck[GraphState] = StallCheck(in_flight, describe)

@@ -1,4 +1,4 @@
-"""Horovod's gradient tape, which tells a compressor the variables' names."""
+"""Horovod's gradient tape, which gives a compressor the variables' names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvd_quant.tensorflow.names import variable_name
 
 Reduce = Callable[..., list[Any]]
 
-# What is traced with names, by Horovod's function without, which is one for all tapes of the same arguments.
+# Traced functions with names, by Horovod's without, which is one for all tapes with the same arguments.
 _traced: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -33,19 +33,19 @@ def DistributedGradientTape(  # noqa: N802  Horovod's name
     process_set: hvd.ProcessSet = hvd.global_process_set,
     scale_local_gradients: bool = True,
 ) -> tf.GradientTape:
-    """Horovod's own tape, which reduces gradients over the ranks; with ``overrides`` it tells their names.
+    """Horovod's own tape, which reduces gradients over the ranks; with ``overrides`` it also names them.
 
-    These are the sources' names without ``":0"``. TensorFlow's variables in those of Keras 3 (their
-    ``value``) are named by their paths, such as ``"sequential/dense/kernel"``.
+    The names are those of the sources without ``":0"``. Sources that are the ``value`` of a Keras 3 variable
+    are named by its path, such as ``"sequential/dense/kernel"``.
 
     Args:
-        gradtape: TensorFlow's.
-        device_dense: where gradients are reduced; by default where Horovod has it.
-        device_sparse: where sparse ones are.
+        gradtape: TensorFlow's tape.
+        device_dense: device for reducing gradients; by default Horovod's.
+        device_sparse: device for reducing sparse gradients.
         compression: one of our compressors, or Horovod's ``Compression``.
-        sparse_as_dense: make sparse gradients dense, and have them quantized.
+        sparse_as_dense: make sparse gradients dense, so that they are quantized.
         op: ``hvd.Average`` or ``hvd.Sum``.
-        gradient_predivide_factor: divide by it before the sum, and multiply by it after that.
+        gradient_predivide_factor: divide by it before the sum, and multiply by it afterwards.
         num_groups: the former name of ``groups``.
         groups: a number of groups, or lists of variables, as in Horovod. In groups, gradients with None for
             an override travel as float64.
@@ -58,7 +58,7 @@ def DistributedGradientTape(  # noqa: N802  Horovod's name
         `QuantizedCompressor.compress` and its ``decompress``.
 
     Raises:
-        TypeError: ``compression`` is a class of our compressors, and not one of them.
+        TypeError: ``compression`` is one of our compressor classes, and not an instance.
         ValueError: Horovod does not support the arguments.
     """
     refuse_class(compression)
@@ -77,15 +77,15 @@ def DistributedGradientTape(  # noqa: N802  Horovod's name
     )
     if isinstance(compression, QuantizedCompressor) and compression.options.overrides:
         grouped = groups is not None or num_groups != 0
-        tape._allreduce_grads = _told_names(tape._allreduce_grads, compression, sparse_as_dense, grouped)
+        tape._allreduce_grads = _name_first(tape._allreduce_grads, compression, sparse_as_dense, grouped)
     return tape
 
 
-def _told_names(
+def _name_first(
     reduce: Any, compression: QuantizedCompressor, sparse_as_dense: bool, grouped: bool
 ) -> Reduce:
-    """Horovod's function that reduces a tape's gradients, with the names told before."""
-    # Horovod traces it by itself for a tape outside of a graph. What is named is in there.
+    """Wrap Horovod's function that reduces a tape's gradients, so that it names them first."""
+    # Horovod traces it itself for a tape outside of a graph. The naming must be inside.
     is_traced = hasattr(reduce, "python_function")
     inner = reduce.python_function if is_traced else reduce
 
@@ -102,15 +102,15 @@ def _told_names(
             _traced[reduce] = tf.function(named)
         named = _traced[reduce]
 
-    def told(gradients: Sequence[Any], sources: Sequence[Any], generic: bool = False) -> list[Any]:
-        # Names are arguments, so that other variables of the same shapes are traced anew.
+    def reduce_named(gradients: Sequence[Any], sources: Sequence[Any], generic: bool = False) -> list[Any]:
+        # Names are arguments, so that other variables of the same shapes are traced again.
         return named(gradients, sources, generic, tuple(map(variable_name, sources)))
 
-    return told
+    return reduce_named
 
 
 def _own_tensor(gradient: Any, sparse_as_dense: bool) -> Any:
-    """A gradient as a tensor of its own: two variables may have the same one."""
+    """Return a gradient as a tensor of its own: two variables may share one."""
     if gradient is None or (isinstance(gradient, tf.IndexedSlices) and not sparse_as_dense):
         return gradient
     return tf.identity(tf.convert_to_tensor(gradient))

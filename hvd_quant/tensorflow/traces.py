@@ -1,4 +1,4 @@
-"""What has been compressed and not yet exchanged, in each function that is traced."""
+"""Gradients that are compressed and not yet exchanged, per traced function."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tensorflow.python.framework.func_graph import FuncGraph
 
 from hvd_quant.reducer import control_tensor
 from hvd_quant.schemes import DQSGD, Scheme
-from hvd_quant.tensorflow.progress import Progress
-from hvd_quant.tensorflow.steps import Steps
+from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.group_steps import GroupSteps
 
 _GROUPED = (
     tf.float64
@@ -20,23 +20,23 @@ _GROUPED = (
 
 
 @dataclass(eq=False)
-class Group:
+class TracedGroup:
     """Gradients that travel together.
 
     Args:
-        name: its first gradient's place in the function that is traced.
+        name: its first gradient's place in the traced function.
     """
 
     name: str
     tensors: list[tf.Tensor] = field(default_factory=list)
     schemes: list[Scheme | DQSGD] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
-    steps: Steps | None = None  # once the exchange is laid out
+    steps: GroupSteps | None = None  # set when the exchange is laid out
     results: list[tf.Tensor] = field(default_factory=list)
-    first: tf.Tensor | None = None  # the first control tensor to come back
+    first: tf.Tensor | None = None  # the first reduced control tensor
 
     def add(self, tensor: tf.Tensor, scheme: Scheme | DQSGD, fingerprint: int) -> None:
-        """Have another gradient travel with these."""
+        """Add another gradient."""
         self.tensors.append(tensor)
         self.schemes.append(scheme)
         self.fingerprints.append(fingerprint)
@@ -44,32 +44,33 @@ class Group:
 
 @dataclass(eq=False)
 class Trace:
-    """A function that is traced; or what is called eagerly."""
+    """A traced function; or everything that is called eagerly."""
 
     is_eager: bool = False
-    places: int = 0  # of gradients, taken so far
-    named: int = 0  # tensors that Horovod has been given to reduce, whatever they are
-    groups: dict[int, Group] = field(default_factory=dict)  # open ones, by the identity of their graph
-    # Of uncompressed gradients, as they are and as they are sent. Counted whenever the last group is sent.
+    places: int = 0  # places of gradients, used so far
+    named: int = 0  # tensors that Horovod was given to reduce
+    groups: dict[int, TracedGroup] = field(default_factory=dict)  # open ones, by the identity of their graph
+    # Bytes of uncompressed gradients, in their own dtype and as sent. Counted whenever the last group is
+    # sent.
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    last: Steps | None = None
+    last: GroupSteps | None = None
 
-    def open_group(self, graph: int) -> Group:
-        """The group that a gradient in this graph joins."""
+    def open_group(self, graph: int) -> TracedGroup:
+        """Return the group that a gradient in this graph joins."""
         group = self.groups.get(graph)
         if group is None:
-            group = self.groups[graph] = Group(f"{self.places}")
+            group = self.groups[graph] = TracedGroup(f"{self.places}")
         if not self.is_eager:
             self.places += 1
         return group
 
-    def close_group(self, group: Group, graph: int) -> None:
-        """Have no gradient join a group any more."""
+    def close_group(self, group: TracedGroup, graph: int) -> None:
+        """Close a group: no other gradient joins it."""
         if self.groups.get(graph) is group:
             del self.groups[graph]
 
-    def end_with(self, steps: Steps) -> None:
-        """Note the group that is laid out last: what is passed in this function is counted with it."""
+    def end_with(self, steps: GroupSteps) -> None:
+        """Note the last group laid out: uncompressed gradients of the function are counted with it."""
         if self.last is not None:
             self.last.passed_bytes = [0, 0]
         self.last = steps if not self.is_eager else None
@@ -77,33 +78,33 @@ class Trace:
 
 @dataclass(eq=False)
 class Member:
-    """What ``compress`` hands to ``decompress``: a place in a group, or what an uncompressed gradient was."""
+    """Context from ``compress`` for ``decompress``: a place in a group, or an uncompressed gradient."""
 
-    group: Group | None
+    group: TracedGroup | None
     index: int
     dtype: tf.DType
     shape: tf.TensorShape
 
 
 class Traces:
-    """All functions that are traced with a compressor.
+    """The traced functions of a compressor.
 
     Args:
-        progress: the compressor's.
-        number: the compressor's.
+        graph_state: state of the compressor.
+        number: number of the compressor.
     """
 
-    def __init__(self, progress: Progress, number: int) -> None:
-        self._progress, self._number = progress, number
+    def __init__(self, graph_state: GraphState, number: int) -> None:
+        self._graph_state, self._number = graph_state, number
         self._traces: weakref.WeakKeyDictionary[Any, Trace] = weakref.WeakKeyDictionary()
         self._eager = Trace(is_eager=True)
 
     def forget_eager(self) -> None:
-        """Leave what has been compressed eagerly."""
+        """Drop what has been compressed eagerly."""
         self._eager = Trace(is_eager=True)
 
     def at_hand(self) -> tuple[Trace, int]:
-        """What is traced, and the identity of the graph at hand, which may be a branch in that."""
+        """Return the trace, and the identity of the current graph, which may be a branch in it."""
         if tf.executing_eagerly():
             return self._eager, 0
         graph = root = tf.compat.v1.get_default_graph()
@@ -114,12 +115,12 @@ class Traces:
         return self._traces[root], id(graph)
 
     def passed(self, trace: Trace, tensor: tf.Tensor, alone: bool) -> tuple[tf.Tensor, Member | None]:
-        """What Horovod is to reduce of a gradient that is left to it, and the context for ``decompress``.
+        """Return the tensor for Horovod to reduce of an uncompressed gradient, and its context.
 
         Its bytes are counted if its number of values is known.
 
         Args:
-            trace: what it is in.
+            trace: trace that it is in.
             tensor: the gradient.
             alone: whether it cannot be in a group, and keeps its dtype.
         """
@@ -127,23 +128,23 @@ class Traces:
         if count is not None:
             raw_bytes, sent_bytes = count * tensor.dtype.size, count * sent.dtype.size
             if trace.is_eager:
-                self._progress.count(raw_bytes, sent_bytes)
-            else:  # in every step of what is traced
+                self._graph_state.count(raw_bytes, sent_bytes)
+            else:  # in every step of the traced function
                 trace.passed_bytes[0] += raw_bytes
                 trace.passed_bytes[1] += sent_bytes
         if sent.dtype == _GROUPED and tensor.shape == (control_tensor.SIZE,):
-            # Not to be taken for a control tensor, which other ranks may have in its place.
+            # It must not be taken for a control tensor, which other ranks may have in its place.
             sent = tf.reshape(sent, control_tensor.OTHER_SHAPE)
         elif alone:
             return self.named(trace, sent), None
         return self.named(trace, sent), Member(None, 0, tensor.dtype, tensor.shape)
 
     def named(self, trace: Trace, tensor: tf.Tensor) -> tf.Tensor:
-        """What Horovod is to reduce, with a name of our own, by which it finds the other ranks'.
+        """Name the tensor for Horovod to reduce, so that it matches those of the other ranks.
 
-        Those of operations have numbers, and a rank that traces something more than others would have other
-        ones. The name does not depend on what the tensor is, so that Horovod finds out if that differs. Of
-        what is called eagerly it takes no tensor's name.
+        Names of operations have numbers, and a rank that traces something more than others would have other
+        ones. The name does not depend on the tensor's kind, so that Horovod notices if that differs.
+        Horovod ignores the names of eager tensors.
         """
         if trace.is_eager:
             return tensor

@@ -1,4 +1,4 @@
-"""How Horovod calls a compressor, where its arguments do not tell."""
+"""How Horovod calls a compressor, where its arguments do not show it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _GROUPED = {"_grouped_allreduce_grad_async": "ps", "grouped_allreduce": "tensors
 
 
 def reduced_together() -> Sequence[object] | None:
-    """What is compressed one by one, to be reduced by one operation; None if that is a tensor by itself.
+    """Return the tensors that are compressed one by one and reduced by one operation; None for a single one.
 
-    To be called by a compressor's ``compress``.
+    Only for a compressor's ``compress``.
     """
     frame = sys._getframe(2)
     if frame.f_code.co_name in _ALONE:

@@ -1,7 +1,7 @@
 """Compressors for ``hvd.DistributedOptimizer(compression=...)``.
 
-Horovod calls ``compress``, allreduces what that returns, and calls ``decompress`` on the result. Quantized
-codes cannot be allreduced, so ``compress`` hands the gradient to an exchange of its own and gives Horovod a
+Horovod calls ``compress``, allreduces its result, and calls ``decompress`` on the reduced one. Quantized
+codes cannot be allreduced, so ``compress`` submits the gradient to our own exchange and gives Horovod a
 control tensor to reduce (see `hvd_quant.reducer.control_tensor`); ``decompress`` checks that tensor, waits
 for the exchange, and returns the decoded mean.
 """
@@ -36,31 +36,31 @@ from hvd_quant.torch.transport import HorovodTransport
 
 
 class QuantizedCompressor(HorovodCompressor, Compressor):
-    """The exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
+    """Exchange of quantized gradients; use a subclass that names a scheme, such as `QSGDCompressor`.
 
     Args:
         scheme: how gradients are quantized.
-        named_parameters: ``model.named_parameters()``. Without it a gradient is known by its place in the
-            order of arrival, which all ranks must share; a disagreement is detected and is an error.
+        named_parameters: ``model.named_parameters()``. Without it a gradient is identified by its place in
+            the order of arrival, which all ranks must share; a disagreement is detected and is an error.
             `hvd_quant.torch.DistributedOptimizer` passes it by itself.
         min_numel: gradients of fewer values are left to Horovod, uncompressed.
-        exchange: ``"allgather"``, every rank gets all payloads; ``"scatter_allgather"``, every rank averages
-            a part and sends that to all, which is less to receive from three ranks on, for a second
-            rounding; ``"hierarchical"``, the ranks of a host average their gradients as they are, and the
-            hosts exchange these means; ``"auto"``, the quickest by the model in
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
+            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
             `hvd_quant.exchange.cost`.
-        error_feedback: whether each rank keeps, for every parameter, what quantization has lost of its
-            gradients, and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 a value
-            of memory, and needs the parameters' names. Schemes in ``overrides`` keep the rounding that they
-            have; in a file, they have the compressor's unless they name another.
-        fusion_bytes: gradients travel together in fused buckets of about so many bytes (before they are
-            encoded). A bucket is sent when its last gradient is there. 0 sends every gradient alone.
+        error_feedback: whether each rank keeps, for every parameter, the quantization error of its gradients,
+            and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each
+            parameter's size, and needs the parameters' names. Schemes in ``overrides`` keep their rounding;
+            in a file, they have the compressor's unless they name another.
+        fusion_bytes: gradients travel together in fused buckets of about this many bytes (before encoding). A
+            bucket is sent when its last gradient is there. 0 sends every gradient alone.
         overrides: which parameters are quantized otherwise, or not at all: a mapping of shell patterns on
             their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path
             of a YAML or TOML file with one; see `hvd_quant.overrides.Overrides`. The first pattern that
             matches holds. ``min_numel`` holds for all. It needs the parameters' names.
         process_set: the ranks that take part; give the optimizer the same.
-        seed: of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
+        seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
             ``rounding="correlated"`` all ranks need the same one.
 
     Raises:
@@ -84,9 +84,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         options = Options(scheme, overrides, min_numel, exchange, error_feedback, fusion_bytes, seed)
         super().__init__(options, process_set)
         self._names: ParameterNames | None = None
-        self._watching = False  # autograd's order, for sparse gradients
-        self._places = 0  # taken since nothing was in flight
-        self._members = 0  # that have been compressed of those that Horovod will reduce by one operation
+        self._watching = False  # watches autograd's order, for sparse gradients
+        self._places = 0  # used since nothing was in flight
+        self._members = 0  # compressed so far of those that Horovod will reduce by one operation
         self._state = TrainingState(scheme, options.seed, TorchResiduals() if error_feedback else None)
         self._reducer = Reducer(options, self._state, self._number, process_set.ranks)
         if named_parameters is not None:
@@ -94,10 +94,10 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         check.watch(self._reducer)
 
     def bind(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Tell the compressor the parameters' names, once.
+        """Give the compressor the parameters' names, once.
 
         Raises:
-            ValueError: it knows others already, these are no unique names and parameters, or residuals of a
+            ValueError: it has other names already, names or parameters are not unique, or residuals of a
                 loaded state do not fit them.
         """
         names = ParameterNames(named_parameters)
@@ -113,7 +113,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                     "match an earlier pattern",
                     stacklevel=3,
                 )
-            if self._state.residuals is not None:  # of a state that was loaded before
+            if self._state.residuals is not None:  # from a state that was loaded before
                 names.check_sizes(self._state.residuals.kept)
             self._names = names
             names.watch()
@@ -121,24 +121,24 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     @property
     def bound(self) -> bool:
-        """Whether the compressor knows the parameters' names."""
+        """Whether the compressor has the parameters' names."""
         return self._names is not None
 
-    # --- what Horovod calls -----------------------------------------------------------------------------
+    # --- called by Horovod ------------------------------------------------------------------------------
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Take a gradient for the exchange, and start that if its fused bucket is complete.
+        """Submit a gradient to the exchange, which starts if its fused bucket is complete.
 
         Args:
-            tensor: of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass untouched.
+            tensor: tensor of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass
+                unchanged.
 
         Returns:
-            What Horovod is to reduce, and the context for `decompress`.
+            The tensor for Horovod to reduce, and the context for `decompress`.
 
         Raises:
             RankMismatchError: the ranks are configured differently.
-            RuntimeError: Horovod is not initialised, or the gradient was submitted before and is still in
-                flight.
+            RuntimeError: Horovod is not initialised, or the gradient is already in flight.
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
         if tensor.dtype in DTYPES:
@@ -147,7 +147,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         with reducer.lock:
             try:
                 if not reducer.has_begun:
-                    self._begin()  # whatever the dtype is, which may differ
+                    self._begin()  # whatever the dtype, which may differ between ranks
                 if self._members == 0:
                     reducer.count()
                 taken = self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
@@ -170,14 +170,14 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             if name is not None:
                 state.uses[name] += 1
             if tensor.dtype == torch.float64 and tensor.shape == (control_tensor.SIZE,):
-                # Not to be taken for a control tensor, which other ranks may have in its place.
+                # It must not be taken for a control tensor, which other ranks may have in its place.
                 return tensor.reshape(control_tensor.OTHER_SHAPE), tensor.shape
             return tensor.contiguous(), None
 
         if self.options.error_feedback and name is None:
             raise ValueError(
-                "error_feedback=True keeps something for every parameter, and this gradient is of none that "
-                "the compressor knows"
+                "error_feedback=True keeps a residual for every parameter, and this gradient belongs to none "
+                "that the compressor knows"
             )
         key = name if name is not None else f"#{self._place()}"
         gradient = reducer.known.get(key)
@@ -194,15 +194,15 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
         Args:
             tensor: the reduced control tensor.
-            ctx: what `compress` returned beside it; None for a tensor that passed untouched.
+            ctx: context from `compress`; None for a tensor that passed unchanged.
 
         Returns:
-            The mean over the ranks, or the sum if that was asked for, in the gradient's shape and dtype.
+            The mean over the ranks, or the sum for ``op=Sum``, in the gradient's shape and dtype.
 
         Raises:
             RankMismatchError: the ranks are configured differently, disagree about what they sent, or some
                 have called `reset`.
-            UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
+            UnsupportedReductionError: Horovod was called with Adasum, Min, Max or Product.
             RuntimeError: `reset` was called since the gradient's `compress`.
         """
         if not isinstance(ctx, TorchGradient):
@@ -214,56 +214,56 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 self._watching = False
             return ctx.release()
 
-    # --- what users call --------------------------------------------------------------------------------
+    # --- public -----------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """What this rank has contributed so far.
+        """Return statistics of this rank.
 
         Returns:
-            ``steps``, how often the gradient that came most often has come (small ones count where names are
-            known), those before a loaded state included; ``messages``, how many fused buckets were sent;
-            ``raw_bytes``, the gradients as they were; ``wire_bytes``, what they were encoded into (messages,
-            control tensors, uncompressed small gradients); ``received_bytes``, what came from other ranks by
-            our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule of bits also
-            ``bits``, a list of those of each step since the compressor was made.
+            ``steps``, uses of the most frequent gradient (small ones count if names are known), including
+            those before a loaded state; ``messages``, fused buckets sent; ``raw_bytes``, the uncompressed
+            gradients; ``wire_bytes``, their encoded size (messages, control tensors, uncompressed small
+            gradients); ``received_bytes``, bytes from other ranks by our own exchanges;
+            ``compression_ratio``, raw over wire bytes. With a schedule of bits also ``bits``, a list with the
+            bits of each step since the compressor was made.
         """
         with self._reducer.lock:
             return self._state.stats()
 
     def reset(self) -> None:
-        """Forget what is on its way, but not the noise and the statistics.
+        """Drop what is in flight, but keep the noise and the statistics.
 
         Error feedback counts what has been encoded as sent.
 
-        For a training loop that goes on after it left a step between ``backward`` and ``step``, and cannot
-        finish that by ``optimizer.synchronize()``. All ranks must call it, clear Horovod's optimizer as
-        well, and wait for what Horovod has under way:
+        For a training loop that continues after it left a step between ``backward`` and ``step``, and cannot
+        finish that by ``optimizer.synchronize()``. All ranks must call it, clear Horovod's optimizer as well,
+        and wait for what Horovod has in flight:
 
             >>> compressor.reset()
             >>> optimizer.load_state_dict(optimizer.state_dict())
             >>> optimizer.zero_grad()
             >>> hvd.barrier()
 
-        That is enough where all ranks have submitted the same gradients before they left. Otherwise Horovod
+        That is enough if all ranks had submitted the same gradients before. Otherwise Horovod
         still waits for the others' of some names: call ``optimizer.synchronize()`` first, whatever it raises.
         """
         with self._reducer.lock:
             self._reducer.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same noise, schedule of bits, and residuals.
+        """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
-        With ``error_feedback`` every rank has a state of its own, because it has residuals of its own. To be
-        taken between steps: between ``backward`` and ``step`` the gradients count as sent, in part.
+        With ``error_feedback`` the state differs between ranks, because residuals do. Call it between steps:
+        between ``backward`` and ``step`` some gradients count as sent already.
         """
         with self._reducer.lock:
             return self._state.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. To be called on every rank, before the same step.
+        """Continue where `state_dict` was taken. Call it on every rank, before the same step.
 
         Raises:
-            ValueError: this is no such state, or it has residuals that are not finite or do not fit the
+            ValueError: the state is invalid, or it has residuals that are not finite or do not fit the
                 parameters.
             RuntimeError: gradients are in flight.
         """
@@ -275,7 +275,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             else:
                 self._state.load_state_dict(state)
             self.options.seed = self._state.seed
-            self._reducer.clear()  # the ranks compare what they have anew, and fused buckets know the seed
+            self._reducer.clear()  # the ranks agree anew, and fused buckets depend on the seed
 
     # --- identity ---------------------------------------------------------------------------------------
 
@@ -285,14 +285,14 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         return self._names.find(tensor) or self._names.find_sparse(tensor, self._reducer.in_flight)
 
     def _place(self) -> int:
-        """The next place in the order of arrival, since nothing was in flight."""
+        """Return the next place in the order of arrival, since nothing was in flight."""
         if not self._reducer.in_flight:
             self._places = 0
         self._places += 1
         return self._places - 1
 
     def _register(self, key: str, named: bool, tensor: torch.Tensor, scheme: Scheme) -> TorchGradient:
-        """Note a gradient that is new, or has changed."""
+        """Register a gradient that is new, or has changed."""
         dtype = DTYPES[tensor.dtype]
         entry = Entry(key, tensor.numel(), dtype, scheme, str(tensor.device))
         description = {"name": key, "named": named, "shape": list(tensor.shape), "dtype": dtype}
@@ -302,7 +302,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         return gradient
 
     def _begin(self) -> None:
-        """Tell the reducer where the ranks are, and what parameters there are."""
+        """Begin a generation of the reducer, with the ranks' hosts and the parameters."""
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
         host = self._host(hvd, mpi_ops.is_homogeneous())
@@ -337,13 +337,14 @@ class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
     """Gradients quantized by QSGD: ``hvd.DistributedOptimizer(..., compression=QSGDCompressor(bits=4))``.
 
     Args:
-        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
-        rounding: of the scheme; by default ``"independent"``, or ``"nearest"`` with ``error_feedback``.
-        **options: of the exchange, see `QuantizedCompressor`.
+        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
+        rounding: rounding of the scheme; by default ``"independent"``, or ``"nearest"`` with
+            ``error_feedback``.
+        **options: options of the exchange, see `QuantizedCompressor`.
 
     Warning:
         Without ``named_parameters``, training in which some parameters get no gradient on some rank may stop
-        with a `RankMismatchError`, because Horovod submits those in an order of its own on every rank. Pass
+        with a `RankMismatchError`, because Horovod submits those in a different order on every rank. Pass
         them, or use `hvd_quant.torch.DistributedOptimizer`.
     """
 
@@ -352,24 +353,25 @@ class NUQSGDCompressor(QuantizedCompressor, scheme=NUQSGD):
     """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
 
     Args:
-        bits, norm, bucket_size, coding: of the scheme, see `hvd_quant.NUQSGD`.
+        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.NUQSGD`.
         rounding: as in `QSGDCompressor`.
-        **options: of the exchange, see `QuantizedCompressor`.
+        **options: options of the exchange, see `QuantizedCompressor`.
     """
 
 
 class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
-    """Gradients quantized by DQ-SGD, in which the number of bits follows the training; see `QSGDCompressor`.
+    """Gradients quantized by DQ-SGD, with bits that follow the training; see `QSGDCompressor`.
 
-    A step ends when nothing is on its way any more, as it is after ``optimizer.synchronize()``. The norm that
-    the next step's bits follow from is that of the quantized gradients: the root of the sum over them of the
-    ranks' mean squared norm.
+    A step ends when nothing is in flight any more, as after ``optimizer.synchronize()``. The next step's bits
+    depend on the norm of the quantized gradients: the root of the sum over them of the ranks' mean squared
+    norm.
 
     Args:
-        k, mean_bits, total_steps, alpha, min_bits, max_bits: of the schedule, see `hvd_quant.DQSGD`.
-        norm, bucket_size, coding: of the scheme, see `hvd_quant.QSGD`.
+        k, mean_bits, total_steps, alpha, min_bits, max_bits: arguments of the schedule, see
+            `hvd_quant.DQSGD`.
+        norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
         rounding: as in `QSGDCompressor`.
-        **options: of the exchange, see `QuantizedCompressor`.
+        **options: options of the exchange, see `QuantizedCompressor`.
 
     Example:
         >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * len(loader))

@@ -1,4 +1,4 @@
-"""Gradients as torch tensors: how the codecs read and write them, and what is kept of them."""
+"""Gradients as torch tensors, as the codecs read and write them, with their residuals."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TorchControl(control_tensor.Control):
     """A control tensor that Horovod reduces.
 
     Args:
-        fingerprint: of the rank's configuration and of the gradient.
-        rank: this one.
-        device: of the gradient.
+        fingerprint: fingerprint of the rank's configuration and of the gradient.
+        rank: own rank.
+        device: device of the gradient.
     """
 
     __slots__ = ("_memory", "_tensor", "_values")
@@ -41,13 +41,13 @@ class TorchControl(control_tensor.Control):
         self._values = np.array(control_tensor.values(fingerprint, rank))
         memory = self._values.copy()
         self._tensor = torch.from_numpy(memory).to(device, non_blocking=True)
-        self._memory = memory if device.type == "cpu" else None  # which Horovod overwrites
+        self._memory = memory if device.type == "cpu" else None  # Horovod overwrites it
 
     def fresh(self, gradient: torch.Tensor | None) -> torch.Tensor:
-        """The tensor, as it was before Horovod reduced it.
+        """Return the tensor, as it was before Horovod reduced it.
 
         Args:
-            gradient: whose squared norm is to be in it, if any. On a GPU nothing waits for that.
+            gradient: gradient whose squared norm is to be in it, if any. On a GPU nothing waits for that.
         """
         if self._memory is None:
             fresh = self._tensor.clone()
@@ -62,10 +62,10 @@ class TorchControl(control_tensor.Control):
 
 
 class TorchGradient(Gradient):
-    """A gradient, in memory of torch's.
+    """A gradient in torch tensors.
 
     Args:
-        tensor: as it came first.
+        tensor: its first tensor.
         entry, named, description, control: see `Gradient`.
     """
 
@@ -83,17 +83,17 @@ class TorchGradient(Gradient):
         self.kind = (tensor.shape, tensor.dtype, tensor.device)
         self._tensor: torch.Tensor | None = None  # while it is in flight
         self.stream: torch.cuda.Stream | None = None  # that has written it, on a GPU
-        self._version = 0  # of the tensor, when it was submitted
-        self._in_place = False  # whether the mean is to overwrite the gradient
+        self._version = 0  # version of the tensor when it was submitted
+        self._in_place = False  # whether the mean overwrites the gradient
         self._result: torch.Tensor | None = None
 
     def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a gradient is what it was last time."""
+        """Return whether a gradient has the same properties as last time."""
         shape, dtype, device = self.kind
         return tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Take this step's values, which are read when they are sent."""
+        """Keep this step's values, which are read when they are sent."""
         self._tensor = tensor
         if self.named:
             self._version = tensor._version
@@ -102,25 +102,25 @@ class TorchGradient(Gradient):
 
     @property
     def codec(self) -> Any:  # type: ignore[override]
-        """For the gradient's device."""
+        """Codec for the gradient's device."""
         return native if self.kind[2].type == "cpu" else torch_ops
 
     @classmethod
     def before_reading(cls, gradients: Sequence[TorchGradient]) -> None:  # type: ignore[override]
-        """Have the current stream wait for what gradients come from: autograd may use several streams."""
+        """Make the current stream wait for the gradients' streams: autograd may use several."""
         if gradients[0].stream is None:
             return
         current = torch.cuda.current_stream(gradients[0]._tensor.device)
         others = [gradient for gradient in gradients if gradient.stream != current]
         for stream in {gradient.stream for gradient in others}:
             current.wait_stream(stream)
-        for gradient in others:  # whose memory is not to be given out again before it has been read here
+        for gradient in others:  # whose memory must not be reused before it has been read here
             gradient._tensor.record_stream(current)
 
     def values(self) -> Buffer:
         """See `Gradient`."""
         plain = is_plain(self._tensor)
-        # A parameter's gradient is overwritten, as Horovod would have done; any other tensor is the caller's.
+        # A parameter's gradient is overwritten, as Horovod would do; any other tensor is the caller's.
         self._in_place = self.named and plain
         return values_of(self._tensor, plain)
 
@@ -148,7 +148,7 @@ class TorchGradient(Gradient):
         self._result.copy_(scratch)
 
     def release(self) -> torch.Tensor | None:
-        """The result, of which nothing is kept here: gradients must not wait for the garbage collector."""
+        """Return the result and keep no reference: gradients must not wait for the garbage collector."""
         result, self._result, self._tensor, self.stream = self._result, None, None, None
         return result
 
@@ -191,12 +191,12 @@ def _device(buffer: Buffer) -> torch.device | str:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether NumPy can see the tensor's own memory as it is."""
+    """Return whether NumPy can see the tensor's own memory as it is."""
     return tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
 
 
 def values_of(tensor: torch.Tensor, plain: bool) -> Buffer:
-    """The tensor as the codec of its device reads and, if it is plain, writes it."""
+    """Return the tensor as the codec of its device reads and, if it is plain, writes it."""
     if tensor.device.type != "cpu":
         return tensor.detach()
     if not plain:

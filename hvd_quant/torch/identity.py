@@ -1,6 +1,6 @@
-"""Which parameter a gradient belongs to, found without being told.
+"""Find the parameter that a gradient belongs to.
 
-Horovod hands ``compress`` a tensor and no name. Where the parameters are known, the tensor is recognised as
+Horovod calls ``compress`` with a tensor and no name. If the parameters are known, the tensor is recognised as
 some parameter's ``.grad``.
 """
 
@@ -21,7 +21,7 @@ class ParameterNames:
         named_parameters: pairs of name and parameter, as ``model.named_parameters()`` gives them.
 
     Raises:
-        ValueError: the pairs are none, or two have the same name.
+        ValueError: these are not pairs, or two have the same name.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -44,16 +44,16 @@ class ParameterNames:
             )
         listed: dict[int, tuple[str, torch.Tensor]] = {}
         for pair in pairs:
-            listed.setdefault(id(pair[1]), pair)  # one listed twice (tied weights) goes by its first name
+            listed.setdefault(id(pair[1]), pair)  # a duplicate (tied weights) goes by its first name
         pairs = list(listed.values())
         self._names = [name for name, _ in pairs]
         self._parameters = [parameter for _, parameter in pairs]
-        # Gradients arrive in nearly the same order in every step: the search begins at the one that came
-        # next last time, so that it is no search at all.
+        # Gradients arrive in nearly the same order in every step: the search starts at the last successor, so
+        # that it usually finds the gradient at once.
         self._successor = [*range(1, len(pairs)), 0]
         self._last = len(pairs) - 1
         self._hooks: dict[int, RemovableHandle] = {}
-        self._accumulated = 0  # the parameter whose gradient autograd was the last to compute
+        self._accumulated = 0  # index of the parameter whose gradient autograd computed last
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -65,7 +65,7 @@ class ParameterNames:
     __hash__ = None  # type: ignore[assignment]
 
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
-        """The pairs, in their order."""
+        """Return the pairs in order."""
         return list(zip(self._names, self._parameters, strict=True))
 
     def check_sizes(self, residuals: Mapping[str, torch.Tensor]) -> None:
@@ -95,7 +95,7 @@ class ParameterNames:
                 self._hooks[i] = parameter.register_post_accumulate_grad_hook(lambda _, index=i: note(index))
 
     def watch_no_more(self) -> None:
-        """Stop watching, for it takes time, unless some gradient is sparse."""
+        """Stop watching, which takes time, unless some gradient is sparse."""
         gradients = [self._parameters[i].grad for i in self._hooks]
         if any(gradient is not None and gradient.is_sparse for gradient in gradients):
             return
@@ -104,7 +104,7 @@ class ParameterNames:
         self._hooks.clear()
 
     def find(self, gradient: torch.Tensor) -> str | None:
-        """The name of the parameter whose ``.grad`` this very tensor is, or None."""
+        """Return the name of the parameter whose ``.grad`` this very tensor is, or None."""
         if not self._names:
             return None
         guess = self._successor[self._last]
@@ -117,11 +117,11 @@ class ParameterNames:
         return self._names[guess]
 
     def find_sparse(self, dense: torch.Tensor, taken: Iterable[str]) -> str | None:
-        """The name of the parameter whose sparse ``.grad`` has this dense copy, or None.
+        """Return the name of the parameter whose sparse ``.grad`` has this dense copy, or None.
 
-        With ``sparse_as_dense=True`` Horovod hands over a copy that is no parameter's ``.grad``. It is looked
-        for from the gradient that autograd has just computed onwards, because others may be equal. Names in
-        ``taken`` are not considered: their gradients are on the way already.
+        With ``sparse_as_dense=True`` Horovod passes a copy that is no parameter's ``.grad``. The search
+        starts at the gradient that autograd has just computed, because others may be equal. Names in
+        ``taken`` are skipped: their gradients are in flight already.
         """
         taken = set(taken)
         order = [self._accumulated, *range(len(self._names))] if self._names else []
@@ -139,7 +139,7 @@ class ParameterNames:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equality for which NaN equals itself."""
+    """Return whether two tensors are equal, with NaN equal to itself."""
     return one.dtype == other.dtype and torch.equal(
         one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
     )

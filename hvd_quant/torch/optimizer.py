@@ -1,4 +1,4 @@
-"""A drop-in for ``horovod.torch.DistributedOptimizer`` that tells the compressor the parameters' names."""
+"""A drop-in for ``horovod.torch.DistributedOptimizer`` that gives the compressor the parameters' names."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     """Horovod's own ``DistributedOptimizer``, with the parameters' names given to our compressor too.
 
     Arguments and result are those of ``horovod.torch.DistributedOptimizer``. Without ``named_parameters``,
-    parameters are named by their place in the optimizer, as Horovod names them. Other compressors than those
-    of hvd_quant pass through.
+    parameters are named by their place in the optimizer, as in Horovod. Other compressors than those of
+    hvd_quant are passed on unchanged.
 
     Raises:
-        TypeError: ``compression`` is a class of our compressors, and not one of them.
+        TypeError: ``compression`` is one of our compressor classes, and not an instance.
         RuntimeError: Horovod is not initialised.
-        ValueError: ``op`` or ``process_set`` does not go with the compressor, the compressor serves another
+        ValueError: ``op`` or ``process_set`` does not fit the compressor, the compressor serves another
             optimizer already, or Horovod refuses an argument.
 
     Example:

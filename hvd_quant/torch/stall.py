@@ -1,4 +1,4 @@
-"""What of Horovod's operations and of gradients is in flight, for `hvd_quant.reducer.stall`."""
+"""Horovod's operations and the gradients in flight, for `hvd_quant.reducer.stall`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hvd_quant.torch.transport import abandoned_numbers
 
 
 def in_flight(reducers: list[Reducer]) -> list[int]:
-    """Horovod's numbers of operations that are not over, whether we or the user have submitted them."""
+    """Return Horovod's numbers of operations that are not over, whether submitted by us or by the user."""
     if not hvd.is_initialized():
         return []
     return [number for number in list(mpi_ops._handle_map) if not _is_over(number)]
 
 
 def _is_over(number: int) -> bool:
-    with contextlib.suppress(ValueError):  # who waits for it has it now
+    with contextlib.suppress(ValueError):  # whoever waits for it has its handle
         return number in abandoned_numbers() or hvd.poll(number)
     return True
 
 
 def describe(numbers: list[Hashable], reducers: list[Reducer]) -> list[str]:
-    """The lines that say what these operations, and the gradients in flight, are."""
+    """Describe these operations and the gradients in flight, in lines."""
     last_first = enumeration(map(str, sorted(numbers, reverse=True)))
     return [
         f"hvd_quant: rank {hvd.rank()} of {hvd.size()}",

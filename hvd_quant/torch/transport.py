@@ -1,4 +1,4 @@
-"""Bytes between ranks by Horovod's own collectives."""
+"""Transport of bytes between ranks by Horovod's own collectives."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hvd_quant.exchange.transport import Buffer
 
 
 class HorovodHandle:
-    """An operation of Horovod's in flight; see `hvd_quant.exchange.transport.Handle`.
+    """Handle of a Horovod operation in flight; see `hvd_quant.exchange.transport.Handle`.
 
-    After ``hvd.shutdown()`` and ``hvd.init()`` Horovod numbers its operations from 1 again, so that one from
-    before is over for good: its number may be another's.
+    After ``hvd.shutdown()`` and ``hvd.init()`` Horovod numbers its operations from 1 again, so an earlier one
+    is lost: its number may be another's.
 
     Args:
         number: Horovod's number of it, just received.
-        unpack: makes what each rank has sent of what it has brought.
+        unpack: converts its result to what each rank has sent.
     """
 
     def __init__(self, number: int, unpack: Callable[[Any], list[Buffer]]) -> None:
         self._number, self._unpack = number, unpack
-        self._era = mpi_ops._handle_map  # another one after every hvd.init()
+        self._era = mpi_ops._handle_map  # replaced by every hvd.init()
 
     @property
     def number(self) -> int | None:
@@ -61,14 +61,13 @@ class HorovodHandle:
         _abandoned.append(self)
 
 
-_abandoned: list[HorovodHandle] = []  # nobody waits for them, and some may never be over
-# Questions that were asked in vain, by process set. They are not a compressor's own: its number may be what
-# differs.
+_abandoned: list[HorovodHandle] = []  # nobody waits for them, and some may never complete
+# Unanswered questions, by process set. They do not belong to a compressor: its number may be what differs.
 _unanswered: dict[int | None, dict[str, HorovodHandle]] = {}
 
 
 def abandoned_numbers() -> set[int | None]:
-    """Horovod's numbers of what nobody waits for."""
+    """Return Horovod's numbers of what nobody waits for."""
     return {handle.number for handle in list(_abandoned)}
 
 
@@ -77,14 +76,14 @@ class _NoProcessSet:
 
 
 def submit_as_many(others: int, own: int) -> None:
-    """Have this rank's count of operations go up to another's.
+    """Raise this rank's count of operations to another's.
 
-    Horovod calls an operation without a name by how many its process has submitted, so that ranks that have
-    counted differently wait for each other. It counts those that it refuses, too.
+    Horovod names an unnamed operation by how many its process has submitted, so that ranks that have counted
+    differently wait for each other. It counts those that it refuses, too.
 
     Args:
-        others: the greatest number of operations that a rank has submitted.
-        own: this rank's.
+        others: the largest number of operations that a rank has submitted.
+        own: this rank's number.
     """
     for _ in range(others - own):
         with contextlib.suppress(IndexError, ValueError, hvd.HorovodInternalError):
@@ -132,7 +131,7 @@ class HorovodTransport:
         submit_as_many(others, own)
 
     def forget_abandoned(self) -> None:
-        """See `hvd_quant.exchange.transport.CountedTransport`: until then Horovod keeps their tensors."""
+        """See `hvd_quant.exchange.transport.CountedTransport`: Horovod keeps their tensors until then."""
         handles, _abandoned[:] = _abandoned[:], []
         for handle in handles:
             with contextlib.suppress(*self.errors):
@@ -143,8 +142,8 @@ class HorovodTransport:
 
 
 def _split(received: torch.Tensor, sizes: Sequence[int | None]) -> list[Buffer]:
-    """What each rank has sent; nothing of it, where that cannot be told."""
-    if received.is_cuda:  # of Horovod's stream, and read on this one
+    """Split what was received by rank; empty parts if that is impossible."""
+    if received.is_cuda:  # written on Horovod's stream, and read on this one
         received.record_stream(torch.cuda.current_stream(received.device))
     return cut(received if received.is_cuda else received.numpy(), sizes)
 

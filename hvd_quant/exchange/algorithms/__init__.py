@@ -1,4 +1,4 @@
-"""The exchange algorithms, and which of them is quickest."""
+"""The exchange algorithms, and the choice of the quickest."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EXCHANGES = ("auto", *ALGORITHMS)  # as users name them
 
 
 def quickest(link: Link, size: int, payload_bytes: int, count: int, *, hierarchical: bool = True) -> str:
-    """The exchange that the model takes for the quickest: a function of its arguments alone.
+    """Return the exchange that the cost model estimates to be quickest: a function of its arguments alone.
 
     Args:
-        link: between the ranks.
-        size: ranks.
-        payload_bytes: that a rank encodes its gradients into.
-        count: values in them.
-        hierarchical: whether the exchange by hosts is to be had, if the link is of several ranks a host.
+        link: link between the ranks.
+        size: number of ranks.
+        payload_bytes: bytes that a rank encodes its gradients into.
+        count: number of values in them.
+        hierarchical: whether the hierarchical exchange is available, if the link has several ranks per host.
     """
     hierarchical = hierarchical and link.ranks_per_host > 1
     return min(
@@ -49,9 +49,9 @@ def quickest(link: Link, size: int, payload_bytes: int, count: int, *, hierarchi
 def choose(
     exchange: str, link: Link, size: int, payload_bytes: int, count: int, *, hierarchical: bool = True
 ) -> str:
-    """The algorithm for so many values: the one that the user has named, the `quickest` for ``"auto"``.
+    """Return the algorithm for a number of values: the user's choice, or the `quickest` for ``"auto"``.
 
-    Where they are too many for the one that was named, it is another.
+    If they are too many for the one that was named, it is another.
     """
     if exchange == "auto":
         return quickest(link, size, payload_bytes, count, hierarchical=hierarchical)

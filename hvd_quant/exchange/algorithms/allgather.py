@@ -13,7 +13,7 @@ from hvd_quant.exchange.transport import Buffer
 
 
 def _encode(data: BucketData, _: Messages) -> tuple[Buffer, list[int | None]]:
-    """The message with all gradients."""
+    """Encode the message with all gradients."""
     whole = data.bucket.whole
     message = data.buffer("message", whole.size, "uint8")
     noise = data.bucket.noise(whole, "whole", data.uses)

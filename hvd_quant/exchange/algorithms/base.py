@@ -1,6 +1,6 @@
-"""An exchange algorithm as a table of stages: what each collective sends, made of what the last one brought.
+"""An exchange algorithm as a table of stages: what each collective sends, made of what the last one received.
 
-Whoever drives it decides when to wait, and keeps what is between the stages: `hvd_quant.exchange.driver` for
+The driver decides when to wait, and keeps the data between stages: `hvd_quant.exchange.driver` for
 transports, a graph of operations in TensorFlow.
 """
 
@@ -23,7 +23,7 @@ class Codec(Protocol):
     """Numbers <-> messages: the modules `hvd_quant.codec.native` and `hvd_quant.codec.torch_ops`."""
 
     def empty(self, count: int, dtype: str, like: Buffer) -> Buffer:
-        """Room for a message or for values, on the device of ``like``."""
+        """Allocate a buffer for a message or values, on the device of ``like``."""
 
     def encode_message(
         self,
@@ -41,7 +41,7 @@ class Codec(Protocol):
         """Decode messages of one layout into ``factor`` times their mean; errors name ranks of `Messages`."""
 
     def add_error(self, residual: Buffer, lost: Buffer, times: int) -> None:
-        """Add ``times`` what a mean has lost to a residual, where the sum is finite."""
+        """Add ``times`` a mean's quantization error to a residual, where the sum is finite."""
 
     def pack_float32(
         self,
@@ -51,13 +51,13 @@ class Codec(Protocol):
         out: Buffer,
         residuals: Sequence[Buffer] = (),
     ) -> None:
-        """Write a preamble, and the values of a layout's segments as float32, to bytes.
+        """Write a preamble and the values of a layout's segments, as float32, to bytes.
 
-        Residuals are added, and become 0 in the buckets of quantization in which all sums are finite.
+        Residuals are added, and set to 0 in the quantization buckets in which all sums are finite.
         """
 
     def mean_float32(self, parts: Sequence[Buffer], preamble: bytes, out: Buffer) -> None:
-        """Write the mean of what has been collected on several ranks, if it has this preamble."""
+        """Write the mean of `pack_float32` messages of several ranks, if they have this preamble."""
 
 
 Encoded = list[tuple[MessageLayout, Messages]]
@@ -70,12 +70,13 @@ class BucketData:
     Args:
         bucket: its layout.
         values: its gradients, in the order of the bucket's entries.
-        uses: how often each has been exchanged before, uint64; part of the noise's key.
-        codec: for their device.
-        residuals: of error feedback: what this rank has not sent yet, flat float32, one a gradient; or none.
-        buffers: memory that is the same in every step, because fresh pages cost more than what is written to
-            them; None for fresh memory.
-        encoded_bytes: that the gradients have been encoded into; by the host's ranks together, if by hosts.
+        uses: how often each has been exchanged before, uint64; part of the noise key.
+        codec: codec for their device.
+        residuals: residuals of error feedback, what this rank has not sent yet: flat float32, one per
+            gradient; or empty.
+        buffers: buffers that are reused in every step, because fresh pages cost more than what is written to
+            them; None for new ones.
+        encoded_bytes: bytes that the gradients were encoded into; by all ranks of the host, if hierarchical.
     """
 
     bucket: GroupLayout
@@ -87,13 +88,13 @@ class BucketData:
     encoded_bytes: int = 0
 
     def buffer(self, purpose: str, count: int, dtype: str) -> Buffer:
-        """Memory on the gradients' device."""
+        """Return a buffer on the gradients' device."""
         if self.buffers is None:
             return self.codec.empty(count, dtype, self.values[0])
-        room = self.buffers.get(purpose)
-        if room is None or len(room) != count:
-            room = self.buffers[purpose] = self.codec.empty(count, dtype, self.values[0])
-        return room
+        buffer = self.buffers.get(purpose)
+        if buffer is None or len(buffer) != count:
+            buffer = self.buffers[purpose] = self.codec.empty(count, dtype, self.values[0])
+        return buffer
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,14 @@ class Stage:
     """One collective of an algorithm.
 
     Args:
-        name: of the collective, within its exchange.
+        name: name of the collective within its exchange.
         collective: ``"allgather"`` or ``"alltoall"``.
-        prepare: what this rank sends, of what the last stage has brought from each rank (of the gradients, in
-            the first stage). Returns the message, and for an alltoall the sizes of its parts, for an
-            allgather the sizes that the ranks' messages are expected to have, None for one that says its own.
-            Raises ValueError where something has come that cannot be used; then the rank sends nothing, for
-            others wait for it, and the exchange fails in the end. An allgather of nothing is noticed by all.
+        prepare: makes what this rank sends from what the last stage has received from each rank (from the
+            gradients, in the first stage). Returns the message and sizes: for an alltoall those of its parts,
+            for an allgather the expected sizes of the ranks' messages, None for one that contains its own.
+            Raises ValueError if a received message cannot be used. Then the rank sends an empty message,
+            because others wait for it, and the exchange fails in the end. All ranks notice an empty part of
+            an allgather.
     """
 
     name: str
@@ -117,16 +119,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How the ranks' gradients become everyone's mean.
+    """How the mean of the ranks' gradients is computed.
 
     Args:
-        name: as ranks compare it.
-        stages: in their order.
-        encoded: what is to be decoded of what the last stage has brought, as pairs of a message layout and
+        name: name that ranks compare.
+        stages: stages in order.
+        encoded: what is to be decoded of what the last stage has received: pairs of a message layout and
             the messages to be averaged.
-        seconds: what the model of `hvd_quant.exchange.cost` says that it takes, without the first encoding;
-            told the link, the ranks, the bytes that a rank encodes its gradients into, and their values.
-        fits: whether it can exchange so many values.
+        seconds: estimate by the model of `hvd_quant.exchange.cost`, without the first encoding, from the
+            link, the number of ranks, the bytes that a rank encodes its gradients into, and the number of
+            values.
+        fits: whether it can exchange a number of values.
         hierarchical: whether it is only for several hosts with equally many ranks, two or more, on each.
     """
 
@@ -139,7 +142,7 @@ class Algorithm:
 
 
 def encode_mean(data: BucketData, mean: Buffer, chunk: MessageLayout, stage: str, ranks: int) -> Buffer:
-    """The message with a chunk's mean over so many ranks."""
+    """Encode the message with a chunk's mean over a number of ranks."""
     flat = chunk.flattened
     message = data.buffer("mean's message", flat.size, "uint8")
     noise = data.bucket.noise(chunk, stage, data.uses)
@@ -148,7 +151,7 @@ def encode_mean(data: BucketData, mean: Buffer, chunk: MessageLayout, stage: str
     lost = data.buffer("mean's residual", flat.count, "float32")
     lost[:] = 0.0
     size = data.codec.encode_message([mean], flat, noise, message, [lost])
-    # What the mean lost is so many times as much of this rank's own gradients.
+    # An error of the mean is ``ranks`` times as large in terms of this rank's own gradients.
     for segment, place in zip(chunk.segments, flat.segments, strict=True):
         residual = data.residuals[segment.tensor][segment.start : segment.start + segment.count]
         data.codec.add_error(residual, lost[place.start : place.start + place.count], ranks)

@@ -1,8 +1,8 @@
 """The ranks of a host average their gradients as they are, and the hosts exchange these means encoded.
 
-Every rank averages, encodes and sends one chunk of its host's, to the ranks in its place on the other hosts,
-and passes on to its neighbours what it receives of these. One rounding, of a host's mean. With h hosts, all
-ranks of a host together receive h - 1 payloads from others, however many they are.
+Every rank averages, encodes and sends one chunk of its host's gradients to its counterparts on the other
+hosts, and relays to its neighbours what it receives from them. One rounding, of a host's mean. With h hosts,
+all ranks of a host together receive h - 1 payloads from others, however many they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hvd_quant.exchange.transport import Buffer
 
 
 def _collect(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
-    """The values of each of the host's chunks as they are, for who averages it, and the parts' sizes."""
+    """Pack the values of each of the host's chunks for the rank that averages it, with the parts' sizes."""
     bucket = data.bucket
     sizes = [0] * bucket.size
     for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
@@ -32,7 +32,7 @@ def _collect(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
 
 
 def _encode_host_mean(data: BucketData, parts: Messages) -> tuple[Buffer, list[int]]:
-    """The message with the mean of what all neighbours have sent about the own chunk of the host's."""
+    """Encode the mean of the own chunk of the host's gradients, from what all neighbours have sent."""
     bucket = data.bucket
     number = bucket.own_host_chunk
     chunk = bucket.host_chunks[number]
@@ -44,13 +44,13 @@ def _encode_host_mean(data: BucketData, parts: Messages) -> tuple[Buffer, list[i
 
 
 def _pass_on(data: BucketData, parts: Messages) -> tuple[Buffer, list[int]]:
-    """What has come from the counterparts, for the neighbours."""
+    """Relay what the counterparts have sent to the neighbours."""
     bucket = data.bucket
     return _repeat(data, [parts[rank] for rank in bucket.counterparts], bucket.neighbours)
 
 
 def _repeat(data: BucketData, messages: Sequence[Buffer], ranks: Sequence[int]) -> tuple[Buffer, list[int]]:
-    """Messages end to end, once for each of some ranks, and the parts' sizes."""
+    """Repeat messages, back to back, for each of some ranks; returns them with the parts' sizes."""
     size = sum(map(len, messages))
     sizes = [size if rank in ranks else 0 for rank in range(data.bucket.size)]
     out = data.codec.empty(sum(sizes), "uint8", data.values[0])
@@ -62,12 +62,12 @@ def _repeat(data: BucketData, messages: Sequence[Buffer], ranks: Sequence[int]) 
 
 
 def _encoded(bucket: GroupLayout, parts: Messages) -> Encoded:
-    """What the neighbours have passed on: for each of the host's chunks, the messages of all hosts."""
+    """Return what the neighbours have relayed: for each of the host's chunks, the messages of all hosts."""
     encoded = []
     for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
-        makers = bucket.topology.counterparts(neighbour)
-        sizes, whence = [chunk.fixed_size] * len(makers), f" that rank {neighbour} has passed on"
-        encoded.append((chunk, cut(parts[neighbour], sizes, makers, whence)))
+        senders = bucket.topology.counterparts(neighbour)
+        sizes, source = [chunk.fixed_size] * len(senders), f" that rank {neighbour} has passed on"
+        encoded.append((chunk, cut(parts[neighbour], sizes, senders, source)))
     return encoded
 
 
@@ -80,7 +80,7 @@ def _seconds(link: Link, size: int, payload_bytes: int, count: int) -> float:
 
 
 def _fits(count: int) -> bool:
-    """Values go as float32, and their bytes are counted in 32 bits."""
+    """Check the size: values are sent as float32, and their bytes are counted in 32 bits."""
     return 4 * count < 2**31
 
 

@@ -1,8 +1,8 @@
 """Every rank averages one chunk of the gradients, and sends the mean, encoded again, to every other.
 
-Two roundings, each unbiased given what it rounds, so the result is. With error feedback what either loses is
-kept. A rank receives 2 (n - 1) / n payloads, however many ranks there are. The rank that has a chunk's mean
-takes it from its encoded form, too, so that all ranks have the same.
+Two roundings, each unbiased given its input, so the result is unbiased. With error feedback the errors of
+both are kept. A rank receives 2 (n - 1) / n payloads, however many ranks there are. The rank that averages a
+chunk decodes its own mean too, so that all ranks have the same.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from hvd_quant.exchange.transport import Buffer
 
 
 def _encode_chunks(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
-    """The messages with the chunks, end to end, and their sizes."""
+    """Encode the messages with the chunks, back to back, and return their sizes."""
     bucket = data.bucket
     sizes, end = [], 0
     message = data.buffer("message", sum(chunk.size for chunk in bucket.chunks), "uint8")
     for chunk in bucket.chunks:
-        noise, room = bucket.noise(chunk, "chunk", data.uses), message[end : end + chunk.size]
-        sizes.append(data.codec.encode_message(data.values, chunk, noise, room, data.residuals))
+        noise, target = bucket.noise(chunk, "chunk", data.uses), message[end : end + chunk.size]
+        sizes.append(data.codec.encode_message(data.values, chunk, noise, target, data.residuals))
         end += sizes[-1]
     data.encoded_bytes = end
     return message[:end], sizes
 
 
 def _encode_mean(data: BucketData, parts: Messages) -> tuple[Buffer, list[int | None]]:
-    """The message with the mean of all ranks' messages about the own chunk."""
+    """Encode the mean of all ranks' messages with the own chunk."""
     bucket = data.bucket
     mean = data.buffer("mean", bucket.own_chunk.count, "float32")
     data.codec.decode_messages(parts, bucket.own_chunk, [mean], 1.0)

@@ -1,6 +1,6 @@
 """Every rank averages one chunk of the gradients as they are, and sends the mean to every other: float32.
 
-For gradients that are not to be quantized, where no library reduces them. Users cannot name it.
+For gradients that are not quantized, where no library reduces them. Users cannot select it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Float32Codec:
     def decode_messages(
         messages: Sequence[Buffer], layout: MessageLayout, out: Sequence[Buffer], factor: float
     ) -> None:
-        """See `hvd_quant.exchange.algorithms.base.Codec`; of one message."""
+        """See `hvd_quant.exchange.algorithms.base.Codec`; for one message."""
         (message,) = messages
         values = np.empty(layout.count, np.float32)
         native.mean_float32([message], layout.preamble, values)
@@ -42,7 +42,7 @@ class Float32Codec:
 
 
 def _write(values: np.ndarray, out: np.ndarray, dtype: str) -> None:
-    """Write float32 values as another dtype, to nearest; bfloat16 as its 16-bit patterns."""
+    """Write float32 values as another dtype, rounded to nearest; bfloat16 as its 16-bit patterns."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             np.copyto(out, values, casting="same_kind")
@@ -56,7 +56,7 @@ CODEC = Float32Codec()
 
 
 def _collect(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
-    """The values of each chunk, for who averages it, and the parts' sizes."""
+    """Pack the values of each chunk for the rank that averages it, with the parts' sizes."""
     bucket = data.bucket
     sizes = [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
     message = data.buffer("values", sum(sizes), "uint8")
@@ -69,7 +69,7 @@ def _collect(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
 
 
 def _average(data: BucketData, parts: Messages) -> tuple[Buffer, list[int | None]]:
-    """The mean of the own chunk."""
+    """Return the mean of the own chunk."""
     bucket = data.bucket
     chunk = bucket.chunks[bucket.rank]
     message = data.buffer("mean", PREAMBLE_SIZE + 4 * chunk.count, "uint8")

@@ -1,4 +1,4 @@
-"""Horovod for Keras 3, with or without quantized gradients: what ``model.fit`` needs.
+"""Horovod for Keras 3, with or without quantized gradients, for ``model.fit``.
 
 Horovod's own ``DistributedOptimizer`` reduces nothing under Keras 3, and says nothing. This one takes the
 same arguments:
@@ -9,7 +9,7 @@ same arguments:
     >>> model.compile(optimizer, loss, jit_compile=False)  # XLA compiles none of Horovod's operations
     >>> model.fit(x, y, callbacks=[hqk.BroadcastGlobalVariablesCallback(0), hqk.MetricAverageCallback()])
 
-Optimizers of legacy Keras (tf_keras) are handed on to Horovod's own.
+Optimizers of legacy Keras (tf_keras) are passed on to Horovod's own.
 """
 
 from hvd_quant.tensorflow.keras.callbacks import BroadcastGlobalVariablesCallback, MetricAverageCallback

@@ -11,13 +11,13 @@ import tensorflow as tf
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives all ranks the root's variables, of the model and of its optimizer.
+    """Broadcasts the root's variables, of the model and of its optimizer, to all ranks.
 
-    That is when training begins, and once more after the first batch if some rank had not made them all.
+    It does so when training begins, and again after the first batch if some rank had not built all of them.
 
     Args:
-        root_rank: whose.
-        device: where they are broadcast; by default where Horovod has it.
+        root_rank: rank whose variables are broadcast.
+        device: device of the broadcast; by default Horovod's.
 
     Raises:
         ValueError: when training begins, or after the first batch: the ranks have different variables.
@@ -29,13 +29,13 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._done = False
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Broadcast what all ranks have."""
+        """Broadcast the variables that all ranks have."""
         model, optimizer = self.model, self.model.optimizer
         has_optimizer = bool(optimizer and optimizer.built)
         built, optimizers = zip(
             *hvd.allgather_object((model.built, has_optimizer), name="hvd_quant.built"), strict=True
         )
-        # Keras never takes a model for built that has a training step of its own, and no call.
+        # Keras never considers a model built that has its own training step, and no call.
         has_model = [one or other for one, other in zip(built, optimizers, strict=True)]
         if any(optimizers) and not all(has_model):
             raise ValueError(
@@ -43,22 +43,22 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 "build the model and its optimizer on all ranks before fit"
             )
         if any(optimizers) and not has_optimizer:
-            # As where one rank has loaded a checkpoint. If others made theirs in the first step, they would
-            # trace that twice, and their gradients have other names.
+            # For example after one rank has loaded a checkpoint. If others made theirs in the first step,
+            # they would trace that twice, with other names for their gradients.
             optimizer.build(model.trainable_variables)
         if all(has_model):
             self._broadcast([*model.weights, *(_shared(optimizer) if any(optimizers) else ())])
         self._done = all(built) and any(optimizers)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Broadcast everything, if some rank lacked something before the first batch."""
+        """Broadcast everything, if some rank lacked variables before the first batch."""
         if not self._done:
             optimizer = self.model.optimizer
             self._broadcast([*self.model.weights, *(_shared(optimizer) if optimizer else ())])
             self._done = True
 
     def _broadcast(self, variables: Sequence[keras.Variable]) -> None:
-        """Broadcast these, among which is no state of random generators."""
+        """Broadcast variables, which must not include the state of random generators."""
         mine = [(tuple(one.shape), one.dtype) for one in variables]
         everyones = hvd.allgather_object(mine, name="hvd_quant.broadcast")
         if any(one != everyones[0] for one in everyones):
@@ -69,7 +69,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
         @tf.function
         def broadcast() -> None:
-            # Under names of our own: the variables' own have numbers, which may differ between ranks.
+            # Under our own names: the variables' own have numbers, which may differ between ranks.
             for i, variable in enumerate(variables):
                 name = f"hvd_quant.broadcast.{i}"
                 variable.value.assign(hvd.broadcast(variable.value, self._root_rank, name=name))
@@ -79,7 +79,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
 
 def _shared(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """An optimizer's variables without the gradients that it accumulates, which are each rank's own."""
+    """Return an optimizer's variables without accumulated gradients, which differ between ranks."""
     own = {id(variable) for variable in getattr(optimizer, "_accumulated_gradients", ())}
     return [variable for variable in optimizer.variables if id(variable) not in own]
 
@@ -87,11 +87,11 @@ def _shared(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
 class MetricAverageCallback(keras.callbacks.Callback):
     """Averages the metrics over the ranks at the end of an epoch.
 
-    It must come before callbacks that act by the metrics, such as ``ReduceLROnPlateau``.
+    It must come before callbacks that use the metrics, such as ``ReduceLROnPlateau``.
 
     Args:
-        device: where they are reduced; by default where Horovod has it.
-        process_set: the ranks.
+        device: device of the reduction; by default Horovod's.
+        process_set: the ranks that take part.
     """
 
     def __init__(self, device: str = "", process_set: hvd.ProcessSet = hvd.global_process_set) -> None:

@@ -1,4 +1,4 @@
-"""A Keras optimizer, made distributed."""
+"""Distributed Keras optimizers."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     process_set: hvd.ProcessSet = hvd.global_process_set,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """A Keras optimizer that reduces gradients over the ranks before it applies them.
+    """Make a Keras optimizer that reduces gradients over the ranks before it applies them.
 
     The arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``. An optimizer of Keras 3 is
-    itself made distributed, with the state that it has, and returned. Its class has the same name as before,
-    so that a saved model restores the plain optimizer. It reduces the gradients before it clips them, as a
-    single process would that had all ranks' data. With one of our compressors, gradients travel in groups of
-    its ``fusion_bytes``, last variable first, unless ``groups`` says otherwise.
+    made distributed in place, with its state, and returned. Its class has the same name as before, so that a
+    saved model restores the plain optimizer. It reduces the gradients before it clips them, as a single
+    process with all ranks' data would. With one of our compressors, gradients travel in groups of its
+    ``fusion_bytes``, last variable first, unless ``groups`` says otherwise.
 
     Args:
-        optimizer: of Keras 3, or of legacy Keras.
-        name: for it.
-        device_dense: where gradients are reduced; by default where Horovod has it.
-        device_sparse: where sparse ones are.
-        compression: one of our compressors, or Horovod's ``Compression``. The names that ``overrides`` go by
-            are the variables' paths, such as ``"sequential/dense/kernel"``.
-        sparse_as_dense: make sparse gradients dense, and have them quantized.
-        gradient_predivide_factor: divide by it before the sum, and multiply by it after that.
+        optimizer: optimizer of Keras 3, or of legacy Keras.
+        name: name of the optimizer.
+        device_dense: device for reducing gradients; by default Horovod's.
+        device_sparse: device for reducing sparse gradients.
+        compression: one of our compressors, or Horovod's ``Compression``. ``overrides`` match the variables'
+            paths, such as ``"sequential/dense/kernel"``.
+        sparse_as_dense: make sparse gradients dense, so that they are quantized.
+        gradient_predivide_factor: divide by it before the sum, and multiply by it afterwards.
         op: ``hvd.Average`` or ``hvd.Sum``.
-        backward_passes_per_step: accumulate so many passes' gradients before they are reduced and applied, by
-            Keras's own ``gradient_accumulation_steps``.
-        average_aggregated_gradients: apply the mean of these passes, and not the sum.
+        backward_passes_per_step: number of passes whose gradients are accumulated before they are reduced and
+            applied, by Keras's own ``gradient_accumulation_steps``.
+        average_aggregated_gradients: apply the mean of these passes, not the sum.
         num_groups: the former name of ``groups``.
         groups: a number of groups, or lists of variables; as in Horovod.
         process_set: the ranks that take part.
@@ -61,8 +61,8 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
             of ranks.
 
     Raises:
-        TypeError: ``optimizer`` is no Keras optimizer, or one with an ``apply_gradients`` of its own; or
-            ``compression`` is a class of our compressors, and not one of them.
+        TypeError: ``optimizer`` is not a Keras optimizer, or has its own ``apply_gradients``; or
+            ``compression`` is one of our compressor classes, and not an instance.
         ValueError: arguments contradict each other, or are not supported.
         RuntimeError: Keras does not run on TensorFlow.
     """
@@ -72,7 +72,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         if isinstance(compression, QuantizedCompressor) and compression.options.overrides:
             raise ValueError(
                 "overrides need the variables' names, and gradients of legacy Keras are reduced by Horovod's "
-                "own optimizer, which does not tell them: leave out overrides, or use Keras 3"
+                "own optimizer, which does not pass them: leave out overrides, or use Keras 3"
             )
         import horovod.tensorflow.keras as hvd_keras
 
@@ -119,7 +119,8 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
     )
     if name is not None:
         optimizer.name = name
-    # Not one made anew from the configuration: that has no state, and none of what cannot be serialised.
+    # Not a new one from the configuration, which would lack the state, and anything that cannot be
+    # serialised.
     object.__setattr__(optimizer, "__class__", _distributed(type(optimizer), reduction))
     if is_quantized:
         compression.in_use = True
@@ -130,7 +131,7 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
 
 
 def _check_legacy(optimizer: Any) -> None:
-    """Check that what is no optimizer of Keras 3 is one of legacy Keras, and that this is in use."""
+    """Check that an optimizer that is not of Keras 3 is one of legacy Keras, and that this is in use."""
     legacy = tf.keras.optimizers
     if legacy.Optimizer is keras.optimizers.Optimizer or not isinstance(  # without TF_USE_LEGACY_KERAS=1
         optimizer, (legacy.Optimizer, legacy.legacy.Optimizer)
@@ -168,7 +169,7 @@ def _check_options(op: Any, gradient_predivide_factor: float, backward_passes_pe
 
 
 def _accumulate(optimizer: keras.optimizers.Optimizer, passes: int) -> None:
-    """Have Keras accumulate so many passes' gradients, if it can."""
+    """Make Keras accumulate the gradients of several passes, if it can."""
     kind = type(optimizer)
     if _has_own_apply(kind):
         raise ValueError(
@@ -192,10 +193,10 @@ def _has_own_apply(kind: type[keras.optimizers.Optimizer]) -> bool:
 
 
 class Reducing:
-    """What an optimizer's class becomes distributed by, as a base before it."""
+    """Base of distributed optimizer classes, which comes before the original class."""
 
     is_distributed = True
-    # Of the class: Keras would track an optimizer's attribute. Under a name that no optimizer has.
+    # On the class: Keras would track an optimizer's attribute. Under a name that no optimizer uses.
     _hvd_quant_reduction: Reduction
 
     def register_local_var(self, var: Any) -> None:
@@ -213,16 +214,16 @@ class Reducing:
 
 
 class ReducingFirst(Reducing):
-    """For a class with an ``apply`` of its own.
+    """For a class with its own ``apply``.
 
-    It may look at gradients before all else, as a loss scaler does for what is not finite, or hand them to
-    other optimizers. So they are reduced first.
+    It may inspect gradients first, as a loss scaler does for values that are not finite, or pass them to
+    other optimizers. So they are reduced before anything else.
     """
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None, **options: Any) -> None:
         if trainable_variables is None and self.built:
             trainable_variables = self._trainable_variables
-        if trainable_variables is not None:  # otherwise Keras says what is wrong
+        if trainable_variables is not None:  # otherwise Keras raises the error
             trainable_variables = list(trainable_variables)
             _check_call(trainable_variables)
             reduction = self._hvd_quant_reduction
@@ -237,7 +238,7 @@ class ReducingFirst(Reducing):
 class ReducingBeforeClipping(Reducing):
     """For a class with Keras's ``apply``, which accumulates gradients first.
 
-    They are clipped when they have been reduced.
+    They are clipped after they have been reduced.
     """
 
     def apply(self, grads: Sequence[Gradient], trainable_variables: Any = None) -> None:
@@ -248,7 +249,7 @@ class ReducingBeforeClipping(Reducing):
 
     def _backend_apply_gradients(self, grads: Sequence[Gradient], trainable_variables: Any) -> None:
         self._hvd_quant_reduction.coming = list(trainable_variables)
-        # Not in the scope of Keras, whose name has a number: for branches that accumulate gradients.
+        # Not in Keras's name scope, which has a number: for branches that accumulate gradients.
         with tf.name_scope("hvd_quant_apply/"):
             super()._backend_apply_gradients(grads, trainable_variables)
 
@@ -259,7 +260,7 @@ class ReducingBeforeClipping(Reducing):
 
 @tf.autograph.experimental.do_not_convert
 def _check_call(variables: Sequence[Any]) -> None:
-    """Refuse what would have replicas drift apart."""
+    """Refuse calls that would make replicas diverge."""
     refuse_overwritten(variables)
     refuse_a_loss_scaler_around()
 
@@ -267,7 +268,7 @@ def _check_call(variables: Sequence[Any]) -> None:
 def _distributed(
     kind: type[keras.optimizers.Optimizer], reduction: Reduction
 ) -> type[keras.optimizers.Optimizer]:
-    """A subclass that reduces its gradients, and is called as its base is, by Keras's serialisation too."""
+    """Make a subclass that reduces its gradients, and has its base's name, for Keras's serialisation too."""
 
     class Distributed(ReducingFirst if _has_own_apply(kind) else ReducingBeforeClipping, kind):
         _hvd_quant_reduction = reduction

@@ -1,4 +1,4 @@
-"""How a distributed Keras optimizer reduces its gradients over the ranks: eagerly or in graphs, in groups."""
+"""Reduction of a distributed Keras optimizer's gradients over the ranks: eagerly or in graphs, in groups."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Groups = int | Sequence[Sequence[Any]] | None
 
 
 class Reduction:
-    """The reduction of one optimizer's gradients, and what it needs to know for that.
+    """Reduces one optimizer's gradients.
 
     Args:
-        key: Keras's key of a variable, the same for its own object and for TensorFlow's.
+        key: returns Keras's key of a variable, the same for its own object and for TensorFlow's.
         compression, op, process_set, groups, device_dense, device_sparse, gradient_predivide_factor,
-            sparse_as_dense, scale_local_gradients: as `hvd_quant.tensorflow.keras.DistributedOptimizer`
-            explains them, and checked.
-        passes: what gradients are multiplied by: Keras makes the mean of so many, and the sum is asked for.
+            sparse_as_dense, scale_local_gradients: checked arguments of
+            `hvd_quant.tensorflow.keras.DistributedOptimizer`.
+        passes: factor of the gradients: Keras computes the mean of the passes, and the sum is wanted.
     """
 
     def __init__(
@@ -51,21 +51,21 @@ class Reduction:
         self._sparse_as_dense = sparse_as_dense
         self._scale_local_gradients = scale_local_gradients
         self._passes = passes
-        self._options = {  # of Horovod's functions
+        self._options = {  # for Horovod's functions
             "device_dense": device_dense,
             "device_sparse": device_sparse,
             "compression": compression,
             "op": op,
             "process_set": process_set,
         }
-        self._factors: dict[str, float] = {}  # of that for dense gradients
+        self._factors: dict[str, float] = {}  # for dense gradients
         if gradient_predivide_factor != 1.0:
             self._factors = {
                 "prescale_factor": 1.0 / gradient_predivide_factor,
                 "postscale_factor": gradient_predivide_factor,
             }
-        self._local: dict[Any, Any] = {}  # variables whose gradients stay on this rank, by their keys
-        self._known: dict[int, Any] = {}  # variables by their identities
+        self._local: dict[Any, Any] = {}  # variables whose gradients stay on this rank, by key
+        self._known: dict[int, Any] = {}  # variables by identity
         self.coming: list[Any] = []  # variables whose gradients the optimizer is about to apply
 
     @property
@@ -74,18 +74,18 @@ class Reduction:
         return isinstance(self._compression, QuantizedCompressor)
 
     def keep_local(self, variable: Any) -> None:
-        """Have a variable's gradient stay on this rank."""
-        self._local[self._key(variable)] = variable  # kept, so that its key is not used again
+        """Keep a variable's gradient on this rank."""
+        self._local[self._key(variable)] = variable  # kept alive, so that its key is not reused
 
     def reduce(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
-        """Gradients' mean or sum over the ranks.
+        """Return the gradients' mean or sum over the ranks.
 
         Args:
-            gradients: of any shapes and dtypes, dense or sparse; None stays None.
-            variables: theirs, equally many.
+            gradients: gradients of any shapes and dtypes, dense or sparse; None stays None.
+            variables: their variables.
 
         Returns:
-            What became of each, in the same shape and dtype.
+            The reduced gradients, in the same shapes and dtypes.
 
         Raises:
             As the compressor and Horovod do, see `QuantizedCompressor.compress` and its ``decompress``.
@@ -95,7 +95,7 @@ class Reduction:
         if not self._process_set.included() or self._process_set.size() == 1:
             return list(gradients)
         if tf.executing_eagerly():
-            # Traced, where every gradient has a place of its own. Traced anew for other variables.
+            # Traced, so that every gradient has its own place. Traced again for other variables.
             self._known.update((id(variable), variable) for variable in variables)
             return self._reduce_traced(list(gradients), tuple(map(id, variables)))
         return self._reduce_in_graph(gradients, variables)
@@ -103,10 +103,10 @@ class Reduction:
     def reduce_scaled(
         self, gradients: Sequence[Gradient], variables: Sequence[Any], scale: Any
     ) -> list[Gradient]:
-        """As `reduce`, for gradients that a loss scaler has multiplied by ``scale``, as are the results.
+        """Like `reduce`, for gradients that a loss scaler has multiplied by ``scale``, as are the results.
 
-        They travel without the scale, which may change: what error feedback has kept, and the norms that
-        DQ-SGD goes by, must not change with it. Those of less than 32 bits come back as float32.
+        They travel unscaled, because the scale may change: residuals of error feedback, and the norms of
+        DQ-SGD, must not depend on it. Those of less than 32 bits are returned as float32.
         """
         gradients = [_scaled(_at_least_float32(gradient), 1.0 / scale) for gradient in gradients]
         return [_scaled(gradient, scale) for gradient in self.reduce(gradients, variables)]
@@ -117,7 +117,7 @@ class Reduction:
 
     @tf.autograph.experimental.do_not_convert
     def _reduce_in_graph(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[Gradient]:
-        # Horovod finds the other ranks' gradients by the names of operations. Those of Keras have numbers,
+        # Horovod matches gradients between ranks by the names of operations. Those of Keras contain numbers
         # of its optimizers and models, which may differ between ranks.
         with tf.name_scope("hvd_quant_reduce/"):
             results, shared = list(gradients), []
@@ -145,7 +145,7 @@ class Reduction:
             return results
 
     def _reduce_group(self, gradients: list[Gradient]) -> list[Gradient]:
-        """Reduce these together, but for sparse ones, of which Horovod has no groups."""
+        """Reduce gradients together, except for sparse ones, of which Horovod has no groups."""
         results = list(gradients)
         dense = []
         for i, gradient in enumerate(gradients):
@@ -161,9 +161,9 @@ class Reduction:
     def _grouped(
         self, indices: list[int], gradients: Sequence[Gradient], variables: Sequence[Any]
     ) -> list[list[int]]:
-        """Which gradients are reduced together."""
-        # Horovod's groups are of one type, float64 as the control tensors: large gradients that an override
-        # leaves uncompressed go by themselves.
+        """Return the groups of gradients that are reduced together."""
+        # Horovod's groups have one dtype, float64 as the control tensors: large gradients that an override
+        # leaves uncompressed are sent alone.
         alone = [i for i in indices if self._is_left_out(gradients[i], variables[i])]
         shared = [i for i in indices if i not in alone]
         return [*self._together(shared, gradients, variables), *([i] for i in alone)]
@@ -200,7 +200,7 @@ class Reduction:
 
 
 def _mapped(gradient: Gradient, function: Callable[[tf.Tensor], tf.Tensor]) -> Gradient:
-    """What a function makes of a gradient's values."""
+    """Apply a function to a gradient's values."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
     return None if gradient is None else function(gradient)

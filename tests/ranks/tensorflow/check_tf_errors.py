@@ -112,7 +112,7 @@ def check_who_waits_says_so():
     check.watched = stall.check.watched
 
     def watch():
-        while (text := check.look(time.monotonic(), 0.5)) is None:
+        while (text := check.poll(time.monotonic(), 0.5)) is None:
             time.sleep(0.1)
         return text
 

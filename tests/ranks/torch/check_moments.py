@@ -274,7 +274,7 @@ def check_who_waits_says_so():
         check = StallCheck(stall.in_flight, stall.describe)
         check.watched = stall.check.watched
         try:
-            while (text := check.look(time.monotonic(), 0.5)) is None:
+            while (text := check.poll(time.monotonic(), 0.5)) is None:
                 time.sleep(0.1)
             return text
         finally:
@@ -291,6 +291,6 @@ def check_who_waits_says_so():
     optimizer.step()
     assert text.startswith(f"hvd_quant: rank {hvd.rank()} of {hvd.size()} has waited 0.5 s for other ranks.")
     assert "operations in flight, by number, the last one first: " in text
-    assert "Gradients in flight: weight; no result has been asked for yet." in text
+    assert "Gradients in flight: weight; no result has been requested yet." in text
     assert "MainThread is at " in text
     assert 'hvd.allreduce(torch.zeros(1), name=f"of rank {hvd.rank()}")' in text

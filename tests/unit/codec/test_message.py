@@ -277,8 +277,10 @@ def test_an_error_of_what_is_averaged_as_it_is(codec, ranks):
 
 def test_what_the_native_codec_says_of_other_things_stays():
     messages = Messages([], [4])
-    assert messages.told("no messages to decode") == "no messages to decode"
-    assert messages.told("message 0 is damaged: it is late") == "the message of rank 4 is damaged: it is late"
+    assert messages.name_in("no messages to decode") == "no messages to decode"
+    assert (
+        messages.name_in("message 0 is damaged: it is late") == "the message of rank 4 is damaged: it is late"
+    )
 
 
 @pytest.mark.parametrize("codec", [native, torch_ops])

@@ -14,34 +14,34 @@ class Operations:
         self.now = []
         self.check = StallCheck(lambda _: self.now, lambda keys, _: ["rank 1 of 3", f"operations {keys}"])
 
-    def look(self, seconds):
-        return self.check.look(seconds, 60.0)
+    def poll(self, seconds):
+        return self.check.poll(seconds, 60.0)
 
 
 def test_what_is_in_flight_for_too_long_is_said_once():
     operations = Operations()
     operations.now = [7]
-    assert operations.look(0.0) is None
+    assert operations.poll(0.0) is None
     operations.now = [7, 8]
-    assert operations.look(59.0) is None
-    message = operations.look(60.0)
+    assert operations.poll(59.0) is None
+    message = operations.poll(60.0)
     assert message.startswith("rank 1 of 3 has waited 60 s for other ranks.\n  operations [7]")
     # What was there when it was said is part of the same stall; what comes later is another.
-    assert operations.look(119.0) is None
-    assert operations.look(200.0) is None
+    assert operations.poll(119.0) is None
+    assert operations.poll(200.0) is None
     operations.now = [7, 9]
-    assert operations.look(201.0) is None
-    assert operations.look(260.0) is None
-    assert "operations [7, 9]" in operations.look(261.0)
+    assert operations.poll(201.0) is None
+    assert operations.poll(260.0) is None
+    assert "operations [7, 9]" in operations.poll(261.0)
 
 
 def test_what_comes_back_in_time_is_not_said():
     operations = Operations()
     for second in range(0, 600, 50):
         operations.now = [second]
-        assert operations.look(float(second)) is None
+        assert operations.poll(float(second)) is None
     operations.now = []
-    assert operations.look(1000.0) is None
+    assert operations.poll(1000.0) is None
 
 
 def test_the_line_that_waits_is_said(monkeypatch):
@@ -52,7 +52,7 @@ def test_the_line_that_waits_is_said(monkeypatch):
     def wait_for_others():
         waiting.set()
         with contextlib.suppress(TypeError):  # a bool has no keys
-            StallCheck(lambda _: event.wait(), lambda *_: []).look(0.0, 60.0)  # a wait within hvd_quant
+            StallCheck(lambda _: event.wait(), lambda *_: []).poll(0.0, 60.0)  # a wait within hvd_quant
 
     thread = threading.Thread(target=wait_for_others, name="training")
     thread.start()

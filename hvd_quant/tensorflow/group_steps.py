@@ -1,8 +1,8 @@
-"""What is computed between Horovod's operations: the parts of an exchange, called in every step.
+"""The steps between Horovod's collectives: the parts of an exchange, called in every training step.
 
-A graph holds Horovod's own allgather (or alltoall and allgather), and in front of it, between them and behind
-it a call of these functions on NumPy arrays that share TensorFlow's memory. They keep nothing from one part
-to the next, so that TensorFlow may run them in any order that the graph allows.
+A graph holds Horovod's own allgather (or alltoall and allgather), and before, between and after them calls of
+these functions on NumPy arrays that share TensorFlow's memory. They keep no data between the calls, so that
+TensorFlow may run them in any order that the graph allows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from hvd_quant.exchange.topology import Topology
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.errors import RankMismatchError
 from hvd_quant.schemes import DQSGD, Scheme
-from hvd_quant.tensorflow.progress import Progress
+from hvd_quant.tensorflow.graph_state import GraphState
 
-_BUCKETS_KEPT = 16  # of a group whose shapes or bits change
+_BUCKETS_KEPT = 16  # per group whose shapes or bits change
 
 Shape = tuple[int, ...]
 
 
-# What is quantized, as `hvd_quant.codec.message.DTYPES` calls it.
+# Quantized dtypes, with their names in `hvd_quant.codec.message.DTYPES`.
 DTYPES = {
     tf.float32: "float32",
     tf.float64: "float64",
@@ -41,12 +41,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class GradientSpec:
-    """What is known of a gradient when its exchange is laid out.
+    """A gradient as known when its exchange is laid out.
 
     Args:
-        key: what it is called on every rank.
+        key: its name on every rank.
         dtype: one of the values of `DTYPES`.
-        shape: None if it is known only when the gradient comes.
+        shape: None if it is known only at run time.
         scheme: how it is quantized.
     """
 
@@ -57,11 +57,11 @@ class GradientSpec:
 
     @cached_property
     def kind(self) -> np.dtype:
-        """The result's type, as NumPy knows it."""
+        """NumPy dtype of the result."""
         return np.dtype(tf.as_dtype(self.dtype).as_numpy_dtype)
 
     def entry(self, shape: Shape, bits: int) -> Entry:
-        """It as a part of a fused bucket, in a step with so many bits."""
+        """Return its entry in a fused bucket, in a step with this number of bits."""
         scheme = self.scheme.at(bits) if isinstance(self.scheme, DQSGD) else self.scheme
         return Entry(self.key, int(np.prod(shape)), self.dtype, scheme)
 
@@ -71,12 +71,12 @@ class GradientSpec:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who exchanges gradients.
+    """Ranks that exchange gradients.
 
     Args:
-        rank, size: of the process set.
-        seed: of the noise; anything that JSON can hold.
-        topology: where the ranks are.
+        rank, size: those of the process set.
+        seed: seed of the noise; any JSON value.
+        topology: hosts of the ranks.
     """
 
     rank: int
@@ -86,22 +86,22 @@ class Ranks:
 
 
 @dataclass
-class Steps:
-    """A group of gradients that travel together.
+class GroupSteps:
+    """A group of gradients that travel together, and the steps of its exchange.
 
     Args:
-        progress: the compressor's.
-        name: of the group, the same on all ranks.
-        title: what its messages are called in a graph.
-        gradients: that it holds.
-        algorithm: the exchange's name.
-        ranks: that take part.
-        fingerprint: of the first gradient's control tensor.
-        passed_bytes: of gradients that Horovod reduces uncompressed in the same step, as they are and as
-            they are sent.
+        graph_state: state of the compressor.
+        name: name of the group, the same on all ranks.
+        title: name of its messages in a graph.
+        gradients: its gradients.
+        algorithm: name of the exchange.
+        ranks: ranks that take part.
+        fingerprint: fingerprint of the first gradient's control tensor.
+        passed_bytes: bytes of gradients that Horovod reduces uncompressed in the same step, in their own
+            dtype and as sent.
     """
 
-    progress: Progress
+    graph_state: GraphState
     name: str
     title: str
     gradients: Sequence[GradientSpec]
@@ -113,23 +113,23 @@ class Steps:
 
     @cached_property
     def keys(self) -> list[str]:
-        """What the gradients are called."""
+        """Keys of the gradients."""
         return [gradient.key for gradient in self.gradients]
 
     @cached_property
     def shapes(self) -> list[Shape | None]:
-        """Of the gradients; None for those known only when they come."""
+        """Shapes of the gradients; None for those known only at run time."""
         return [gradient.shape for gradient in self.gradients]
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """Of the exchange."""
+        """Stages of the exchange."""
         return ALGORITHMS[self.algorithm].stages
 
     def named(self, message: tf.Tensor, stage: str) -> tf.Tensor:
-        """A message with a name, by which Horovod finds the other ranks'.
+        """Name a message, so that Horovod matches it with those of the other ranks.
 
-        Otherwise it would have that of an operation, which has a number if there are several of its kind.
+        Otherwise it would have the name of an operation, which has a number if there are several of its kind.
         """
         return tf.identity(message, f"{self.title}_{stage}")
 
@@ -137,17 +137,17 @@ class Steps:
         """Encode the gradients.
 
         Args:
-            *arrays: the gradients, and how often the group has come, an int64 scalar.
+            *arrays: the gradients, and how often the group has come before, an int64 scalar.
 
         Returns:
-            The first stage's message; its sizes, as `_prepared` has them; and the bits of the step, an int32
+            The first stage's message; its sizes, as from `_prepared`; and the bits of the step, an int32
             scalar.
         """
-        *gradients, use = map(np.asarray, arrays)  # what has no dimensions comes as a NumPy scalar
-        bits = self.progress.send(self.name)
+        *gradients, use = map(np.asarray, arrays)  # 0-d tensors come as NumPy scalars
+        bits = self.graph_state.send(self.name)
         bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
-        residuals = self.progress.residuals_of(self.keys, counts)
+        residuals = self.graph_state.residuals_of(self.keys, counts)
         data = self._data(bucket, [_values(gradient) for gradient in gradients], use, residuals)
         message, sizes = self._prepared(self.stages[0], data, Messages(()))
         raw_bytes = sum(gradient.nbytes for gradient in gradients)
@@ -166,20 +166,20 @@ class Steps:
         """Prepare another stage.
 
         Args:
-            number: of the stage.
-            received: what the stage before it has brought of all ranks, end to end.
-            sizes: of these.
-            use: as `send` had it.
-            bits: as `send` returned them.
-            *shapes: of the gradients of unknown shape.
+            number: number of the stage.
+            received: messages of all ranks in the stage before, back to back.
+            sizes: their sizes.
+            use: as in `send`.
+            bits: from `send`.
+            *shapes: shapes of the gradients of unknown shape.
 
         Returns:
-            The message, and its sizes. An empty one, which nobody takes for one, if there is none.
+            The message, and its sizes. It is empty, which never passes for a message, if there is none.
         """
         bucket = self.bucket(self._all_shapes(shapes), int(bits))
-        residuals = self.progress.residuals_of(self.keys, [entry.count for entry in bucket.entries])
+        residuals = self.graph_state.residuals_of(self.keys, [entry.count for entry in bucket.entries])
         parts = self._parts(self.stages[number - 1], received, sizes)
-        # Of the values themselves only the memory's kind is looked at.
+        # Only the dtype of the values is used.
         data = self._data(bucket, [received], use, residuals)
         try:
             return self._prepared(self.stages[number], data, parts)
@@ -187,20 +187,20 @@ class Steps:
             return received[:0], np.zeros(self.ranks.size, sizes_type(self.stages[number]))
 
     def _prepared(self, stage: Stage, data: BucketData, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """A stage's message and sizes, -1 for None."""
+        """Return a stage's message and sizes, -1 for None."""
         message, sizes = stage.prepare(data, parts)
-        self.progress.count(wire_bytes=data.encoded_bytes)
+        self.graph_state.count(wire_bytes=data.encoded_bytes)
         return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
 
     def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> Messages:
-        """What a stage has brought from each rank."""
-        if stage.collective == "alltoall":  # by Horovod's word
+        """Split what a stage has received by rank."""
+        if stage.collective == "alltoall":  # sizes as reported by Horovod
             ends = np.cumsum(sizes)
             parts = in_rank_order([received[end - size : end] for end, size in zip(ends, sizes, strict=True)])
         else:
             parts = cut(received, [None if size < 0 else size for size in sizes.tolist()])
         received_bytes = sum(part.size for rank, part in enumerate(parts) if rank != self.ranks.rank)
-        self.progress.count(received_bytes=received_bytes)
+        self.graph_state.count(received_bytes=received_bytes)
         return parts
 
     def receive(
@@ -214,26 +214,25 @@ class Steps:
         """Decode the mean over the ranks.
 
         Args:
-            received: what the last stage has brought of all ranks, end to end.
-            sizes: of these.
-            reduced: the first gradient's control tensor, as it came back.
-            bits: as `send` returned them.
-            *shapes: of the gradients of unknown shape.
+            received: messages of all ranks in the last stage, back to back.
+            sizes: their sizes.
+            reduced: the first gradient's reduced control tensor.
+            bits: from `send`.
+            *shapes: shapes of the gradients of unknown shape.
 
         Returns:
-            The mean, or the sum if that was asked for, of each gradient.
+            The mean, or the sum for ``op=Sum``, of each gradient.
 
         Raises:
             RankMismatchError: the ranks have not sent the same gradients.
-            UnsupportedReductionError: Horovod was asked for Adasum, Min, Max or Product.
+            UnsupportedReductionError: Horovod was called with Adasum, Min, Max or Product.
         """
         all_shapes = self._all_shapes(shapes)
         bucket = self.bucket(all_shapes, int(bits))
         factor = self.check(reduced, self.fingerprint)
+        pool = self.graph_state.buffers
         results = [
-            self.progress.memory.empty(one.key, int(np.prod(shape)), np.dtype(_memory(one.kind))).reshape(
-                shape
-            )
+            pool.empty(one.key, int(np.prod(shape)), np.dtype(_storage(one.kind))).reshape(shape)
             for one, shape in zip(self.gradients, all_shapes, strict=True)
         ]
         encoded = ALGORITHMS[self.algorithm].encoded(bucket, self._parts(self.stages[-1], received, sizes))
@@ -242,22 +241,22 @@ class Steps:
                 native.decode_messages(messages, layout, results, factor)
         except ValueError as error:
             raise RankMismatchError(self._explain(bucket, encoded)) from error
-        self.progress.receive(self.name)
+        self.graph_state.receive(self.name)
         return [result.view(one.kind) for result, one in zip(results, self.gradients, strict=True)]
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
-        """Note a step whose bytes are known beforehand, and were not counted by the others."""
+        """Count a step whose bytes are known in advance, and were not counted by the other methods."""
         self._count_sent(raw_bytes, encoded_bytes)
-        self.progress.count(received_bytes=received_bytes)
+        self.graph_state.count(received_bytes=received_bytes)
 
     def _count_sent(self, raw_bytes: int, encoded_bytes: int) -> None:
-        """Note what a step sends, with what Horovod reduces beside it."""
+        """Count what a step sends, with what Horovod reduces beside it."""
         raw, sent = self.passed_bytes
         encoded_bytes += control_tensor.NBYTES * len(self.gradients)
-        self.progress.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
+        self.graph_state.count(raw_bytes + raw, encoded_bytes + sent, messages=1)
 
     def check(self, reduced: np.ndarray, fingerprint: int) -> float:
-        """The factor of a reduced control tensor; notes the squared norm in it.
+        """Return the factor of a reduced control tensor; notes the squared norm in it.
 
         Raises:
             RankMismatchError, UnsupportedReductionError: as `receive`.
@@ -268,21 +267,21 @@ class Steps:
             )
         except control_tensor.FingerprintMismatch:
             raise RankMismatchError(
-                f"the ranks have different gradients at place {self.name}: on this rank {self._what()}. "
+                f"the ranks have different gradients at place {self.name}: on this rank {self._describe()}. "
                 "Every rank must build the same model, in the same order."
             ) from None
-        if self.progress.state.schedule is not None:
-            self.progress.note_square(float(reduced[control_tensor.SQUARE]) / factor)
+        if self.graph_state.state.schedule is not None:
+            self.graph_state.note_square(float(reduced[control_tensor.SQUARE]) / factor)
         return factor
 
     def _data(
         self, bucket: GroupLayout, values: list[np.ndarray], use: np.ndarray, residuals: Sequence[np.ndarray]
     ) -> BucketData:
-        # Fresh memory, because TensorFlow keeps what it is given.
+        # A new buffer, because TensorFlow keeps what it is given.
         return BucketData(bucket, values, np.full(len(self.gradients), use, np.uint64), native, residuals)
 
     def bucket(self, shapes: Sequence[Shape], bits: int) -> GroupLayout:
-        """The fused bucket of gradients of these shapes, in a step with so many bits."""
+        """Return the fused bucket of gradients of these shapes, in a step with this number of bits."""
         key = (tuple(shapes), bits)
         bucket = self._buckets.get(key)
         if bucket is None:
@@ -298,7 +297,7 @@ class Steps:
         rest = iter(unknown)
         return [shape if shape is not None else tuple(next(rest).tolist()) for shape in self.shapes]
 
-    def _what(self) -> str:
+    def _describe(self) -> str:
         return ", ".join(map(str, self.gradients))
 
     def _explain(self, bucket: GroupLayout, encoded: Encoded) -> str:
@@ -314,43 +313,43 @@ class Steps:
         return f"{self.mismatch(who)} Here {schemes} holds."
 
     def mismatch(self, who: str) -> str:
-        """What to say when others have sent something else."""
+        """Return the error text for ranks that have sent something else."""
         return (
-            f"{who} sent other gradients at place {self.name} than this one, which has {self._what()}. Every "
-            "rank must build the same model, in the same order, and be at the same step."
+            f"{who} sent other gradients at place {self.name} than this one, which has {self._describe()}. "
+            "Every rank must build the same model, in the same order, and be at the same step."
         )
 
 
 def sizes_type(stage: Stage) -> type[np.integer]:
-    """The type of a message's sizes: Horovod's alltoall wants 32 bits, which an allgather may exceed."""
+    """Return the dtype of a message's sizes: alltoall wants 32 bits, which an allgather may exceed."""
     return np.int32 if stage.collective == "alltoall" else np.int64
 
 
 def _values(gradient: np.ndarray) -> np.ndarray:
-    """As the native codec reads them: bfloat16 as 16-bit patterns."""
-    return gradient.view(_memory(gradient.dtype))
+    """View a gradient as the native codec reads it: bfloat16 as 16-bit patterns."""
+    return gradient.view(_storage(gradient.dtype))
 
 
-def _memory(kind: np.dtype) -> str:
-    """The type of NumPy's own in which values of a type are stored."""
+def _storage(kind: np.dtype) -> str:
+    """Return the NumPy dtype in which values of a dtype are stored."""
     return kind.name if kind.name != "bfloat16" else "int16"
 
 
 def once_reduced(message: tf.Tensor, reduced: tf.Tensor) -> tf.Tensor:
-    """A message that is sent when the control tensor has come back.
+    """Send a message only after the control tensor has been reduced.
 
-    If Horovod refuses that, because another rank has a tensor of another type, say, that rank sends nothing,
-    and the graph of this one would wait for it for ever.
+    If Horovod refuses that, for example because another rank has a tensor of another dtype, that rank sends
+    nothing, and the graph of this one would wait for it indefinitely.
     """
     with tf.control_dependencies([reduced]):
         return tf.identity(message)
 
 
 def call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list[tf.Tensor]:
-    """A function of NumPy arrays as an operation.
+    """Run a function of NumPy arrays as an operation.
 
-    Not a stateful one: those wait for each other in the order in which they were traced, and gradients would
-    travel one after the other.
+    Not a stateful one: those run in the order in which they were traced, and gradients would travel one after
+    the other.
     """
     results = tf.numpy_function(function, inputs, dtypes, stateful=False)
     return results if isinstance(results, list) else [results]

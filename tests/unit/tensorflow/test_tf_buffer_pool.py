@@ -7,7 +7,7 @@ from launch import need
 need("tensorflow")
 import tensorflow as tf  # noqa: E402
 
-from hvd_quant.tensorflow.memory import Memory  # noqa: E402
+from hvd_quant.tensorflow.buffer_pool import BufferPool  # noqa: E402
 
 COUNT = 100_000
 FLOAT = np.dtype("float32")
@@ -40,36 +40,36 @@ def address(array):
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_what_is_looked_at_is_not_given_out(holder):
-    memory = Memory()
-    array = memory.empty("w", COUNT, FLOAT)
+    pool = BufferPool()
+    array = pool.empty("w", COUNT, FLOAT)
     array[:] = 1
     held = HOLDERS[holder](array)
     before = np.asarray(held).tobytes()
     del array
     for _ in range(3):
-        memory.empty("w", COUNT, FLOAT)[:] = 2
+        pool.empty("w", COUNT, FLOAT)[:] = 2
     assert np.asarray(held).tobytes() == before
 
 
 def test_it_is_given_out_again():
-    memory = Memory()
-    kept = {address(memory.empty("w", COUNT, FLOAT)) for _ in range(5)}
+    pool = BufferPool()
+    kept = {address(pool.empty("w", COUNT, FLOAT)) for _ in range(5)}
     assert len(kept) == 1
-    assert address(memory.empty("w", COUNT // 2, np.dtype("float64"))) in kept  # as many bytes
+    assert address(pool.empty("w", COUNT // 2, np.dtype("float64"))) in kept  # as many bytes
 
 
 def test_another_size_is_other_memory():
-    memory = Memory()
+    pool = BufferPool()
     for count in (1000, 10, 2000):
-        assert memory.empty("w", count, FLOAT).shape == (count,)
+        assert pool.empty("w", count, FLOAT).shape == (count,)
 
 
 def test_tensorflow_lets_go_in_time():
     """Else every step would have new memory, and this class no use."""
-    memory, seen = Memory(), set()
+    pool, seen = BufferPool(), set()
 
     def fill():
-        array = memory.empty("w", COUNT, FLOAT)
+        array = pool.empty("w", COUNT, FLOAT)
         array[:] = len(seen)
         seen.add(address(array))
         return array
@@ -84,8 +84,8 @@ def test_tensorflow_lets_go_in_time():
 
 
 def test_keys_and_sizes_do_not_share():
-    memory = Memory()
-    arrays = [memory.empty(key, count, FLOAT) for key in "ab" for count in (10, 1000, 10)]
+    pool = BufferPool()
+    arrays = [pool.empty(key, count, FLOAT) for key in "ab" for count in (10, 1000, 10)]
     for i, array in enumerate(arrays):
         array[:] = i
     assert [array.tolist() for array in arrays] == [[i] * array.size for i, array in enumerate(arrays)]
@@ -94,9 +94,9 @@ def test_keys_and_sizes_do_not_share():
 @pytest.mark.parametrize("count", [0, 1, 63, 1000])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int16"])
 def test_shapes_and_alignment(count, dtype):
-    memory = Memory()
+    pool = BufferPool()
     for _ in range(2):  # new memory, and that again
-        array = memory.empty("w", count, np.dtype(dtype))
+        array = pool.empty("w", count, np.dtype(dtype))
         assert array.shape == (count,)
         assert array.dtype == dtype
         assert array.flags.writeable

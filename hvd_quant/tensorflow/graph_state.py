@@ -1,4 +1,4 @@
-"""What a compressor knows while training runs, whatever graph its gradients come from."""
+"""A compressor's state while training runs, in whatever graphs."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hvd_quant.reducer.state import TrainingState
-from hvd_quant.tensorflow.memory import Memory
+from hvd_quant.tensorflow.buffer_pool import BufferPool
 
 
-class Progress:
-    """The state of the training, and what is in flight. TensorFlow calls it from several threads.
+class GraphState:
+    """State of the training, and what is in flight. TensorFlow calls it from several threads.
 
     Args:
-        state: of the training.
+        state: state of the training.
     """
 
     def __init__(self, state: TrainingState) -> None:
         self.state = state
         self.lock = threading.RLock()
-        self.memory = Memory()  # of the results, by gradient
-        # What has been sent and not received: groups of gradients, and what was asked; with a number each.
+        self.buffers = BufferPool()  # for the results, by gradient
+        # Groups of gradients and other operations in flight, each with a sequence number.
         self.in_flight: dict[str, int] = {}
         self._sent = itertools.count()
         self._seen: set[str] = set()  # groups that have come in this step
 
     def send(self, group: str) -> int:
-        """Note that a group is sent; returns the bits of its step, 0 where there is no schedule.
+        """Note that a group is sent; returns the bits of its step, 0 without a schedule.
 
-        A step of the schedule ends when a group comes again: by then all of them have come back, because
-        they have changed the parameters that the new gradient was computed from.
+        A step of the schedule ends when a group comes again: by then all results have arrived, because they
+        have changed the parameters that the new gradient was computed from.
         """
         with self.lock:
             self.in_flight[f"group {group}"] = next(self._sent)
@@ -51,7 +51,7 @@ class Progress:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Note that something else is waited for."""
+        """Note that another operation is in flight."""
         with self.lock:
             self.in_flight[what] = next(self._sent)
         try:
@@ -61,7 +61,7 @@ class Progress:
                 self.in_flight.pop(what, None)
 
     def note_square(self, square: float) -> None:
-        """Note the squared norm of a gradient that has come back."""
+        """Note the squared norm of a reduced gradient."""
         with self.lock:
             self.state.note_square(square)
 
@@ -82,24 +82,24 @@ class Progress:
         return bool(self._seen)
 
     def end_step(self) -> None:
-        """The next gradient is of another step, which may have another number of bits."""
+        """End the step; the next one may have another number of bits."""
         with self.lock:
             if self._seen:
                 self.state.end_step()
                 self._seen.clear()
 
     def forget_step(self) -> None:
-        """Leave the present step."""
+        """Drop the present step."""
         with self.lock:
             self.state.forget_step()
             self._seen.clear()
             self.in_flight.clear()
 
     def residuals_of(self, keys: Sequence[str], counts: Sequence[int]) -> Sequence[np.ndarray]:
-        """What has not been sent yet of these gradients; nothing without error feedback.
+        """Return the residuals of these gradients; none without error feedback.
 
         Raises:
-            ValueError: the ones of these names were of other sizes.
+            ValueError: those of these names have other sizes.
         """
         residuals = self.state.residuals
         if residuals is None:
