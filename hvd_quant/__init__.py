@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hvd_quant.codec import decode, encode, max_payload_size, native_isa
     from hvd_quant.schemes import DQSGD, NUQSGD, QSGD
 
+_CODEC = ("decode", "encode", "max_payload_size", "native_isa")
 __all__ = ["DQSGD", "NUQSGD", "QSGD", "__version__", "decode", "encode", "max_payload_size", "native_isa"]
 
 
@@ -23,7 +24,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"hvd_quant.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "schemes" if name.isupper() else "codec"
+    module = "codec" if name in _CODEC else "schemes"
     value = globals()[name] = getattr(import_module(f"hvd_quant.{module}"), name)
     return value
 

@@ -20,7 +20,7 @@ class Overrides:
         given: a mapping of case-sensitive shell patterns (``*``, ``?``, ``[...]``) to schemes or None. The
             first pattern that matches a name holds. Or the path of a YAML or TOML file (by its suffix, .yaml,
             .yml or .toml) with such a mapping, in which ``none`` stands for None (in YAML ``null`` too) and a
-            scheme is a mapping of ``scheme`` (qsgd or nuqsgd) and its arguments:
+            scheme is a mapping of ``scheme`` (its ``name``, such as qsgd) and its arguments:
 
                 "*.bias": none
                 "embed.*": {scheme: qsgd, bits: 8}

@@ -11,7 +11,8 @@ need("tensorflow")
 @pytest.mark.parametrize(
     ("ranks", "controller", "checks"),
     [
-        (2, "mpi", ""),
+        (2, "mpi", "check_tf_keras or check_tf_errors"),
+        (2, "mpi", "not check_tf_keras and not check_tf_errors"),
         (2, "gloo", "not check_tf_device and not memory_is_flat and (check_fit or not check_tf_keras)"),
         (3, "mpi", "mean_and_sum or process_sets or different_shapes"),
     ],
