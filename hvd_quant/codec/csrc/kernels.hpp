@@ -4,6 +4,9 @@
 //
 // Values are handled in chunks of kChunk, which stay in the first-level cache. Chunks and buckets need not
 // start together: a chunk is cut into segments that each lie in one bucket.
+//
+// The two functions with the inner loops begin at cache lines: so where their loops cross one, which can cost a third
+// of the speed, does not depend on what is compiled before them.
 
 #include "kernels/packing.hpp"
 #include "kernels/values.hpp"
@@ -145,7 +148,7 @@ void quantize(const T* x, std::uint64_t n, const Bucket& bucket, const std::int3
 // Encodes the values [begin, end), begin being a multiple of kChunk, and returns their share of the
 // checksum. A bucket that begins before `begin` is measured again; its norm is written by its owner alone.
 template <class T, int kBits>
-std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64_t end) {
+[[gnu::aligned(64)]] std::uint32_t encode_range(const Encoding& job, std::uint64_t begin, std::uint64_t end) {
   const T* x = static_cast<const T*>(job.values);
   const Layout& layout = job.layout;
   const bool uniform = job.spacing == Spacing::kUniform;
@@ -237,7 +240,7 @@ inline void add_powers(const std::int8_t* codes, std::uint64_t n, float norm, bo
 // out[i] = weight * (sum over the payloads of their value i), for i in [begin, end), begin being a multiple
 // of kChunk. sums[k] grows by this range's share of payload k's checksum.
 template <class T, int kBits>
-void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, std::uint32_t* sums) {
+[[gnu::aligned(64)]] void decode_range(const Decoding& job, std::uint64_t begin, std::uint64_t end, std::uint32_t* sums) {
   T* out = static_cast<T*>(job.out);
   constexpr float kLevels = (1 << (kBits - 1)) - 1;
   const Layout& layout = job.layout;

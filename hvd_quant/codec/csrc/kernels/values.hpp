@@ -81,11 +81,20 @@ inline void stream_out(void* out, const void* data, std::size_t size) {
   const std::size_t head = std::min<std::size_t>(size, -reinterpret_cast<std::uintptr_t>(out) % 16);
   const std::size_t blocks_end = head + (size - head) / 16 * 16;
   std::memcpy(to, from, head);
-  for (std::size_t i = head; i < blocks_end; i += 16) {
+  const auto stream_block = [&](std::size_t i) {
     __m128i block;
     std::memcpy(&block, from + i, 16);
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), block);
+  };
+  // Four blocks at a time: a loop over one is so short that it takes a third longer where it crosses a cache line.
+  std::size_t i = head;
+  for (; blocks_end - i >= 64; i += 64) {
+    stream_block(i);
+    stream_block(i + 16);
+    stream_block(i + 32);
+    stream_block(i + 48);
   }
+  for (; i < blocks_end; i += 16) stream_block(i);
   std::memcpy(to + blocks_end, from + blocks_end, size - blocks_end);
 #else
   std::memcpy(out, data, size);
