@@ -139,7 +139,10 @@ class HorovodCompressor(metaclass=_CompressorType):
         )
 
 
-_OPTIONS = frozenset(one.name for one in fields(Options))
+_OPTIONS = {
+    one.name: inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default)
+    for one in fields(Options)
+}
 
 
 def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., None]:
@@ -153,6 +156,9 @@ def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., No
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     rest = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
     signature = inspect.Signature([own, *arguments, rest])
+    shown = inspect.Signature(
+        [own, *arguments, *(one for name, one in _OPTIONS.items() if name != "scheme"), rest]
+    )
 
     def init(self: Any, *args: Any, **options: Any) -> None:
         given = signature.bind(self, *args, **options).arguments
@@ -161,6 +167,6 @@ def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., No
         given["rounding"] = rounding_for(given.get("rounding"), options.get("error_feedback") is True)
         super(cls, self).__init__(scheme(**given), **options)
 
-    init.__signature__ = signature  # type: ignore[attr-defined]
+    init.__signature__ = shown  # type: ignore[attr-defined]
     init.__name__, init.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
     return init

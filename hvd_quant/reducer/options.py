@@ -18,16 +18,28 @@ FUSION_BYTES = 8 << 20
 
 @dataclass
 class Options:
-    """Options of a compressor.
+    """Options of compressors, in keyword arguments of theirs.
 
     Args:
         scheme: how gradients are quantized.
-        overrides: which gradients are quantized otherwise, or not at all; see `Overrides`.
+        overrides: which gradients are quantized otherwise, or not at all: a mapping of shell patterns on
+            their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path of a
+            YAML or TOML file with one; see `Overrides`. The first pattern that matches holds. ``min_numel``
+            holds for all. It needs the parameters' names.
         min_numel: gradients of fewer values stay uncompressed.
-        exchange: one of `EXCHANGES`.
-        error_feedback: whether the quantization error is kept, and added to the next gradient.
-        fusion_bytes: size of fused buckets, in bytes of their gradients; 0 sends each gradient alone.
-        seed: seed of the rounding noise.
+        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
+            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
+            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
+            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
+            `hvd_quant.exchange.cost`.
+        error_feedback: whether each rank keeps, for every gradient, the quantization error, and adds it to
+            the next one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each gradient's size.
+            Schemes in ``overrides`` keep the rounding that they have; in a file, they have the compressor's
+            unless they name another.
+        fusion_bytes: gradients travel together in fused buckets of about this size (before they are encoded);
+            0 sends every gradient by itself.
+        seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
+            ``rounding="correlated"`` all ranks need the same one.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range; or an environment variable

@@ -9,7 +9,6 @@ compressed when the first result is requested, for example by ``hvd.grouped_allr
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from hvd_quant.horovod import HorovodCompressor
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.agreement import agree
 from hvd_quant.reducer.errors import Description
-from hvd_quant.reducer.options import FUSION_BYTES, Options
+from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.tensorflow import device, refusals
@@ -48,26 +47,13 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     Args:
         scheme: how gradients are quantized.
-        min_numel: gradients of fewer values are left to Horovod, uncompressed. If the number of values is
-            unknown when the function is traced, they are quantized.
-        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
-            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
-            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
-            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
-            `hvd_quant.exchange.cost`.
-        error_feedback: whether each rank keeps the quantization error of a gradient, and adds it to the next
-            one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each gradient's size.
-        fusion_bytes: size of the groups in which `hvd_quant.tensorflow.keras.DistributedOptimizer` sends
-            gradients. Horovod's own functions have ``groups=`` for that.
-        overrides: which gradients are quantized otherwise, or not at all: a mapping of shell patterns on
-            their variables' names to schemes or None, such as ``{"*/bias": None, "embed*": QSGD(bits=8)}``,
-            or the path of a YAML or TOML file with one; see `hvd_quant.reducer.overrides.Overrides`. The
-            first pattern that matches holds. ``min_numel`` holds for all. It needs the variables' names:
-            `hvd_quant.tensorflow.DistributedGradientTape` and
-            `hvd_quant.tensorflow.keras.DistributedOptimizer` pass them by themselves.
         process_set: the ranks that take part; give Horovod's function the same.
-        seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
-            ``rounding="correlated"`` all ranks need the same one.
+        **options: ``overrides``, ``min_numel``, ``exchange``, ``error_feedback``, ``fusion_bytes`` and
+            ``seed``, see `hvd_quant.reducer.options.Options`. ``overrides`` need the variables' names, which
+            `hvd_quant.tensorflow.DistributedGradientTape` and
+            `hvd_quant.tensorflow.keras.DistributedOptimizer` pass by themselves. Gradients whose number of
+            values is unknown when the function is traced count as large. ``fusion_bytes`` is for that
+            optimizer; Horovod's own functions have ``groups=``.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.
@@ -77,23 +63,17 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self,
         scheme: Scheme | DQSGD,
         *,
-        min_numel: int = 1024,
-        exchange: str = "auto",
-        error_feedback: bool = False,
-        fusion_bytes: int = FUSION_BYTES,
-        overrides: Mapping[str, Scheme | None] | str | os.PathLike | None = None,
         process_set: hvd.ProcessSet = hvd.global_process_set,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        options = Options(scheme, overrides, min_numel, exchange, error_feedback, fusion_bytes, seed)
-        super().__init__(options, process_set)
-        self._state = TrainingState(scheme, options.seed, Residuals() if error_feedback else None)
+        super().__init__(Options(scheme, **options), process_set)
+        self._state = TrainingState(scheme, self.seed, Residuals() if self.error_feedback else None)
         self._graph_state = GraphState(self._state)
         check.watch(self._graph_state)
         self._choice: ExchangeChoice | None = None  # until all ranks have announced their hosts
         self._traces = Traces(self._graph_state, self._number)
-        self._exchange = GraphExchange(options, process_set, self._graph_state, self._number)
-        self._names = GradientNames(options)
+        self._exchange = GraphExchange(self.options, process_set, self._graph_state, self._number)
+        self._names = GradientNames(self.options)
         self._zero: tf.Variable | None = None  # until the first gradient: the user may set up devices before
         _warn_of_many()
 

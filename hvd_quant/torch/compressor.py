@@ -8,9 +8,8 @@ for the exchange, and returns the decoded mean.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from hvd_quant.exchange.layout import Entry
 from hvd_quant.horovod import HorovodCompressor
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.gradient import Parameter
-from hvd_quant.reducer.options import FUSION_BYTES, Options
+from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.reducer import Reducer
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
@@ -43,25 +42,10 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         named_parameters: ``model.named_parameters()``. Without it a gradient is identified by its place in
             the order of arrival, which all ranks must share; a disagreement is detected and is an error.
             `hvd_quant.torch.DistributedOptimizer` passes it by itself.
-        min_numel: gradients of fewer values are left to Horovod, uncompressed.
-        exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
-            averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
-            a second rounding; ``"hierarchical"``, the ranks of a host average their gradients uncompressed,
-            and the hosts exchange the quantized means; ``"auto"``, the quickest by the cost model in
-            `hvd_quant.exchange.cost`.
-        error_feedback: whether each rank keeps, for every parameter, the quantization error of its gradients,
-            and adds it to the next one (Karimireddy et al., ICML 2019). It takes a float32 buffer of each
-            parameter's size, and needs the parameters' names. Schemes in ``overrides`` keep their rounding;
-            in a file, they have the compressor's unless they name another.
-        fusion_bytes: gradients travel together in fused buckets of about this many bytes (before encoding). A
-            bucket is sent when its last gradient is there. 0 sends every gradient alone.
-        overrides: which parameters are quantized otherwise, or not at all: a mapping of shell patterns on
-            their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path
-            of a YAML or TOML file with one; see `hvd_quant.overrides.Overrides`. The first pattern that
-            matches holds. ``min_numel`` holds for all. It needs the parameters' names.
         process_set: the ranks that take part; give the optimizer the same.
-        seed: seed of the rounding noise, 0 to 2^64 - 1. Each rank draws its own noise from it. For
-            ``rounding="correlated"`` all ranks need the same one.
+        **options: ``overrides``, ``min_numel``, ``exchange``, ``error_feedback``, ``fusion_bytes`` and
+            ``seed``, see `hvd_quant.reducer.options.Options`. ``error_feedback`` and ``overrides`` need the parameters'
+            names.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.
@@ -72,23 +56,17 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         scheme: Scheme | DQSGD,
         *,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
-        min_numel: int = 1024,
-        exchange: str = "auto",
-        error_feedback: bool = False,
-        fusion_bytes: int = FUSION_BYTES,
-        overrides: Mapping[str, Scheme | None] | str | os.PathLike | None = None,
         process_set: hvd.ProcessSet = hvd.global_process_set,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         cuda.check_switch()
-        options = Options(scheme, overrides, min_numel, exchange, error_feedback, fusion_bytes, seed)
-        super().__init__(options, process_set)
+        super().__init__(Options(scheme, **options), process_set)
         self._names: ParameterNames | None = None
         self._watching = False  # watches autograd's order, for sparse gradients
         self._places = 0  # used since nothing was in flight
         self._members = 0  # compressed so far of those that Horovod will reduce by one operation
-        self._state = TrainingState(scheme, options.seed, TorchResiduals() if error_feedback else None)
-        self._reducer = Reducer(options, self._state, self._number, process_set.ranks)
+        self._state = TrainingState(scheme, self.seed, TorchResiduals() if self.error_feedback else None)
+        self._reducer = Reducer(self.options, self._state, self._number, process_set.ranks)
         if named_parameters is not None:
             self.bind(named_parameters)
         check.watch(self._reducer)
