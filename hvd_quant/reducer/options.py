@@ -23,8 +23,8 @@ class Options:
     Args:
         scheme: how gradients are quantized.
         overrides: which gradients are quantized otherwise, or not at all: a mapping of shell patterns on
-            their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path of a
-            YAML or TOML file with one; see `Overrides`. The first pattern that matches holds. ``min_numel``
+            their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path
+            of a YAML or TOML file with one; see `Overrides`. The first pattern that matches holds. ``min_numel``
             holds for all. It needs the parameters' names.
         min_numel: gradients of fewer values stay uncompressed.
         exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank

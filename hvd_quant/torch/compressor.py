@@ -44,8 +44,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             `hvd_quant.torch.DistributedOptimizer` passes it by itself.
         process_set: the ranks that take part; give the optimizer the same.
         **options: ``overrides``, ``min_numel``, ``exchange``, ``error_feedback``, ``fusion_bytes`` and
-            ``seed``, see `hvd_quant.reducer.options.Options`. ``error_feedback`` and ``overrides`` need the parameters'
-            names.
+            ``seed``, see `hvd_quant.reducer.options.Options`. ``error_feedback`` and ``overrides`` need the
+            parameters' names.
 
     Raises:
         TypeError, ValueError: an argument is not of its type, or not in its range.
