@@ -24,8 +24,8 @@ class Options:
         scheme: how gradients are quantized.
         overrides: which gradients are quantized otherwise, or not at all: a mapping of shell patterns on
             their names to schemes or None, such as ``{"*.bias": None, "embed.*": QSGD(bits=8)}``, or the path
-            of a YAML or TOML file with one; see `Overrides`. The first pattern that matches holds. ``min_numel``
-            holds for all. It needs the parameters' names.
+            of a YAML or TOML file with one; see `Overrides`. The first pattern that matches holds.
+            ``min_numel`` holds for all. It needs the parameters' names.
         min_numel: gradients of fewer values stay uncompressed.
         exchange: ``"allgather"``, every rank receives all payloads; ``"scatter_allgather"``, every rank
             averages one chunk and sends the mean to all: fewer bytes to receive with three or more ranks, but
