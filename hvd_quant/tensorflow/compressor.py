@@ -169,6 +169,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     # --- public -----------------------------------------------------------------------------------------
 
+    @tf.autograph.experimental.do_not_convert
     def name_gradients(self, gradients: Iterable[tuple[str, Any]], *, grouped: bool = False) -> None:
         """Give the variables' names of the gradients that Horovod will be called with, for ``overrides``.
 
