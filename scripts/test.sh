@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all tests: lint, unit tests, and the multi-rank tests under both of Horovod's controllers; two at a time.
+# Runs all tests: lint, unit tests, and the multi-rank tests under both of Horovod's controllers.
 #
 #   scripts/test.sh            # everything
 #   scripts/test.sh --quick    # lint, the unit tests, and one job under each controller
@@ -17,5 +17,5 @@ if [ "${1:-}" = --quick ]; then
   shift
   set -- tests/unit tests/ranks/test_torch.py::test_a_first_job "$@"
 fi
-# What several ranks run comes first (tests/conftest.py), and takes longest; unit tests fill the gaps.
+# What several ranks run, one job after the other (tests/conftest.py), beside the unit tests.
 exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
