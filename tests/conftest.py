@@ -18,6 +18,7 @@ def pytest_report_header():
     return f"without torch, these are left out: {names}" if collect_ignore else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at marks
 def pytest_collection_modifyitems(items):
     """Has what several ranks run come first, one after the other: they wait for each other, and spin.
 
