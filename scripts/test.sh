@@ -13,9 +13,18 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+pytest() { .venv/bin/python -m pytest "$@"; }
+
+jobs=(tests/ranks tests/hosts tests/test_benchmarks.py)
 if [ "${1:-}" = --quick ]; then
   shift
-  set -- tests/unit tests/ranks/test_torch.py::test_a_first_job "$@"
+  jobs=(tests/ranks/test_torch.py::test_a_first_job)
+elif [ $# -gt 0 ]; then
+  pytest "$@"
+  exit
 fi
-# What several ranks run, one job after the other (tests/conftest.py), beside the unit tests.
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+# Unit tests two at a time; jobs of several ranks one after the other, because ranks that wait spin.
+status=0
+pytest -n 2 tests/unit "$@" || status=$?
+pytest -v "${jobs[@]}" "$@" || status=$?
+exit "$status"

@@ -18,16 +18,8 @@ def pytest_report_header():
     return f"without torch, these are left out: {names}" if collect_ignore else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at marks
 def pytest_collection_modifyitems(items):
-    """Has what several ranks run come first, one after the other: they wait for each other, and spin.
-
-    Skips what is parametrised with torch, as the backend of the codec, where that is missing.
-    """
-    order = {"ranks": 0, "hosts": 1}
-    items.sort(key=lambda item: order.get(item.path.parent.name, 2))
+    """Skips what is parametrised with torch, as the backend of the codec."""
     for item in items:
-        if item.path.parent.name in order:
-            item.add_marker(pytest.mark.xdist_group("several ranks"))
         if not has_torch and hasattr(item, "callspec") and "torch" in map(str, item.callspec.params.values()):
             item.add_marker(pytest.mark.skip(reason="needs torch"))
