@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Generator, Mapping
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hvd_quant import wire
 from hvd_quant.codec import native
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData
@@ -130,10 +128,8 @@ class QuantizedComm:
         if fault is None:
             own = {
                 "environment": "in order",
-                **self.options.describe(),
+                **self.options.describe(self._choice.link),
                 "seed": self.options.seed,
-                "link": asdict(self._choice.link),
-                "wire version": wire.VERSION,
             }
         described, hosts = zip(*self._comm.allgather((own, host)), strict=True)
         if not (found := differences(described)) and fault is None:

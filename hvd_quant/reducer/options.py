@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from hvd_quant import wire
 from hvd_quant.codec import native
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import EXCHANGES
@@ -94,8 +95,12 @@ class Options:
             return None
         return self.overrides.scheme(name, present) if self._has_overrides and name is not None else present
 
-    def describe(self) -> Description:
-        """Describe what must be the same on all ranks."""
+    def describe(self, link: cost.Link) -> Description:
+        """Describe what must be the same on all ranks.
+
+        Args:
+            link: link between the ranks, which the environment can change.
+        """
         # With correlated rounding ranks share their noise.
         seed = {"seed": self.seed} if "correlated" in self._roundings else {}
         return {
@@ -106,5 +111,7 @@ class Options:
             "error_feedback": self.error_feedback,
             "fusion_bytes": self.fusion_bytes,
             "overrides": [[pattern, str(scheme)] for pattern, scheme in self.overrides],
+            "link": asdict(link),
+            "wire version": wire.VERSION,
             **seed,
         }

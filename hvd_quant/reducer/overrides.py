@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -76,6 +77,15 @@ class Overrides:
         """Return the patterns that hold for none of these parameters."""
         used = {self.pattern(name) for name in names}
         return [pattern for pattern in self._schemes if pattern not in used]
+
+    def warn_of_unused(self, names: Iterable[str], kind: str, stacklevel: int) -> None:
+        """Warn of the patterns that hold for none of these names of a ``kind``, such as parameters."""
+        for pattern in self.unused(names):
+            warnings.warn(
+                f"the override of {pattern!r} holds for no {kind}: no name matches it, or all that do "
+                "match an earlier pattern",
+                stacklevel=stacklevel + 1,
+            )
 
 
 def _read(path: Path) -> Any:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-from hvd_quant import wire
 from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.layout import Entry
 from hvd_quant.exchange.transport import CountedTransport
@@ -252,9 +251,7 @@ class Reducer:
     def config(self) -> Description:
         """Describe what must be the same on all ranks."""
         return {
-            **self._options.describe(),
-            "link": asdict(self._choice.link),
-            "wire version": wire.VERSION,
+            **self._options.describe(self._choice.link),
             "compressor": self.agreement.number,
         }
 

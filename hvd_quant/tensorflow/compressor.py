@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -19,7 +18,6 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.compression import Compressor
 
-from hvd_quant import wire
 from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.horovod import HorovodCompressor
 from hvd_quant.reducer import control_tensor
@@ -305,9 +303,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     def _config(self, choice: ExchangeChoice) -> Description:
         return {
-            **self.options.describe(),
-            "link": asdict(choice.link),
-            "wire version": wire.VERSION,
+            **self.options.describe(choice.link),
             "compressor": self._number,
             "computes on": "GPU" if device.has_gpu() else "CPU",
         }

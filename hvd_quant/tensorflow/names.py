@@ -6,7 +6,6 @@ Horovod does not pass names to a compressor. Our front ends register them before
 from __future__ import annotations
 
 import re
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -63,12 +62,8 @@ class GradientNames:
                 self._note(gradient, GivenName(name, grouped))
         if not self._any_given:
             self._any_given = True
-            for pattern in self._options.overrides.unused(name for name, _ in gradients):
-                warnings.warn(
-                    f"the override of {pattern!r} holds for no gradient: no name matches it, or all that do "
-                    "match an earlier pattern",
-                    stacklevel=3,
-                )
+            names = [name for name, _ in gradients]
+            self._options.overrides.warn_of_unused(names, "gradient", stacklevel=3)
 
     def of(self, tensor: Any) -> GivenName | None:
         """Return what is known of a tensor, if anything."""

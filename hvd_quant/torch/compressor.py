@@ -8,7 +8,6 @@ for the exchange, and returns the decoded mean.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -85,12 +84,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 "optimizer: make another one for another optimizer."
             )
         if self._names is None:
-            for pattern in self.options.overrides.unused(name for name, _ in names.named_parameters()):
-                warnings.warn(
-                    f"the override of {pattern!r} holds for no parameter: no name matches it, or all that do "
-                    "match an earlier pattern",
-                    stacklevel=3,
-                )
+            given = [name for name, _ in names.named_parameters()]
+            self.options.overrides.warn_of_unused(given, "parameter", stacklevel=3)
             if self._state.residuals is not None:  # from a state that was loaded before
                 names.check_sizes(self._state.residuals.kept)
             self._names = names

@@ -15,7 +15,6 @@ import pytest
 from launch import need
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import netlab  # noqa: E402
 from benchmarks.netlab.probe import measure  # noqa: E402

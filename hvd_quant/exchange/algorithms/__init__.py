@@ -15,7 +15,6 @@ __all__ = [
     "BucketData",
     "Codec",
     "Encoded",
-    "Link",
     "Stage",
     "choose",
     "quickest",

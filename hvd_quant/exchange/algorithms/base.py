@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hvd_quant.codec.message import MessageLayout, Messages
+from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Messages
 from hvd_quant.codec.noise import Noise
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import GroupLayout
@@ -156,3 +156,25 @@ def encode_mean(data: BucketData, mean: Buffer, chunk: MessageLayout, stage: str
         residual = data.residuals[segment.tensor][segment.start : segment.start + segment.count]
         data.codec.add_error(residual, lost[place.start : place.start + place.count], ranks)
     return message[:size]
+
+
+def pack_chunks(
+    data: BucketData, chunks: Sequence[MessageLayout], ranks: Sequence[int], preambles: Sequence[bytes]
+) -> tuple[Buffer, list[int]]:
+    """Return uncompressed chunks, each for the rank that averages it, and the parts' sizes.
+
+    Args:
+        data: gradients that the chunks are of.
+        chunks: one for each of ``ranks``.
+        ranks: ranks that receive a chunk, in ascending order; the others receive nothing.
+        preambles: what goes before each chunk's values.
+    """
+    sizes = [0] * data.bucket.size
+    for rank, chunk in zip(ranks, chunks, strict=True):
+        sizes[rank] = PREAMBLE_SIZE + 4 * chunk.count
+    message, end = data.buffer("values", sum(sizes), "uint8"), 0
+    for rank, chunk, preamble in zip(ranks, chunks, preambles, strict=True):
+        part = message[end : end + sizes[rank]]
+        data.codec.pack_float32(data.values, chunk, preamble, part, data.residuals)
+        end += sizes[rank]
+    return message, sizes

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvd_quant.codec.message import PREAMBLE_SIZE, Messages, cut
-from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage, encode_mean
+from hvd_quant.codec.message import Messages, cut
+from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage, encode_mean, pack_chunks
 from hvd_quant.exchange.cost import SHARED_MEMORY, Link
 from hvd_quant.exchange.layout import GroupLayout
 from hvd_quant.exchange.transport import Buffer
@@ -19,16 +19,8 @@ from hvd_quant.exchange.transport import Buffer
 def _collect(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
     """Pack the values of each of the host's chunks for the rank that averages it, with the parts' sizes."""
     bucket = data.bucket
-    sizes = [0] * bucket.size
-    for neighbour, chunk in zip(bucket.neighbours, bucket.host_chunks, strict=True):
-        sizes[neighbour] = PREAMBLE_SIZE + 4 * chunk.count
-    message = data.buffer("values", sum(sizes), "uint8")
-    end = 0
-    for number, (neighbour, chunk) in enumerate(zip(bucket.neighbours, bucket.host_chunks, strict=True)):
-        part = message[end : end + sizes[neighbour]]
-        data.codec.pack_float32(data.values, chunk, bucket.raw_preamble(number), part, data.residuals)
-        end += sizes[neighbour]
-    return message, sizes
+    preambles = [bucket.raw_preamble(number) for number in range(len(bucket.neighbours))]
+    return pack_chunks(data, bucket.host_chunks, bucket.neighbours, preambles)
 
 
 def _encode_host_mean(data: BucketData, parts: Messages) -> tuple[Buffer, list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, MessageLayout, Messages
-from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage
+from hvd_quant.exchange.algorithms.base import Algorithm, BucketData, Encoded, Stage, pack_chunks
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.layout import GroupLayout, digest
 from hvd_quant.exchange.transport import Buffer
@@ -58,13 +58,9 @@ CODEC = Float32Codec()
 def _collect(data: BucketData, _: Messages) -> tuple[Buffer, list[int]]:
     """Pack the values of each chunk for the rank that averages it, with the parts' sizes."""
     bucket = data.bucket
-    sizes = [PREAMBLE_SIZE + 4 * chunk.count for chunk in bucket.chunks]
-    message = data.buffer("values", sum(sizes), "uint8")
-    end = 0
-    for number, (chunk, size) in enumerate(zip(bucket.chunks, sizes, strict=True)):
-        data.codec.pack_float32(data.values, chunk, _preamble(bucket, number), message[end : end + size], ())
-        end += size
-    data.encoded_bytes = end
+    preambles = [_preamble(bucket, number) for number in range(bucket.size)]
+    message, sizes = pack_chunks(data, bucket.chunks, range(bucket.size), preambles)
+    data.encoded_bytes = sum(sizes)
     return message, sizes
 
 

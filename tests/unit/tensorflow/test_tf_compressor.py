@@ -72,7 +72,9 @@ for overrides in (["dense"], {"dense": 8}, {3: None}, "overrides.txt"):
         hq.QSGDCompressor(overrides=overrides)
     except (TypeError, ValueError) as error:
         print(error)
-print("describes", hq.QSGDCompressor(overrides={"*/bias": None}).options.describe()["overrides"])
+from hvd_quant.exchange.cost import Link
+options = hq.QSGDCompressor(overrides={"*/bias": None}).options
+print("describes", options.describe(Link(1e-3, 1e9))["overrides"])
 """)
     for says in (
         "overrides must be a mapping of patterns to schemes",
