@@ -52,13 +52,13 @@ def arguments(description: str) -> argparse.Namespace:
     return args
 
 
-def make_compression(args: argparse.Namespace, total_steps: int, plug: Any, plain: Any) -> Any:
+def make_compression(args: argparse.Namespace, total_steps: int, front_end: Any, plain: Any) -> Any:
     """What to hand to Horovod as ``compression=``.
 
     Args:
         args: the command line's.
         total_steps: of the run, for DQ-SGD's schedule.
-        plug: `hvd_quant.torch` or `hvd_quant.tensorflow`.
+        front_end: `hvd_quant.torch` or `hvd_quant.tensorflow`.
         plain: Horovod's own ``Compression``.
     """
     if args.compression not in SCHEMES:
@@ -76,7 +76,11 @@ def make_compression(args: argparse.Namespace, total_steps: int, plug: Any, plai
         options |= {"mean_bits": args.bits, "total_steps": total_steps}
     else:
         options["bits"] = args.bits
-    kinds = {"qsgd": plug.QSGDCompressor, "nuqsgd": plug.NUQSGDCompressor, "dqsgd": plug.DQSGDCompressor}
+    kinds = {
+        "qsgd": front_end.QSGDCompressor,
+        "nuqsgd": front_end.NUQSGDCompressor,
+        "dqsgd": front_end.DQSGDCompressor,
+    }
     try:
         return kinds[args.compression](**options)
     except ValueError as error:

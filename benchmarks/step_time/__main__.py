@@ -4,6 +4,7 @@
     python -m benchmarks.step_time --cases 'linear/1gbit/*' small/unshaped/1
     python -m benchmarks.step_time --cases tensorflow/1gbit/2
     python -m benchmarks.step_time --markdown --json step_time.json --plot step_time.png
+    python -m benchmarks.step_time --cases small/unshaped/1 --before ../older-checkout
 
 A case is MODEL/RATE/HOSTS, with one rank a host, or two ranks on the only one, or MODEL/RATE/HOSTSxRANKS:
 
@@ -16,7 +17,8 @@ A case is MODEL/RATE/HOSTS, with one rank a host, or two ranks on the only one, 
 A case is two launches, one for the rows that use Horovod and one for DDP's, each with a row that computes and
 exchanges nothing; the model tensorflow has only the first. The rows of a launch take turns, step by step, so
 that what disturbs the machine disturbs all of them. A step's time is that of its slowest rank, from a barrier
-on. Ranks share this machine's cores: where there are more ranks than cores, computing takes longer than on as
+on. With --before the rows are few: Horovod's, and ours as it is here and in another checkout, in one launch.
+Ranks share this machine's cores: where there are more ranks than cores, computing takes longer than on as
 many machines.
 """
 
@@ -37,7 +39,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.netlab import Lab, LabError, missing
-from benchmarks.step_time import report
+from benchmarks.step_time import before, report
 from benchmarks.step_time.report import Case, progress
 
 MODELS = ("linear", "device", "transformer", "small", "tensorflow")
@@ -112,6 +114,9 @@ def launch(lab: Lab, case: Case, library: str, args: argparse.Namespace) -> None
         program = ["tf_rank"] if library == "tensorflow" else ["rank", library, case.model]
         command = [sys.executable, "-m", f"benchmarks.step_time.{program[0]}", *program[1:], folder]
         command += ["--steps", str(args.steps), "--seconds", str(args.seconds)]
+        if args.before:
+            before.copy_package(args.before, Path(folder))
+            command.append("--before")
         try:
             with watched(f"{case.name}, {library}", Path(folder) / "progress"):
                 if library == "ddp":
@@ -137,7 +142,8 @@ def run(case: Case, args: argparse.Namespace) -> None:
     begin = time.monotonic()
     try:
         with Lab(case.hosts, None if case.rate == "unshaped" else case.rate) as lab:
-            for library in ("tensorflow",) if case.model == "tensorflow" else ("horovod", "ddp"):
+            libraries = ("tensorflow",) if case.model == "tensorflow" else ("horovod", "ddp")
+            for library in libraries[:1] if args.before else libraries:
                 launch(lab, case, library, args)
     except LabError as error:
         case.failures["lab"] = str(error)
@@ -165,6 +171,9 @@ def main() -> int:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds of a launch (default: 600)")
     parser.add_argument("--controller", choices=("mpi", "gloo"), default="mpi", help="of Horovod")
+    parser.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="compare with the package there, which has been built"
+    )
     parser.add_argument("--markdown", action="store_true", help="print tables for a Markdown document")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the linear model's times")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.step_time import turns
+from benchmarks.step_time.before import SUFFIX, front_end
 
 OVERHEAD_STEPS = 10
 OURS = "hvd_quant 4 bits"
@@ -118,12 +119,17 @@ def twin(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 class Horovod:
-    """Rows that exchange by Horovod; a `turns.Library`."""
+    """Rows that exchange by Horovod; a `turns.Library`.
 
-    def __init__(self) -> None:
+    Args:
+        before: whether rows compare this package with another checkout's.
+    """
+
+    def __init__(self, *, before: bool) -> None:
         import horovod.torch as hvd
 
         hvd.init()
+        self.before = before
         self.hvd, self.rank, self.size = hvd, hvd.rank(), hvd.size()
         self.barrier = hvd.barrier
 
@@ -131,9 +137,7 @@ class Horovod:
         return self.hvd.allreduce(torch.tensor(values, dtype=torch.float64), op=self.hvd.Max).tolist()
 
     def rows(self, model: nn.Module) -> dict[str, Row]:
-        import hvd_quant.torch as hq
-
-        ours = {
+        ours: dict[str, dict[str, Any]] = {
             "hvd_quant 2 bits": {"bits": 2},
             OURS: {"bits": 4},
             "hvd_quant 8 bits": {"bits": 8},
@@ -145,16 +149,18 @@ class Horovod:
         }
         if 1 < self.hvd.local_size() < self.size:
             ours["4 bits, hierarchical"] = {"bits": 4, "exchange": "hierarchical"}
+        if self.before:
+            ours = {name + suffix: ours[name] for name in (OURS, NO_FUSION) for suffix in ("", SUFFIX)}
         compressions = {
             "Horovod fp32": self.hvd.Compression.none,
             "Horovod fp16": self.hvd.Compression.fp16,
-            **{name: hq.QSGDCompressor(**options) for name, options in ours.items()},
+            **{name: front_end(name, "torch").QSGDCompressor(**options) for name, options in ours.items()},
         }
         rows = {"compute alone": Row(*twin(model))}
         for name, compression in compressions.items():
             own, optimizer = twin(model)
             named = [(f"{name}.{path}", parameter) for path, parameter in own.named_parameters()]
-            optimizer = hq.DistributedOptimizer(optimizer, named, compression)
+            optimizer = front_end(name, "torch").DistributedOptimizer(optimizer, named, compression)
             rows[name] = Row(own, optimizer, compression if name in ours else None)
         if (grace := self._grace()) is not None:
             own, optimizer = twin(model)
@@ -278,7 +284,7 @@ def main() -> None:
     args = turns.parse(parser)
 
     torch.set_num_threads(1)
-    library = Horovod() if args.library == "horovod" else DDP()
+    library = Horovod(before=args.before) if args.library == "horovod" else DDP()
     model, x = make_model(args.model, torch.Generator().manual_seed(library.rank))
     rows = library.rows(model)
     figures = turns.measure(library, rows, x, args)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.netlab import parse_rate
+from benchmarks.step_time import before
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.algorithms import ALGORITHMS
 
@@ -118,7 +119,7 @@ def goals(cases: Sequence[Case]) -> list[dict[str, Any]]:
         found.append({"case": case.name, "goal": text, "measured": measured, "met": met})
 
     for case in cases:
-        if OURS not in case.rows:
+        if OURS not in case.rows or OURS + before.SUFFIX in case.rows:
             continue
         ours = case.median(OURS)
         of_fp32 = case.median(FP32) / ours
@@ -235,6 +236,7 @@ def print_all(
     if rows:
         print("What a rank receives in a step, and CPU time of a fused bucket, its codec's apart.\n")
         print_table(header, rows, markdown)
+    print_before(cases, markdown)
     print_model(cases, markdown)
     if not any(GRACE in case.rows for case in cases):
         print("- GRACE was not there to compare with (it needs grace_dl and the Horovod that this patches).")
@@ -244,6 +246,19 @@ def print_all(
     for check in checks:
         met = "met" if check["met"] else "NOT MET"
         print(f"- {met}: {check['case']}: {check['goal']}: {check['measured']:.3g}")
+
+
+def print_before(cases: Sequence[Case], markdown: bool) -> None:
+    """Compare with another checkout's package."""
+    rows = []
+    for case in cases:
+        for name, row in case.rows.items():
+            if (former := case.rows.get(name + before.SUFFIX)) is not None:
+                middle, low, high = before.ratio(former["seconds"], row["seconds"])
+                rows.append([f"{case.name}, {name}", f"{middle:.3f} ({low:.3f} to {high:.3f})"])
+    if rows:
+        print("A step over one with the other checkout, median over rounds (95 % interval).\n")
+        print_table(["", "after / before"], rows, markdown)
 
 
 def print_model(cases: Sequence[Case], markdown: bool) -> None:

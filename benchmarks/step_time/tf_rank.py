@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is im
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-import hvd_quant.tensorflow as hq
 from benchmarks.step_time import turns
+from benchmarks.step_time.before import SUFFIX, front_end
 
 LAYERS, WIDTH, BATCH = 8, 1024, 32
 LEARNING_RATE = 1e-5
@@ -31,7 +32,7 @@ class Row:
 
     step: Callable[[tf.Tensor], tf.Tensor]
     sizes: list[int]
-    compressor: hq.QSGDCompressor | None = None
+    compressor: Any = None
 
 
 class Horovod:
@@ -76,7 +77,7 @@ def make_step(name: str, network: Network, compression: Any) -> Callable[[tf.Ten
     @tf.function
     def step(x: tf.Tensor) -> tf.Tensor:
         # Horovod's cache knows tensors by names, which begin with this.
-        with tf.name_scope(name.replace(" ", "_")):
+        with tf.name_scope(re.sub("[ ,]+", "_", name)):
             with tf.GradientTape() as tape:
                 loss = network.loss(x)
             if compression is not None:
@@ -89,10 +90,13 @@ def make_step(name: str, network: Network, compression: Any) -> Callable[[tf.Ten
     return step
 
 
-def make_rows() -> dict[str, Row]:
+def make_rows(*, before: bool) -> dict[str, Row]:
     network = Network()
     sizes = [variable.shape.num_elements() for variable in network.variables]
-    ours = {f"hvd_quant {bits} bits": hq.QSGDCompressor(bits) for bits in (2, 4)}
+    bits = {"hvd_quant 2 bits": 2, "hvd_quant 4 bits": 4}
+    if before:
+        bits |= {name + SUFFIX: number for name, number in bits.items()}
+    ours = {name: front_end(name, "tensorflow").QSGDCompressor(number) for name, number in bits.items()}
     compressions = {
         "compute alone": None,
         "Horovod fp32": hvd.Compression.none,
@@ -110,7 +114,7 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     library = Horovod()
     batch = tf.random.stateless_normal([BATCH, WIDTH], [library.rank, 0])
-    turns.write(library, args.folder, turns.measure(library, make_rows(), batch, args))
+    turns.write(library, args.folder, turns.measure(library, make_rows(before=args.before), batch, args))
 
 
 if __name__ == "__main__":

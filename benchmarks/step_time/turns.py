@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,11 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="where rank 0 writes progress and figures.json")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="begin no further round after these")
-    return parser.parse_args()
+    parser.add_argument("--before", action="store_true", help="the folder has another checkout's package")
+    args = parser.parse_args()
+    if args.before:
+        sys.path.append(str(args.folder))
+    return args
 
 
 def tell(library: Library, folder: Path, text: str) -> None:

@@ -170,7 +170,7 @@ class Reducer:
         an operation that only counts.
         """
         slots = self._rounds.slots
-        for _ in range(slots.due()):
+        while slots.take():
             if not self._sending.send_next():
                 slots.skipped += 1
                 self._transport.level(1, 0)

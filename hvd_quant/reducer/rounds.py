@@ -7,8 +7,6 @@ needed in the last round, or one that only counts.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-
 import numpy as np
 
 from hvd_quant.codec.message import framed, unframed
@@ -36,11 +34,12 @@ class Slots:
         self.skipped = 0  # slots in which no message was ready
         self.completed: list[int] = []  # numbers of gradients after which fused buckets were complete
 
-    def due(self) -> int:
-        """How many messages are to be submitted now; takes the slots."""
-        due = bisect_right(self.agreed, self.gradients) - self.used
-        self.used += due
-        return due
+    def take(self) -> bool:
+        """Take a slot, if a message is to be submitted after this many gradients."""
+        if self.used >= len(self.agreed) or self.agreed[self.used] > self.gradients:
+            return False
+        self.used += 1
+        return True
 
     def end_round(self) -> None:
         """Start another round with the next gradient."""

@@ -1,8 +1,8 @@
-"""What the multi-rank tests of all plugs share."""
+"""What the multi-rank tests of all front ends share."""
 
 import os
 
-# The kinds of compressors that the promises are tested for, by either of Horovod's plugs.
+# The kinds of compressors that the promises are tested for, by either of Horovod's front ends.
 KINDS = {
     "QSGD": ("QSGDCompressor", {}),
     "QSGD l2": ("QSGDCompressor", {"norm": "l2"}),
@@ -22,10 +22,10 @@ def pretend_hosts(rank, size):
     return rank % int(os.environ.get("TEST_HOSTS", size))
 
 
-def make(plug, kind, **options):
+def make(front_end, kind, **options):
     """A compressor of `hvd_quant.torch` or `hvd_quant.tensorflow`."""
     name, arguments = KINDS[kind]
-    return getattr(plug, name)(**arguments, **options)
+    return getattr(front_end, name)(**arguments, **options)
 
 
 def other_kind(kind):

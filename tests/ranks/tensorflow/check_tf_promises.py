@@ -1,4 +1,4 @@
-"""Promises 1, 3, 4 and 5 for every kind of compressor, in the cases that torch's plug is tested for."""
+"""Promises 1, 3, 4 and 5 for every kind of compressor, in the cases that torch's front end is tested for."""
 
 import horovod.tensorflow as hvd
 import numpy as np

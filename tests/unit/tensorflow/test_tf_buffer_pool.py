@@ -14,7 +14,7 @@ FLOAT = np.dtype("float32")
 
 
 def tensor(array):
-    """As the plug gives it to TensorFlow, which then has it alone."""
+    """As the front end gives it to TensorFlow, which then has it alone."""
     given = [array.reshape(10, -1).view(FLOAT)]
     del array
     return tf.numpy_function(given.pop, [], tf.float32)

@@ -1,4 +1,4 @@
-"""The TensorFlow plug in processes of one rank, each of its own: what they import and how they begin."""
+"""The TensorFlow front end in processes of one rank, each of its own: what they import and how they begin."""
 
 import os
 import subprocess
