@@ -163,13 +163,15 @@ class Messages(list[Any]):
         if self.fault:
             raise ValueError(self.fault)
         for number, message in enumerate(self):
-            has = f"{self.name(number)} has {len(message)} bytes"
-            if size is None and len(message) < PREAMBLE_SIZE + SIZE_SIZE:
-                raise ValueError(f"{has}, too few to say how many it should have")
-            if size is None and stated_size(message) != len(message):
-                raise ValueError(f"{has}, but says that it has {stated_size(message)}")
-            if size is not None and size != len(message):
-                raise ValueError(f"{has}, and {size} were expected")
+            if size is not None:
+                wrong = f", and {size} were expected" if len(message) != size else ""
+            elif len(message) < PREAMBLE_SIZE + SIZE_SIZE:
+                wrong = ", too few to say how many it should have"
+            else:
+                stated = stated_size(message)
+                wrong = f", but says that it has {stated}" if len(message) != stated else ""
+            if wrong:
+                raise ValueError(f"{self.name(number)} has {len(message)} bytes{wrong}")
 
 
 def in_rank_order(messages: Sequence[Any]) -> Messages:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hvd_quant.exchange.algorithms import choose
 from hvd_quant.exchange.cost import Link
 from hvd_quant.exchange.topology import NOT_HIERARCHICAL, Topology
+
+_KEPT = 1024  # choices remembered, since estimating them takes longer than the rest of a small bucket
 
 
 @dataclass
@@ -24,6 +26,7 @@ class ExchangeChoice:
     size: int
     link: Link
     topology: Topology | None = None
+    _chosen: dict[tuple[int, int, bool], str] = field(default_factory=dict, init=False, repr=False)
 
     def locate(self, topology: Topology) -> None:
         """Set the hosts of the ranks.
@@ -34,9 +37,17 @@ class ExchangeChoice:
         if self.exchange == "hierarchical" and topology.ranks_per_host == 1 and self.size > 1:
             raise ValueError(NOT_HIERARCHICAL)
         self.topology = topology
+        self._chosen.clear()
 
     def algorithm(self, nbytes: int, count: int, *, hierarchical: bool = True) -> str:
         """Return the name of the algorithm for a number of values and their bytes."""
-        ranks_per_host = self.topology.ranks_per_host if self.topology is not None else 1
-        link = replace(self.link, ranks_per_host=ranks_per_host)
-        return choose(self.exchange, link, self.size, nbytes, count, hierarchical=hierarchical)
+        key = (nbytes, count, hierarchical)
+        if key not in self._chosen:
+            if len(self._chosen) == _KEPT:
+                self._chosen.clear()
+            ranks_per_host = self.topology.ranks_per_host if self.topology is not None else 1
+            link = replace(self.link, ranks_per_host=ranks_per_host)
+            self._chosen[key] = choose(
+                self.exchange, link, self.size, nbytes, count, hierarchical=hierarchical
+            )
+        return self._chosen[key]

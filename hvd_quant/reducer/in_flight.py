@@ -14,7 +14,7 @@ from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fusion import Fusion, FusionGroup
 from hvd_quant.exchange.layout import Entry, GroupLayout, digest
 from hvd_quant.exchange.transport import Transport
-from hvd_quant.reducer import polling
+from hvd_quant.reducer import control_tensor, polling
 from hvd_quant.reducer.agreement import Agreement
 from hvd_quant.reducer.gradient import Gradient, State
 from hvd_quant.reducer.rounds import Rounds
@@ -126,7 +126,10 @@ class BucketsInFlight:
         # hvd.join(): it crashes. Numbered ones are new to it, and it refuses them.
         name = self._agreement.name(f"{group.name}.{group.times_sent}")
         sent = SentBucket(Exchange(data, algorithm, self._transport, name), gradients)
-        self._state.statistics.messages += 1
+        statistics = self._state.statistics
+        statistics.messages += 1
+        statistics.raw_bytes += group.nbytes
+        statistics.wire_bytes += control_tensor.NBYTES * len(gradients)
         for gradient in gradients:
             gradient.sent = sent
         self._underway.append(sent.exchange)

@@ -103,7 +103,9 @@ class TrainingState:
 
     def use(self, key: str) -> int:
         """Return how often a gradient has come before, and count it."""
-        use = max(self.uses[key], self.least_use)
+        use = self.uses[key]
+        if use < self.least_use:
+            use = self.least_use
         self.uses[key] = use + 1
         return use
 

@@ -114,7 +114,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             RuntimeError: Horovod is not initialised, or the gradient is already in flight.
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
-        if tensor.dtype in DTYPES:
+        quantized = tensor.dtype in DTYPES
+        if quantized and (tensor.requires_grad or tensor.layout != torch.strided):
             _check_tensor(tensor)
         reducer, together = self._reducer, reduced_together()
         with reducer.lock:
@@ -123,7 +124,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                     self._begin()  # whatever the dtype, which may differ between ranks
                 if self._members == 0:
                     reducer.count()
-                taken = self._submit(tensor) if tensor.dtype in DTYPES else (tensor, None)
+                taken = self._submit(tensor) if quantized else (tensor, None)
                 self._members += 1
                 if together is None or self._members == len(together):
                     reducer.fill_slots()
@@ -136,9 +137,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     def _submit(self, tensor: torch.Tensor) -> tuple[torch.Tensor, TorchGradient | torch.Size | None]:
         reducer, state = self._reducer, self._state
         name = self._name(tensor)
-        state.statistics.raw_bytes += tensor.nbytes
         scheme = self.options.scheme_of(name, tensor.numel(), state.present_scheme)
         if scheme is None:
+            state.statistics.raw_bytes += tensor.nbytes
             state.statistics.wire_bytes += tensor.nbytes
             if name is not None:
                 state.uses[name] += 1
@@ -159,7 +160,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         elif gradient.entry.scheme is not scheme:
             gradient.entry = replace(gradient.entry, scheme=scheme)
         reducer.submit(gradient, tensor)
-        state.statistics.wire_bytes += control_tensor.NBYTES
         return gradient.control.fresh(tensor if state.schedule is not None else None), gradient
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
@@ -181,7 +181,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         if not isinstance(ctx, TorchGradient):
             return tensor if ctx is None else tensor.view(ctx)
         with self._reducer.lock:
-            self._reducer.finish(ctx, tensor.tolist())
+            self._reducer.finish(ctx, ctx.control.reduced(tensor))
             if self._watching and not self._reducer.in_flight:  # the first step is complete
                 self._names.watch_no_more()
                 self._watching = False

@@ -34,14 +34,15 @@ class TorchControl(control_tensor.Control):
         device: device of the gradient.
     """
 
-    __slots__ = ("_memory", "_tensor", "_values")
+    __slots__ = ("_array", "_bytes", "_memory", "_tensor")
 
     def __init__(self, fingerprint: int, rank: int, device: torch.device) -> None:
         super().__init__(fingerprint)
-        self._values = np.array(control_tensor.values(fingerprint, rank))
-        memory = self._values.copy()
-        self._tensor = torch.from_numpy(memory).to(device, non_blocking=True)
-        self._memory = memory if device.type == "cpu" else None  # Horovod overwrites it
+        self._array = np.array(control_tensor.values(fingerprint, rank))
+        self._tensor = torch.from_numpy(self._array).to(device, non_blocking=True)
+        self._bytes = self._array.tobytes()
+        # On a CPU Horovod overwrites it. This is the quickest way to write it again.
+        self._memory = memoryview(self._array).cast("B") if device.type == "cpu" else None
 
     def fresh(self, gradient: torch.Tensor | None) -> torch.Tensor:
         """Return the tensor, as it was before Horovod reduced it.
@@ -52,13 +53,19 @@ class TorchControl(control_tensor.Control):
         if self._memory is None:
             fresh = self._tensor.clone()
         else:
-            self._memory[:] = self._values
+            self._memory[:] = self._bytes
             fresh = self._tensor
         if gradient is not None:
             wide = torch.promote_types(gradient.dtype, torch.float32)  # squares of halves overflow
             norm = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
             fresh[control_tensor.SQUARE] = norm.double().square()
         return fresh
+
+    def reduced(self, tensor: torch.Tensor) -> list[float]:
+        """Return the values of the reduced tensor, which may be the one that `fresh` has returned."""
+        if tensor is self._tensor and self._memory is not None:
+            return self._array.tolist()
+        return tensor.tolist()
 
 
 class TorchGradient(Gradient):
