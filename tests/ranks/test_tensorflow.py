@@ -37,7 +37,7 @@ def test_examples(example, controller):
     """On a small part of the data, or as much as the folder has."""
     path = ROOT / "examples" / example
     options = ("--epochs", "1", "--limit", "1280")
-    done = horovodrun(2, controller, sys.executable, path, *options)
+    done = horovodrun(2, controller, sys.executable, path, *options, at_once=False)
     if "Fashion-MNIST not found" in done.stdout:
         pytest.skip("needs Fashion-MNIST")
     assert done.returncode == 0, done.stdout[-8000:]

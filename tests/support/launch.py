@@ -38,15 +38,18 @@ def launch(command, seconds, **environment):
         pytest.fail(f"hung for {seconds} s:\n{(error.stdout or b'').decode()[-8000:]}")
 
 
-def horovodrun(ranks, controller, *command, **environment):
-    """Run a command on several ranks and return its completed process."""
-    launcher = Path(sys.executable).with_name("horovodrun")
+def horovodrun(ranks, controller, *command, at_once=True, **environment):
+    """Run a command on several ranks and return its completed process; see `horovodrun_at_once`."""
+    programs = Path(sys.executable).parent
+    launcher = [sys.executable, TESTS / "support" / "horovodrun_at_once.py"]
+    if not at_once:
+        launcher = [programs / "horovodrun"]
     environment = {
-        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{os.environ['PATH']}",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         **environment,
     }
-    return launch([launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
+    return launch([*launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
 
 
 def run_checks(ranks, controller, where, selection="", **environment):
