@@ -98,6 +98,52 @@ class HorovodCompressor(metaclass=_CompressorType):
             return getattr(self.options, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def compress(self, tensor: Any) -> tuple[Any, Any]:
+        """Submit a gradient, and return what Horovod reduces in its place: called by Horovod.
+
+        Args:
+            tensor: tensor of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass
+                unchanged.
+
+        Returns:
+            The tensor for Horovod to reduce, and the context for `decompress`.
+
+        Raises:
+            RankMismatchError: the ranks are configured differently.
+            RuntimeError: Horovod is not initialised, or what the front end says.
+            ValueError: what the front end says.
+        """
+        raise NotImplementedError
+
+    def decompress(self, tensor: Any, ctx: Any) -> Any:
+        """Return the mean of a gradient: called by Horovod.
+
+        Args:
+            tensor: the reduced control tensor.
+            ctx: context from `compress`; None for a tensor that passed unchanged.
+
+        Returns:
+            The mean over the ranks, or the sum for ``op=Sum``, in the gradient's shape and dtype.
+
+        Raises:
+            RankMismatchError: the ranks are configured differently, or disagree about what they sent.
+            UnsupportedReductionError: Horovod was called with Adasum, Min, Max or Product.
+            RuntimeError: what the front end says.
+        """
+        raise NotImplementedError
+
+    def stats(self) -> dict[str, Any]:
+        """Return statistics of this rank.
+
+        Returns:
+            ``steps``, uses of the most frequent gradient, including those before a loaded state;
+            ``messages``, fused buckets sent; ``raw_bytes``, the uncompressed gradients; ``wire_bytes``, their
+            encoded size (messages, control tensors, uncompressed small gradients); ``received_bytes``, bytes
+            from other ranks by our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule
+            of bits also ``bits``, a list with the bits of each step since the compressor was made.
+        """
+        raise NotImplementedError
+
     def check_free(self, process_set: ProcessSet) -> None:
         """Check that one of our optimizers with this process set can use the compressor.
 

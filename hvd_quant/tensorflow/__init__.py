@@ -9,19 +9,9 @@ Example:
 For ``model.fit`` see `hvd_quant.tensorflow.keras`.
 """
 
-try:
-    import tensorflow  # noqa: F401
-except ImportError as error:
-    raise ImportError("hvd_quant.tensorflow needs TensorFlow: pip install tensorflow") from error
+from hvd_quant.require import require
 
-try:
-    import horovod.tensorflow  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "hvd_quant.tensorflow needs Horovod 0.28 built with TensorFlow (HOROVOD_WITH_TENSORFLOW=1); "
-        "scripts/setup.sh of hvd_quant builds it against current versions. Importing horovod.tensorflow "
-        f"said: {error}"
-    ) from error
+require("tensorflow", "TensorFlow")
 
 from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 from hvd_quant.tensorflow.compressor import (

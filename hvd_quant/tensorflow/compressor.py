@@ -79,19 +79,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing
     def compress(self, tensor: Any) -> tuple[tf.Tensor, Any]:
-        """Lay out the tensor for Horovod to reduce in place of a gradient.
-
-        Args:
-            tensor: tensor of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass
-                unchanged.
-
-        Returns:
-            The tensor for Horovod to reduce, and the context for `decompress`.
+        """See `HorovodCompressor.compress`. In a graph it lays out what every step does.
 
         Raises:
-            RankMismatchError: the ranks are configured differently.
-            RuntimeError: Horovod is not initialised; or TensorFlow is in graph mode as in TensorFlow 1, or
-                compiles this function by XLA; or error feedback or DQ-SGD is used outside of a function.
+            RuntimeError: also, TensorFlow is in graph mode as in TensorFlow 1, or compiles this function by
+                XLA; or error feedback or DQ-SGD is used outside of a function.
             ValueError: there are ``overrides``, and the gradient's name is unknown.
         """
         given = self._names.of(tensor)  # before the conversion, which makes another tensor
@@ -124,20 +116,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: Any) -> tf.Tensor:
-        """Lay out the exchange of a gradient, and of those that were compressed since the last one.
-
-        Args:
-            tensor: the reduced control tensor.
-            ctx: context from `compress`; None for a tensor that passed unchanged.
-
-        Returns:
-            The mean over the ranks, or the sum for ``op=Sum``, in the gradient's shape and dtype.
+        """See `HorovodCompressor.decompress`. The first call lays out all that was compressed before it.
 
         Raises:
-            RankMismatchError: the ranks disagree about what they sent. In a graph it is raised as one of
-                ``tf.errors``, with the same text.
-            UnsupportedReductionError: Horovod was called with Adasum, Min, Max or Product. In a graph as
-                above.
+            RankMismatchError, UnsupportedReductionError: in a graph as one of ``tf.errors``, with the same
+                text.
         """
         if ctx is None:
             return tensor
@@ -196,15 +179,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         return self._names.is_left_out(name, count)
 
     def stats(self) -> dict[str, Any]:
-        """Return statistics of this rank.
-
-        Returns:
-            ``steps``, uses of the most frequent group of gradients, including those before a loaded state;
-            ``messages``, groups sent; ``raw_bytes``, the uncompressed gradients; ``wire_bytes``, their
-            encoded size (messages, control tensors, small gradients); ``received_bytes``, bytes from other
-            ranks by our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule of bits
-            also ``bits``, a list with the bits of each step since the compressor was made.
-        """
+        """See `HorovodCompressor.stats`. Gradients that travel together count as one."""
         with self._graph_state.lock:
             self._exchange.note_uses()
             return self._state.stats(in_step=self._graph_state.in_step)
@@ -327,11 +302,8 @@ _warned: list[bool] = []
 class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
     """Gradients quantized by QSGD: ``hvd.DistributedGradientTape(tape, compression=QSGDCompressor(bits=4))``.
 
-    Args:
-        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
-        rounding: rounding of the scheme; by default ``"independent"``, or ``"nearest"`` with
-            ``error_feedback``.
-        **options: options of the exchange, see `QuantizedCompressor`.
+    Its arguments are those of `hvd_quant.QSGD` (``rounding`` is ``"nearest"`` by default with
+    ``error_feedback``), and options of the exchange, see `QuantizedCompressor`.
 
     Warning:
         Horovod passes sparse gradients (``tf.IndexedSlices``, of embeddings) to no compressor: they travel
@@ -340,13 +312,7 @@ class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
 
 
 class NUQSGDCompressor(QuantizedCompressor, scheme=NUQSGD):
-    """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
-
-    Args:
-        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.NUQSGD`.
-        rounding: as in `QSGDCompressor`.
-        **options: options of the exchange, see `QuantizedCompressor`.
-    """
+    """Gradients quantized by NUQSGD: `hvd_quant.NUQSGD`'s arguments, otherwise as `QSGDCompressor`."""
 
 
 class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
@@ -355,12 +321,7 @@ class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
     A step ends when a gradient comes again. The next step's bits depend on the norm of the quantized
     gradients: the root of the sum over them of the ranks' mean squared norm.
 
-    Args:
-        k, mean_bits, total_steps, alpha, min_bits, max_bits: arguments of the schedule, see
-            `hvd_quant.DQSGD`.
-        norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
-        rounding: as in `QSGDCompressor`.
-        **options: options of the exchange, see `QuantizedCompressor`.
+    Its arguments are those of `hvd_quant.DQSGD`, and options of the exchange, see `QuantizedCompressor`.
 
     Example:
         >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * steps_per_epoch)

@@ -64,16 +64,16 @@ def DistributedGradientTape(  # noqa: N802  Horovod's name
     refuse_class(compression)
     tape = hvd.DistributedGradientTape(
         gradtape,
-        device_dense=device_dense,
-        device_sparse=device_sparse,
-        compression=compression,
-        sparse_as_dense=sparse_as_dense,
-        op=op,
-        gradient_predivide_factor=gradient_predivide_factor,
-        num_groups=num_groups,
-        groups=groups,
-        process_set=process_set,
-        scale_local_gradients=scale_local_gradients,
+        device_dense,
+        device_sparse,
+        compression,
+        sparse_as_dense,
+        op,
+        gradient_predivide_factor,
+        num_groups,
+        groups,
+        process_set,
+        scale_local_gradients,
     )
     if isinstance(compression, QuantizedCompressor) and compression.options.overrides:
         grouped = groups is not None or num_groups != 0

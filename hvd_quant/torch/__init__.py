@@ -16,18 +16,9 @@ Example:
     ... )
 """
 
-try:
-    import torch  # noqa: F401
-except ImportError as error:
-    raise ImportError("hvd_quant.torch needs PyTorch: pip install torch") from error
+from hvd_quant.require import require
 
-try:
-    import horovod.torch  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "hvd_quant.torch needs Horovod 0.28 built with PyTorch (HOROVOD_WITH_PYTORCH=1); scripts/setup.sh of "
-        f"hvd_quant builds it against current versions. Importing horovod.torch said: {error}"
-    ) from error
+require("torch", "PyTorch")
 
 from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 from hvd_quant.torch.compressor import DQSGDCompressor, NUQSGDCompressor, QSGDCompressor, QuantizedCompressor

@@ -100,18 +100,10 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     # --- called by Horovod ------------------------------------------------------------------------------
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Submit a gradient to the exchange, which starts if its fused bucket is complete.
-
-        Args:
-            tensor: tensor of any shape. Other dtypes than float32, float64, float16 and bfloat16 pass
-                unchanged.
-
-        Returns:
-            The tensor for Horovod to reduce, and the context for `decompress`.
+        """See `HorovodCompressor.compress`. The exchange starts if the gradient's fused bucket is complete.
 
         Raises:
-            RankMismatchError: the ranks are configured differently.
-            RuntimeError: Horovod is not initialised, or the gradient is already in flight.
+            RuntimeError: also, the gradient is already in flight.
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
         quantized = tensor.dtype in DTYPES
@@ -163,19 +155,10 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         return gradient.control.fresh(tensor if state.schedule is not None else None), gradient
 
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
-        """Finish the exchange of a gradient.
-
-        Args:
-            tensor: the reduced control tensor.
-            ctx: context from `compress`; None for a tensor that passed unchanged.
-
-        Returns:
-            The mean over the ranks, or the sum for ``op=Sum``, in the gradient's shape and dtype.
+        """See `HorovodCompressor.decompress`. It finishes the exchange of the gradient.
 
         Raises:
-            RankMismatchError: the ranks are configured differently, disagree about what they sent, or some
-                have called `reset`.
-            UnsupportedReductionError: Horovod was called with Adasum, Min, Max or Product.
+            RankMismatchError: also, some rank has called `reset`.
             RuntimeError: `reset` was called since the gradient's `compress`.
         """
         if not isinstance(ctx, TorchGradient):
@@ -190,16 +173,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     # --- public -----------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Return statistics of this rank.
-
-        Returns:
-            ``steps``, uses of the most frequent gradient (small ones count if names are known), including
-            those before a loaded state; ``messages``, fused buckets sent; ``raw_bytes``, the uncompressed
-            gradients; ``wire_bytes``, their encoded size (messages, control tensors, uncompressed small
-            gradients); ``received_bytes``, bytes from other ranks by our own exchanges;
-            ``compression_ratio``, raw over wire bytes. With a schedule of bits also ``bits``, a list with the
-            bits of each step since the compressor was made.
-        """
+        """See `HorovodCompressor.stats`. Small gradients count as steps if names are known."""
         with self._reducer.lock:
             return self._state.stats()
 
@@ -309,11 +283,8 @@ def _check_tensor(tensor: torch.Tensor) -> None:
 class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
     """Gradients quantized by QSGD: ``hvd.DistributedOptimizer(..., compression=QSGDCompressor(bits=4))``.
 
-    Args:
-        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
-        rounding: rounding of the scheme; by default ``"independent"``, or ``"nearest"`` with
-            ``error_feedback``.
-        **options: options of the exchange, see `QuantizedCompressor`.
+    Its arguments are those of `hvd_quant.QSGD` (``rounding`` is ``"nearest"`` by default with
+    ``error_feedback``), and options of the exchange, see `QuantizedCompressor`.
 
     Warning:
         Without ``named_parameters``, training in which some parameters get no gradient on some rank may stop
@@ -323,13 +294,7 @@ class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
 
 
 class NUQSGDCompressor(QuantizedCompressor, scheme=NUQSGD):
-    """Gradients quantized by NUQSGD; see `QSGDCompressor`, its warning included.
-
-    Args:
-        bits, norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.NUQSGD`.
-        rounding: as in `QSGDCompressor`.
-        **options: options of the exchange, see `QuantizedCompressor`.
-    """
+    """Gradients quantized by NUQSGD: `hvd_quant.NUQSGD`'s arguments, otherwise as `QSGDCompressor`."""
 
 
 class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
@@ -339,12 +304,7 @@ class DQSGDCompressor(QuantizedCompressor, scheme=DQSGD):
     depend on the norm of the quantized gradients: the root of the sum over them of the ranks' mean squared
     norm.
 
-    Args:
-        k, mean_bits, total_steps, alpha, min_bits, max_bits: arguments of the schedule, see
-            `hvd_quant.DQSGD`.
-        norm, bucket_size, coding: arguments of the scheme, see `hvd_quant.QSGD`.
-        rounding: as in `QSGDCompressor`.
-        **options: options of the exchange, see `QuantizedCompressor`.
+    Its arguments are those of `hvd_quant.DQSGD`, and options of the exchange, see `QuantizedCompressor`.
 
     Example:
         >>> hq.DQSGDCompressor(mean_bits=4, total_steps=epochs * len(loader))

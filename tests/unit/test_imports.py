@@ -14,7 +14,7 @@ PACKAGE = Path(hvd_quant.__file__).parent
 FRAMEWORKS = ("torch", "tensorflow", "horovod", "mpi4py", "keras")
 # From the bottom up. What stands on one line may not import from each other, but for the codec's own parts.
 FLOORS = [
-    ["schemes", "schedule", "wire", "version"],
+    ["schemes", "schedule", "wire", "version", "require"],
     ["codec"],
     ["exchange"],
     ["reducer"],

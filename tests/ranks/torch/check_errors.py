@@ -86,7 +86,7 @@ def check_other_compression_on_one_rank_is_an_error_on_all(monkeypatch):
 
 
 def check_other_number_of_compressors(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     if hvd.rank() == 0:
         extra = hq.QSGDCompressor()
     model = mlp()
@@ -178,7 +178,7 @@ def check_reset_while_a_gradient_is_on_its_way():
 
 @pytest.mark.ranks_differ
 def check_reset_on_one_rank_only(monkeypatch):
-    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     compressor = hq.QSGDCompressor()
     hvd.allreduce(own_randn(5000), compression=compressor, name="before")
     if hvd.rank() == 0:
@@ -197,7 +197,7 @@ def check_reset_on_one_rank_only(monkeypatch):
 @pytest.mark.parametrize("named", [True, False])
 def check_one_rank_leaves_a_step_that_others_finish(exchange, fusion_bytes, named, monkeypatch):
     """They get an error, do not wait for what it will not send, and do not use a mean that it does not."""
-    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
     model = mlp()
     compressor = hq.QSGDCompressor(exchange=exchange, fusion_bytes=fusion_bytes)
     optimizer = (optimizer_of if named else stock_optimizer_of)(model, compressor)
@@ -341,7 +341,7 @@ def check_two_stock_optimizers_and_one_compressor(exchange):
 
 def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient(monkeypatch):
     """What these have handed to Horovod must not stay there and be taken for a later step's."""
-    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.0)
 
     def make(bits):
         torch.manual_seed(1)
@@ -353,13 +353,13 @@ def check_a_rank_that_is_late_and_differs_when_others_have_sent_a_small_gradient
         optimizer.zero_grad()
         model.small.sum().backward()
         if hvd.rank() != 0:
-            time.sleep(2.5)  # the other comes between the two
+            time.sleep(1.3)  # the other comes between the two
         (model.large * 1.5).sum().backward()
         optimizer.step()
 
     model, optimizer = make(first_and_rest(4, 8))
     if hvd.rank() == 0:
-        time.sleep(3)
+        time.sleep(1.5)
     error = error_of(lambda: step(model, optimizer))
     assert "bits is 4 on rank 0" in same_mismatch(error)
     model, optimizer = make(4)
@@ -376,7 +376,7 @@ def check_a_rank_that_is_late(monkeypatch):
     compressor = hq.QSGDCompressor()
     optimizer = optimizer_of(model, compressor)
     if hvd.rank() == 0:
-        time.sleep(3)
+        time.sleep(2)
     for step in range(4):
         assert step_error(model, optimizer) is None
         assert all(same_everywhere(parameter) for parameter in model.parameters())

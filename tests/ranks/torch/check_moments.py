@@ -252,7 +252,7 @@ def check_a_state_that_one_rank_loads(exchange):
     if hvd.rank() == 1:
         compressor.load_state_dict(compressor.state_dict())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 3.0)
+        patch.setattr("hvd_quant.reducer.polling.PATIENCE_SECONDS", 1.5)
         assert isinstance(error_of(step), hq.RankMismatchError)
     recover(compressor, optimizer)
     for _ in range(3):

@@ -162,7 +162,7 @@ def check_a_rank_that_is_late_and_ahead(monkeypatch):
     optimizer = optimizer_of(model, compressor)
     if hvd.rank() == hvd.size() - 1:
         ahead(compressor)
-        time.sleep(3.0)
+        time.sleep(2.0)
     train(model, optimizer, range(2))
     assert set(gathered(compressor.state_dict()["schedule"]["step"])) == {7}
     assert set(gathered(compressor.stats()["bits"][0])) == {4}
@@ -179,7 +179,7 @@ def check_a_late_rank_changes_nothing(monkeypatch):
         compressor.load_state_dict(state | {"uses": {"2.weight": 3}})  # 0.weight has been frozen until now
         optimizer = optimizer_of(model, compressor)
         if late and hvd.rank() == hvd.size() - 1:
-            time.sleep(3.0)
+            time.sleep(2.0)
         train(model, optimizer, range(2))
         assert compressor.state_dict()["uses"]["0.weight"] == 2
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -196,7 +196,7 @@ def check_a_rank_that_is_ahead_and_comes_between_two_gradients(monkeypatch):
     def slow(tensor):
         calls.append(tensor.shape)
         if len(calls) == 2:
-            time.sleep(2.0)
+            time.sleep(1.5)
         return compress(tensor)
 
     if hvd.rank() == hvd.size() - 1:
