@@ -157,11 +157,6 @@ class Fusion(Generic[T]):
             self._close(group)
         return self._pop(group) if group.complete else None
 
-    @property
-    def waiting(self) -> bool:
-        """Whether some gradients have arrived and not been sent."""
-        return bool(self._waiting)
-
     def flush(self) -> list[tuple[FusionGroup[T], list[T]]]:
         """Return everything that has arrived, to be sent now, even if its group is incomplete."""
         groups = list(self._waiting.values())

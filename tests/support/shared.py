@@ -22,6 +22,15 @@ def pretend_hosts(rank, size):
     return rank % int(os.environ.get("TEST_HOSTS", size))
 
 
+def start_horovod(hvd):
+    """Initialise Horovod; where TEST_HOSTS is set, it tells of those hosts."""
+    hvd.init(process_sets="dynamic")
+    if "TEST_HOSTS" in os.environ:
+        hosts = int(os.environ["TEST_HOSTS"])
+        hvd.cross_rank = lambda: pretend_hosts(hvd.rank(), hvd.size())
+        hvd.cross_size, hvd.local_size = lambda: hosts, lambda: hvd.size() // hosts
+
+
 def make(front_end, kind, **options):
     """A compressor of `hvd_quant.torch` or `hvd_quant.tensorflow`."""
     name, arguments = KINDS[kind]

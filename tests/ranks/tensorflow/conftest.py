@@ -7,16 +7,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import horovod.tensorflow as hvd
 import pytest
 import tensorflow as tf
-from shared import pretend_hosts
+from shared import start_horovod
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _horovod():
-    hvd.init(process_sets="dynamic")
-    if "TEST_HOSTS" in os.environ:
-        hosts = int(os.environ["TEST_HOSTS"])
-        hvd.cross_rank = lambda: pretend_hosts(hvd.rank(), hvd.size())
-        hvd.cross_size, hvd.local_size = lambda: hosts, lambda: hvd.size() // hosts
+    start_horovod(hvd)
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
 

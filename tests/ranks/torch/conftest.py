@@ -1,23 +1,17 @@
 """Set-up of the tests that every rank runs together, under horovodrun; ../test_torch.py starts them."""
 
-import os
-
 import common
 import horovod.torch as hvd
 import pytest
 import torch
-from shared import pretend_hosts
+from shared import start_horovod
 
 from hvd_quant.torch.transport import submit_as_many
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _horovod():
-    hvd.init(process_sets="dynamic")
-    if "TEST_HOSTS" in os.environ:
-        hosts = int(os.environ["TEST_HOSTS"])
-        hvd.cross_rank = lambda: pretend_hosts(hvd.rank(), hvd.size())
-        hvd.cross_size, hvd.local_size = lambda: hosts, lambda: hvd.size() // hosts
+    start_horovod(hvd)
     torch.set_num_threads(1)
 
 

@@ -45,13 +45,12 @@ def test_planned_buckets_are_sent_with_their_last_gradient_in_any_order():
     for order in ("abcde", "edcba", "badce"):
         sent = [group for key in order for group in add(fusion, entry(key))]
         assert sorted(sent) == [["a", "b"], ["c", "d"], ["e"]]
-        assert not fusion.waiting
+        assert not flush(fusion)
 
 
 def test_unknown_gradients_fill_buckets_in_order_of_arrival():
     fusion = Fusion(800)
     assert [add(fusion, entry(key)) for key in "abcde"] == [[], [["a", "b"]], [], [["c", "d"]], []]
-    assert fusion.waiting
     assert flush(fusion) == [["e"]]
     # From then on they are known: the last one need not wait for a flush.
     assert [add(fusion, entry(key)) for key in "abcde"] == [[], [["a", "b"]], [], [["c", "d"]], [["e"]]]
@@ -137,7 +136,7 @@ def test_everything_is_sent_once_whatever_comes(arrivals, planned):
     for step in arrivals:
         sent = [group for key in step for group in add(fusion, entry(key))] + flush(fusion)
         assert sorted(key for group in sent for key in group) == sorted(step)
-        assert not fusion.waiting
+        assert not flush(fusion)
 
 
 # --- chunks ---------------------------------------------------------------------------------------------
