@@ -333,11 +333,14 @@ class Reducer:
         return explain_mismatch(*zip(*answers, strict=True)) if answers else None
 
     def _go_on_for_others(self) -> None:
-        """Advance exchanges to their last collectives, if the other ranks do: they may wait for these."""
+        """Advance exchanges to their last collectives, if the other ranks do: they may wait for these.
+
+        And wait for all announcements, by which ranks level their counts of operations.
+        """
 
         def there() -> bool:
-            self._rounds.all_announced()  # raises an exception if they do not
-            return self._sending.advance()
+            announced = self._rounds.all_announced()  # raises an exception if ranks have not sent the same
+            return self._sending.advance() and announced
 
         with contextlib.suppress(ValueError, *self.agreement.transport.errors):
             wait_for(there)

@@ -107,11 +107,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             ValueError: the tensor is part of an autograd graph, through which no gradient would flow.
         """
         quantized = tensor.dtype in DTYPES
-        if quantized and (tensor.requires_grad or tensor.layout != torch.strided):
-            _check_tensor(tensor)
         reducer, together = self._reducer, reduced_together()
         with reducer.lock:
             try:
+                if quantized and (tensor.requires_grad or tensor.layout != torch.strided):
+                    _check_tensor(tensor)
                 if not reducer.has_begun:
                     self._begin()  # whatever the dtype, which may differ between ranks
                 if self._members == 0:

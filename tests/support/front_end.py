@@ -96,12 +96,12 @@ class Compressor:
         self.reducer.finish(gradient, reduced)
         return gradient.release()
 
-    def reduce(self, values, name):
+    def reduce(self, values, name, op=np.mean):
         """The mean over the ranks, as Horovod has it: under this name, or by the count of operations."""
         name = name or f"noname.{self.transport.operations + 1}"
         own = np.array(values, np.float64).view(np.uint8)
         handle = self.transport.allgather(own, [own.size] * self.transport.size, f"allreduce.{name}")
-        return lambda: wait(handle, name)
+        return lambda: wait(handle, name, op)
 
     def allreduce(self, array, name):
         """Of one gradient, by itself."""
@@ -123,11 +123,11 @@ class StalledError(Exception):
     """An operation waits for ranks that do not come."""
 
 
-def wait(handle, name):
+def wait(handle, name, op):
     """As Horovod waits, which has all the patience in the world; of which 1000 s stand for that here."""
     deadline = polling.clock.monotonic() + 1000.0
     while not handle.ready():
         if polling.clock.monotonic() > deadline:
             raise StalledError(f"{name} waits for ever")
         polling.pause()
-    return np.mean([part.view(np.float64) for part in handle.wait()], axis=0).tolist()
+    return op([part.view(np.float64) for part in handle.wait()], axis=0).tolist()

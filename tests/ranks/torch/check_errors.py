@@ -141,6 +141,28 @@ def check_unsupported_reductions(op):
     assert "op=Average" in str(error)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def check_unsupported_reduction_after_other_slots(exchange):
+    """Ranks that were to send a bucket in other slots have submitted equally many operations by the error."""
+    torch.manual_seed(1)
+    layers = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
+    # Two gradients in a bucket.
+    optimizer = optimizer_of(layers, hq.QSGDCompressor(min_numel=0, fusion_bytes=8000, exchange=exchange))
+
+    def step(order):
+        optimizer.zero_grad()
+        x = torch.randn(4, 32)
+        sum(layers[i](x) for i in order).sum().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step([0, 1, 2, 3])
+    optimizer.op = hvd.Min
+    error = error_of(lambda: step(first_and_rest([0, 1, 2, 3], [0, 2, 1, 3])))
+    assert isinstance(error, hq.UnsupportedReductionError)
+    hvd.allreduce(torch.ones(1))
+
+
 def check_adasum_is_refused_at_construction():
     with pytest.raises(ValueError, match="op=hvd\\.Average"):
         optimizer_of(mlp(), hq.QSGDCompressor(), op=hvd.Adasum)

@@ -218,6 +218,29 @@ def test_a_reduction_that_is_not_supported(world):
 
 
 @exchanges
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_reduction_that_is_not_supported_with_skipped_slots(world, exchange, size):
+    """Ranks that had a message ready in fewer slots have submitted more operations by the error."""
+    sizes = dict.fromkeys("abcd", 1000)
+
+    def program(rank, transport, clock):
+        compressor = Compressor(transport, sizes, exchange=exchange, fusion_bytes=8000)  # two in a bucket
+        for step in range(3):
+            compressor.step(gradients(rank, step, sizes))
+        arrays, sent = gradients(rank, 3, sizes), []
+        for name in "acbd" if rank else "abcd":
+            values, gradient = compressor.compress(arrays[name], name)
+            sent.append((compressor.reduce(values, name, np.min), gradient))
+        error = error_of(lambda: [compressor.decompress(reduced(), one) for reduced, one in sent])
+        assert compressor.reduce([1.0], None)() == [1.0]
+        compressor.step(gradients(rank, 4, sizes))
+        return error
+
+    errors(world(size, program), UnsupportedReductionError)
+    assert len(set(world.operations)) == 1
+
+
+@exchanges
 @pytest.mark.parametrize("late", [1.0, 59.0, 61.0, 200.0])
 def test_a_rank_that_is_late_with_its_first_gradient(world, exchange, late):
     def program(rank, transport, clock):
