@@ -9,7 +9,7 @@ need("tensorflow")
 
 
 # How ranks meet is tested under both controllers; the mathematics, memory and the stand-in for GPUs with MPI.
-MEETING = "check_tf_errors.py or check_fit or check_tape or (same_bits and scatter)"
+MEETING = "check_tf_errors.py or check_fit or check_tape"
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ MEETING = "check_tf_errors.py or check_fit or check_tape or (same_bits and scatt
         (2, "mpi", "check_tf_keras or check_tf_errors"),
         (2, "mpi", "not check_tf_keras and not check_tf_errors"),
         (2, "gloo", MEETING),
-        (3, "mpi", "mean_and_sum or process_sets or different_shapes"),
+        (3, "mpi", "(mean_and_sum and NUQSGD) or process_sets or different_shapes"),
     ],
 )
 def test_checks_on_every_rank(ranks, controller, checks):
@@ -27,7 +27,7 @@ def test_checks_on_every_rank(ranks, controller, checks):
 
 def test_exchange_by_hosts():
     hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
-    run_checks(4, "mpi", "tensorflow/check_tf_promises.py", "every_run or reaches_every_rank", **hosts)
+    run_checks(4, "mpi", "tensorflow/check_tf_promises.py", "every_run", **hosts)
 
 
 def test_legacy_keras():
