@@ -15,19 +15,16 @@ cd "$root"
 .venv/bin/ruff format --check .
 pytest() { .venv/bin/python -m pytest "$@"; }
 
-first_job=tests/ranks/test_torch.py::test_a_first_job
-jobs=(-n 2 --maxschedchunk 1 tests/ranks --deselect "$first_job")
-alone=(tests/hosts tests/test_benchmarks.py)
+jobs=(tests/ranks tests/hosts tests/test_benchmarks.py)
 if [ "${1:-}" = --quick ]; then
   shift
-  jobs=("$first_job") alone=()
+  jobs=(tests/ranks/test_torch.py::test_a_first_job)
 elif [ $# -gt 0 ]; then
   pytest "$@"
   exit
 fi
-# Two at a time, but for hosts, which share the network's names, and benchmarks.
+# Unit tests two at a time; jobs of several ranks one after the other, because ranks that wait spin.
 status=0
 pytest -n 2 tests/unit "$@" || status=$?
 pytest -v "${jobs[@]}" "$@" || status=$?
-[ ${#alone[@]} -eq 0 ] || pytest -v "${alone[@]}" "$@" || status=$?
 exit "$status"

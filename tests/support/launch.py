@@ -1,8 +1,6 @@
 """Starts what the multi-rank tests run on several ranks."""
 
-import functools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,25 +21,10 @@ def need(framework):
     return hvd
 
 
-@functools.cache
-def sleeping_waits():
-    """Build sched_yield.c, and return the variable that loads it; none without a compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return {}
-    folder = ROOT / "build" / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"sched_yield.{os.getpid()}.so"  # workers of pytest-xdist build it at the same time
-    source = TESTS / "support" / "sched_yield.c"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
-    library = library.rename(folder / "sched_yield.so")
-    return {"LD_PRELOAD": str(library)}
-
-
 def launch(command, seconds, **environment):
     """Run a launcher's command, stdout and stderr as one; a hang of so many seconds fails the test."""
     # There may be more ranks than cores: waiting must not keep others from working.
-    yielding = {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **sleeping_waits()}
+    yielding = {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
     try:
         return subprocess.run(
             command,
