@@ -15,15 +15,16 @@ cd "$root"
 .venv/bin/ruff format --check .
 pytest() { .venv/bin/python -m pytest "$@"; }
 
-jobs=(tests/ranks tests/hosts tests/test_benchmarks.py)
+first_job=tests/ranks/test_torch.py::test_a_first_job
+jobs=(tests/ranks tests/hosts tests/test_benchmarks.py --deselect "$first_job")
 if [ "${1:-}" = --quick ]; then
   shift
-  jobs=(tests/ranks/test_torch.py::test_a_first_job)
+  jobs=("$first_job")
 elif [ $# -gt 0 ]; then
   pytest "$@"
   exit
 fi
-# Unit tests two at a time; jobs of several ranks one after the other, because ranks that wait spin.
+# Unit tests two at a time; jobs of several ranks one after the other: two take all cores already.
 status=0
 pytest -n 2 tests/unit "$@" || status=$?
 pytest -v "${jobs[@]}" "$@" || status=$?
