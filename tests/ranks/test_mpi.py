@@ -76,7 +76,7 @@ def test_a_missing_mpi4py_is_explained(broken):
     assert "ImportError: hvd_quant.mpi needs mpi4py 4 and an MPI library" in done.stderr
 
 
-def test_the_plug_imports_no_other_framework():
+def test_the_front_end_imports_no_other_framework():
     pytest.importorskip("mpi4py")
     script = "import sys, hvd_quant.mpi; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
