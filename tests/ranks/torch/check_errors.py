@@ -163,6 +163,19 @@ def check_unsupported_reduction_after_other_slots(exchange):
     hvd.allreduce(torch.ones(1))
 
 
+def check_a_refused_tensor_in_a_group():
+    """The next group begins anew."""
+    compressor = hq.QSGDCompressor()
+    group = [own_randn(3000), own_randn(3000).requires_grad_()]
+    error = error_of(lambda: hvd.grouped_allreduce(group, compression=compressor, name="refused"))
+    assert isinstance(error, ValueError)
+    compressor.reset()
+    for _ in range(3):
+        means = hvd.grouped_allreduce([one.detach() for one in group], compression=compressor, name="group")
+        assert all(map(same_everywhere, means))
+    assert compressor._members == 0
+
+
 def check_adasum_is_refused_at_construction():
     with pytest.raises(ValueError, match="op=hvd\\.Average"):
         optimizer_of(mlp(), hq.QSGDCompressor(), op=hvd.Adasum)
