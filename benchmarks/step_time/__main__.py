@@ -186,6 +186,8 @@ def main() -> int:
                 parser.error(f"{pattern} is none of the cases: {' '.join(ALL)}")
     if args.steps < 2 or args.seconds < 0 or args.timeout <= 0:
         parser.error("--steps must be 2 or more, --seconds and --timeout positive")
+    if args.before and not before.is_built(args.before):
+        parser.error(f"{args.before} has no package whose codec has been built: run scripts/setup.sh there")
     if args.read:
         written = json.loads(args.read.read_text())
         cases = [Case(case["case"], case["rows"], case["failures"]) for case in written["cases"]]

@@ -14,17 +14,15 @@ PACKAGE = "hvd_quant_before"
 SUFFIX = ", before"  # of its rows' names
 
 
-def copy_package(checkout: Path, folder: Path) -> None:
-    """Copy a checkout's package, which has been built, into a folder, under the name `PACKAGE`.
+def is_built(checkout: Path) -> bool:
+    """Return whether a checkout has a package whose native codec has been built."""
+    return any(checkout.glob("hvd_quant/codec/_native*.so"))
 
-    Raises:
-        ValueError: there is no package, or it has not been built.
-    """
-    source = checkout / "hvd_quant"
-    if not list(source.glob("codec/_native*.so")):
-        raise ValueError(f"{source} is no package whose codec has been built: run scripts/setup.sh there")
+
+def copy_package(checkout: Path, folder: Path) -> None:
+    """Copy a checkout's package, which has been built, into a folder, under the name `PACKAGE`."""
     own = folder / PACKAGE
-    shutil.copytree(source, own, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(checkout / "hvd_quant", own, ignore=shutil.ignore_patterns("__pycache__"))
     for file in own.rglob("*.py"):
         # Names of collectives and of variables change with it: both packages need their own.
         file.write_text(file.read_text().replace("hvd_quant", PACKAGE))

@@ -49,9 +49,7 @@ def launch(lab, how, command, slots, tmp_path, **options):
 @needs_lab
 @pytest.mark.parametrize("how", LAUNCHES)
 def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
-    """The example, on 2 x 2 ranks; at 4 bits the hosts receive a fifth of float32's bytes at most.
-
-    The steps are few, and the broadcast of all parameters counts.
+    """The example, on 2 x 2 ranks; at 4 bits the hosts receive a sixth of float32's bytes at most.
 
     With a bandwidth stated for which the hosts exchange means: the model is so small that latency counts.
     """
@@ -59,7 +57,7 @@ def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
     controller = "gloo" if "gloo" in how else "mpi"
     moved = {"none": FLOAT32[controller]} if controller in FLOAT32 else {}
     for gradients in ["none", "qsgd"][len(moved) :]:
-        example = [PYTHON, ROOT / "examples" / "torch_fashion_mnist.py", "--epochs", "1", "--limit", "6400"]
+        example = [PYTHON, ROOT / "examples" / "torch_fashion_mnist.py", "--epochs", "1", "--limit", "12800"]
         before = received(lab)
         command = [*example, "--compression", gradients]
         done = launch(lab, how, command, 2, tmp_path, env={"HVD_QUANT_BANDWIDTH": "0.1"})
@@ -68,7 +66,7 @@ def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
         assert "parameters are bit-identical on all 4 ranks" in done.stdout, done.stdout[-8000:]
     FLOAT32[controller] = moved["none"]
     print(f"{how}: {moved['none'] / 1e6:.1f} MB received as float32, {moved['qsgd'] / 1e6:.1f} at 4 bits")
-    assert moved["none"] >= 5 * moved["qsgd"], moved
+    assert moved["none"] >= 6 * moved["qsgd"], moved
 
 
 # --- the doctor -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-SECONDS = 900  # for one launch; far above what it takes, so that only a hang gets there
+SECONDS = 500  # for one launch; far above what it takes, so that only a hang gets there
 
 
 def need(framework):
