@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import itertools
+import os
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, ClassVar
 
-from horovod.common.process_sets import ProcessSet
+from horovod.common.process_sets import ProcessSet, global_process_set
 
 from hvd_quant.exchange import cost
 from hvd_quant.exchange.choice import ExchangeChoice
@@ -19,7 +22,70 @@ from hvd_quant.exchange.topology import NOT_HIERARCHICAL
 from hvd_quant.reducer.options import Options
 from hvd_quant.schemes import DQSGD, Scheme, rounding_for
 
-_counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+
+class _Ranks(list):
+    """Ranks of the global process set, marked: ``hvd.init()`` replaces what differs from the new ones."""
+
+    __hash__ = None
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+
+def initialisation() -> object:
+    """Return what stands for the present initialisation of Horovod: another object after each ``hvd.init()``.
+
+    In elastic training that is whenever workers come or go. Of what was in flight before, nothing arrives.
+    """
+    ranks = global_process_set.ranks
+    if not isinstance(ranks, _Ranks):
+        global_process_set.ranks = ranks = _Ranks(ranks or ())
+    return ranks
+
+
+def is_elastic() -> bool:
+    """Return whether ``horovodrun`` has started an elastic job, in which workers come and go."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+class _Numbering:
+    """Numbers the compressors of a process in the order in which they were made, anew after ``hvd.init()``.
+
+    Then there may be ranks that never had those that this process has dropped.
+    """
+
+    def __init__(self) -> None:
+        self._made = itertools.count()
+        self._alive: weakref.WeakValueDictionary[int, HorovodCompressor] = weakref.WeakValueDictionary()
+        self._counters: defaultdict[tuple, itertools.count] = defaultdict(itertools.count)
+        self._initialisation: object = None
+
+    def add(self, compressor: HorovodCompressor) -> None:
+        """Number a new compressor."""
+        self.renew()
+        self._alive[next(self._made)] = compressor
+        compressor.number_as(self._next(compressor))
+
+    def renew(self) -> None:
+        """Number all compressors anew, if Horovod has been initialised since."""
+        if self._initialisation is initialisation():
+            return
+        self._initialisation = initialisation()
+        if self._alive:
+            gc.collect()  # the others' numbers must not depend on when that happens
+        self._counters.clear()
+        for _, compressor in sorted(self._alive.items()):
+            compressor.number_as(self._next(compressor))
+
+    def _next(self, compressor: HorovodCompressor) -> int:
+        # Ranks outside a process set need not make its compressors, so each set counts its own.
+        process_set = compressor.process_set
+        ranks = tuple(process_set.ranks or ()) if process_set.process_set_id != 0 else ()
+        return next(self._counters[process_set.process_set_id, ranks])
+
+
+_numbering = _Numbering()
+renew_numbers = _numbering.renew
 
 
 def refuse_class(compression: object) -> None:
@@ -88,9 +154,8 @@ class HorovodCompressor(metaclass=_CompressorType):
         self.options = options
         self.process_set = process_set
         self.in_use = False  # by one of our optimizers
-        # Compressors of one process have different numbers. Ranks outside a process set need not make its
-        # compressors, so each set counts its own.
-        self._number = next(_counters[process_set.process_set_id, tuple(process_set.ranks or ())])
+        self._number = 0
+        _numbering.add(self)
 
     def __getattr__(self, name: str) -> Any:
         """Return an option by its name."""
@@ -144,6 +209,10 @@ class HorovodCompressor(metaclass=_CompressorType):
         """
         raise NotImplementedError
 
+    def number_as(self, number: int) -> None:
+        """Take a number, which compressors of one process set and one process have different ones of."""
+        self._number = number
+
     def check_free(self, process_set: ProcessSet) -> None:
         """Check that one of our optimizers with this process set can use the compressor.
 
@@ -158,7 +227,7 @@ class HorovodCompressor(metaclass=_CompressorType):
     def _exchange_choice(self, hvd: ModuleType) -> ExchangeChoice:
         """Return the choice of the algorithm, before the ranks have announced their hosts."""
         link = cost.link_from_environment(hvd.local_size() == hvd.size(), cost.HOROVOD_LATENCY)
-        return ExchangeChoice(self.options.exchange, self.process_set.size(), link)
+        return ExchangeChoice(self.options.exchange, self.process_set.size(), link, is_elastic())
 
     def _host(self, hvd: ModuleType, alike: bool) -> int:
         """Return what identifies this rank's host to the other ranks.
@@ -173,7 +242,8 @@ class HorovodCompressor(metaclass=_CompressorType):
         hierarchical = alike and hvd.local_size() > 1 and hvd.cross_size() > 1
         # This is known without asking the other ranks: a late one would leave the others waiting.
         everyone = self.process_set.process_set_id == 0
-        if self.options.exchange == "hierarchical" and everyone and hvd.size() > 1 and not hierarchical:
+        wrong = self.options.exchange == "hierarchical" and hvd.size() > 1 and not hierarchical
+        if wrong and everyone and not is_elastic():
             raise ValueError(NOT_HIERARCHICAL)
         # If hosts have unequally many ranks, Horovod's number does not identify the host.
         return hvd.cross_rank() if alike else -1 - hvd.rank()

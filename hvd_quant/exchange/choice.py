@@ -19,12 +19,15 @@ class ExchangeChoice:
         exchange: the user's choice.
         size: number of ranks.
         link: link between the ranks, as if each had its own host.
+        elastic: whether hosts come and go: then ``"hierarchical"`` means the quickest of the others where it
+            does not fit them, instead of an error.
         topology: hosts of the ranks; None until all have announced theirs.
     """
 
     exchange: str
     size: int
     link: Link
+    elastic: bool = False
     topology: Topology | None = None
     _chosen: dict[tuple[int, int, bool], str] = field(default_factory=dict, init=False, repr=False)
 
@@ -35,7 +38,9 @@ class ExchangeChoice:
             ValueError: the user's exchange does not fit them; on every rank.
         """
         if self.exchange == "hierarchical" and topology.ranks_per_host == 1 and self.size > 1:
-            raise ValueError(NOT_HIERARCHICAL)
+            if not self.elastic:
+                raise ValueError(NOT_HIERARCHICAL)
+            self.exchange = "auto"
         self.topology = topology
         self._chosen.clear()
 

@@ -61,6 +61,7 @@ class InProcess:
     """The transport of one rank of a `Network`; see `hvd_quant.exchange.transport.CountedTransport`."""
 
     errors: tuple[type[Exception], ...] = (ConnectionError,)
+    ranks: Sequence[int] | None = None
 
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self.rank, self.size = network, rank, network.size

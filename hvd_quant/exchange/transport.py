@@ -59,6 +59,7 @@ class CountedTransport(Transport, Protocol):
     """
 
     errors: tuple[type[Exception], ...]  # raised if a rank has died, or it has been shut down
+    ranks: Sequence[int] | None  # the group's ranks, numbered as in the whole job; None for all
 
     @property
     def unanswered(self) -> MutableMapping[str, Handle]:

@@ -53,6 +53,11 @@ class Agreement:
         """
         return f"hvd_quant.{self.number}.{self._generations}.{purpose}"
 
+    def start_again(self, number: int) -> None:
+        """Drop a proposal that was made to other ranks than those that there are now."""
+        self.number = number
+        self._proposal = self.topology = None
+
     # --- generations ------------------------------------------------------------------------------------
 
     @property

@@ -62,7 +62,17 @@ def _mean_weight(size: int) -> float:
 
 def values(own: int, rank: int) -> list[float]:
     """Return what rank ``rank`` with fingerprint ``own`` contributes: SIZE float64 values."""
-    return [1.0, float(own), float(own) ** 2, _weight(rank), 0.0]
+    return [one + other for one, other in zip(part_of_gradient(own), part_of_rank(rank), strict=True)]
+
+
+def part_of_gradient(own: int) -> list[float]:
+    """Return what depends on the fingerprint, which is the same on all ranks."""
+    return [1.0, float(own), float(own) ** 2, 0.0, 0.0]
+
+
+def part_of_rank(rank: int) -> list[float]:
+    """Return what depends on the rank; `values` is the sum of both."""
+    return [0.0, 0.0, 0.0, _weight(rank), 0.0]
 
 
 def check(reduced: Sequence[float], own: int, size: int) -> float:

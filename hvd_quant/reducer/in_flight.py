@@ -13,7 +13,7 @@ from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.driver import Exchange
 from hvd_quant.exchange.fusion import Fusion, FusionGroup
 from hvd_quant.exchange.layout import Entry, GroupLayout, digest
-from hvd_quant.exchange.transport import Transport
+from hvd_quant.exchange.transport import CountedTransport
 from hvd_quant.reducer import control_tensor, polling
 from hvd_quant.reducer.agreement import Agreement
 from hvd_quant.reducer.gradient import Gradient, State
@@ -40,7 +40,6 @@ class BucketsInFlight:
         state: state of the training.
         agreement: agreement between the ranks.
         rounds: rounds of this rank.
-        ranks: ranks of the process set: sets side by side must not share their noise.
         fusion_bytes: size of a fused bucket.
     """
 
@@ -49,12 +48,10 @@ class BucketsInFlight:
         state: TrainingState,
         agreement: Agreement,
         rounds: Rounds,
-        ranks: Sequence[int],
         fusion_bytes: int,
     ) -> None:
         self._state, self._agreement, self._rounds = state, agreement, rounds
-        self._ranks = ranks
-        self._transport: Transport | None = None
+        self._transport: CountedTransport | None = None
         self._choice: ExchangeChoice | None = None
         self._fusion: Fusion[Gradient] = Fusion(fusion_bytes)
         self._ready: deque[tuple[FusionGroup[Gradient], list[Gradient]]] = deque()  # for the next slots
@@ -65,7 +62,7 @@ class BucketsInFlight:
         self.announced: list[SentBucket] = []  # in the round of which the results are waited for
 
     def begin(
-        self, transport: Transport, choice: ExchangeChoice, expected: Sequence[Sequence[Entry]]
+        self, transport: CountedTransport, choice: ExchangeChoice, expected: Sequence[Sequence[Entry]]
     ) -> None:
         """Begin a generation.
 
@@ -136,7 +133,8 @@ class BucketsInFlight:
         self._sent.append(sent)
 
     def _bucket(self, group: FusionGroup[Gradient]) -> GroupLayout:
-        seed = (self._state.seed, self._ranks)
+        # Process sets side by side must not share their noise.
+        seed = (self._state.seed, self._transport.ranks)
         return group.bucket(self._transport.size, self._transport.rank, seed, self._choice.topology)
 
     # --- what is in flight ------------------------------------------------------------------------------

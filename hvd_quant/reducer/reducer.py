@@ -42,10 +42,9 @@ class Reducer:
         options: the user's options.
         state: state of the training.
         number: number of the compressor in its process.
-        ranks: ranks of its process set.
     """
 
-    def __init__(self, options: Options, state: TrainingState, number: int, ranks: Any) -> None:
+    def __init__(self, options: Options, state: TrainingState, number: int) -> None:
         self.lock = threading.RLock()  # autograd calls hooks from one thread per device
         self.state = state
         self.agreement = Agreement(number)
@@ -53,7 +52,7 @@ class Reducer:
         self.in_flight: dict[str, Gradient] = {}
         self._options = options
         self._rounds = Rounds(self.agreement)
-        self._sending = BucketsInFlight(state, self.agreement, self._rounds, ranks, options.fusion_bytes)
+        self._sending = BucketsInFlight(state, self.agreement, self._rounds, options.fusion_bytes)
         self._transport: CountedTransport | None = None  # set by the first gradient, and again after a reset
         self._choice: ExchangeChoice | None = None
         self._parameters: dict[str, list[Any]] = {}
@@ -231,6 +230,15 @@ class Reducer:
         elif (self._rounds.slots.gradients or self.in_flight) and not self.agreement.proposed:
             with contextlib.suppress(ValueError, *self.agreement.transport.errors):
                 self._rounds.leave()
+        self.clear()
+
+    def start_again(self, number: int) -> None:
+        """Begin anew among other ranks: nothing that is in flight will arrive.
+
+        Args:
+            number: number of the compressor among them.
+        """
+        self.agreement.start_again(number)
         self.clear()
 
     def clear(self) -> None:

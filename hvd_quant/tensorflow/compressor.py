@@ -21,18 +21,18 @@ from horovod.tensorflow.compression import Compressor
 from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.horovod import HorovodCompressor
 from hvd_quant.reducer import control_tensor
-from hvd_quant.reducer.agreement import agree
 from hvd_quant.reducer.errors import Description
 from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.state import Residuals, TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.tensorflow import device, refusals
-from hvd_quant.tensorflow.graph_exchange import GraphExchange, variable
+from hvd_quant.tensorflow.graph_exchange import GraphExchange
 from hvd_quant.tensorflow.graph_state import GraphState
 from hvd_quant.tensorflow.group_steps import DTYPES, call
+from hvd_quant.tensorflow.membership import Membership
 from hvd_quant.tensorflow.names import GradientNames
 from hvd_quant.tensorflow.stall import check
-from hvd_quant.tensorflow.traces import Member, Traces
+from hvd_quant.tensorflow.traces import Member, Trace, Traces
 
 _MANY = 10  # compressors alive: more than a process trains models
 
@@ -68,12 +68,23 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self._state = TrainingState(scheme, self.seed, Residuals() if self.error_feedback else None)
         self._graph_state = GraphState(self._state)
         check.watch(self._graph_state)
-        self._choice: ExchangeChoice | None = None  # until all ranks have announced their hosts
+        self._membership = Membership(
+            self.options,
+            process_set,
+            self._graph_state,
+            self._describe,
+            lambda: self._exchange_choice(hvd),
+            lambda: self._host(hvd, hvd.is_homogeneous()),
+        )
         self._traces = Traces(self._graph_state, self._number)
-        self._exchange = GraphExchange(self.options, process_set, self._graph_state, self._number)
+        self._exchange = GraphExchange(process_set, self._membership, self._graph_state, self._number)
         self._names = GradientNames(self.options)
-        self._zero: tf.Variable | None = None  # until the first gradient: the user may set up devices before
         _warn_of_many()
+
+    def number_as(self, number: int) -> None:
+        """See `HorovodCompressor.number_as`. Graphs keep the one that they were traced with."""
+        if "_traces" not in vars(self):
+            super().number_as(number)
 
     # --- called by Horovod ------------------------------------------------------------------------------
 
@@ -102,7 +113,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         group = trace.open_group(graph)
         index = len(group.tensors)
         description = {
-            **self._config(self._choice),
+            **self._description(),
             "name": f"{group.name}.{index}",
             "shape": str(tensor.shape),
             "dtype": DTYPES[tensor.dtype],
@@ -111,7 +122,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             description["override"] = str(scheme)
         fingerprint = control_tensor.fingerprint(description)
         group.add(tensor, scheme, fingerprint)
-        own = self._control(tensor, fingerprint)
+        own = self._control(tensor, fingerprint, self._renewed(trace, graph))
         return self._traces.named(trace, own), Member(group, index, tensor.dtype, tensor.shape)
 
     @tf.autograph.experimental.do_not_convert
@@ -131,7 +142,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         if group.first is None:
             trace, graph = self._traces.at_hand()
             trace.close_group(group, graph)
-            self._exchange.lay_out(group, trace, tensor, self._choice)
+            self._exchange.lay_out(group, trace, tensor, self._renewed(trace, graph))
             group.first = tensor
             return group.results[ctx.index]
         steps, fingerprint = group.steps, group.fingerprints[ctx.index]
@@ -181,7 +192,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     def stats(self) -> dict[str, Any]:
         """See `HorovodCompressor.stats`. Gradients that travel together count as one."""
         with self._graph_state.lock:
-            self._exchange.note_uses()
+            self._graph_state.note_uses()
             return self._state.stats(in_step=self._graph_state.in_step)
 
     def reset(self) -> None:
@@ -203,7 +214,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             if graph_state.in_flight:
                 raise RuntimeError("take a compressor's state between steps: gradients are in flight")
             graph_state.end_step()
-            self._exchange.note_uses()
+            graph_state.note_uses()
             return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,10 +224,26 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             ValueError: the state is invalid.
             RuntimeError: this compressor has been used already.
         """
-        if self._choice is not None:
+        if self._membership.has_met:
             raise RuntimeError("load a compressor's state before its first step")
         self._state.load_state_dict(state)
         self.options.seed = self._state.seed
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where this compressor's `state_dict` was taken, or another rank's, on every rank.
+
+        For elastic training, see `hvd_quant.tensorflow.elastic`.
+
+        Raises:
+            ValueError: the state is invalid, or that of another run, with another seed.
+        """
+        if self._membership.has_met and state.get("seed") != self.seed:
+            raise ValueError("a compressor in use cannot take over the state of one with another seed")
+        with self._graph_state.lock:
+            self.reset()
+            self._state.load_state_dict(state)
+            self.options.seed = self._state.seed
+            self._graph_state.set_uses()
 
     def __hash__(self) -> int:
         refusals.refuse_horovods_optimizer_of_keras_3()
@@ -236,14 +263,22 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 "them within a tf.function"
             )
 
-    def _control(self, tensor: tf.Tensor, fingerprint: int) -> tf.Tensor:
+    def _renewed(self, trace: Trace, graph: int) -> list[tf.Tensor]:
+        """Return what must run in each step before anything that depends on the ranks, in an elastic job."""
+        if trace.is_eager or not self._membership.is_elastic:
+            return []
+        if graph not in trace.renewed:
+            # Stateful, or TensorFlow would drop what only control dependencies use.
+            trace.renewed[graph] = [tf.numpy_function(self._membership.renew, [], tf.int64)]
+        return trace.renewed[graph]
+
+    def _control(self, tensor: tf.Tensor, fingerprint: int, renewed: list[tf.Tensor]) -> tf.Tensor:
         """Return the control tensor of a gradient."""
-        rank = self.process_set.rank() if self.process_set.included() else 0
-        values = control_tensor.values(fingerprint, rank)
+        values = control_tensor.part_of_gradient(fingerprint)
         # A constant would be reduced once, when TensorFlow folds the graph's constants, and not in every
         # step. And it must wait for the gradient, as Horovod's allreduce of that would.
-        with tf.control_dependencies([tensor]):
-            own = tf.constant(values, tf.float64) + self._zero
+        with tf.control_dependencies([tensor, *renewed]):
+            own = tf.constant(values, tf.float64) + self._membership.own
         if self._state.schedule is not None:
             wide = tf.cast(tensor, tf.float32) if tensor.dtype.size < 4 else tensor
             square = 2.0 * tf.cast(tf.nn.l2_loss(wide), tf.float64)
@@ -253,9 +288,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     # --- agreement between ranks ------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Compare configurations with the other ranks, once."""
-        if self._choice is not None:
-            return
+        """Compare configurations with the other ranks, if that has not been done."""
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
         if not tf.compat.v1.executing_eagerly_outside_functions():
@@ -263,25 +296,22 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 "hvd_quant.tensorflow needs TensorFlow 2's eager execution and tf.function; graphs of "
                 "TensorFlow 1 (tf.compat.v1.disable_eager_execution) are not supported"
             )
-        host = self._host(hvd, hvd.is_homogeneous())
-        choice = self._exchange_choice(hvd)
-        self._zero = variable(0.0, tf.float64, "hvd_quant_zero")
-        if self.process_set.included() and self.process_set.size() > 1:
-            with tf.init_scope(), self._graph_state.waiting("the other ranks' first gradients"):
-                received = hvd.allgather_object(
-                    (self._config(choice), host),
-                    name="hvd_quant.agreement",
-                    process_set=self.process_set,
-                )
-            choice.locate(agree(received))
-        self._choice = choice
+        self._membership.meet()
 
-    def _config(self, choice: ExchangeChoice) -> Description:
+    def _describe(self, choice: ExchangeChoice) -> Description:
+        """Describe what must be the same on all ranks."""
         return {
             **self.options.describe(choice.link),
             "compressor": self._number,
             "computes on": "GPU" if device.has_gpu() else "CPU",
         }
+
+    def _description(self) -> Description:
+        """Describe what must be the same of a gradient, too, as long as its graph is in use."""
+        description = self._describe(self._membership.choice)
+        if self._membership.is_elastic:
+            del description["link"]
+        return description
 
 
 def _warn_of_many() -> None:

@@ -20,7 +20,7 @@ def has_gpu() -> bool:
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def can_exchange(steps: GroupSteps) -> bool:
+def can_exchange(steps: GroupSteps, algorithm: str) -> bool:
     """Return whether a group's messages are known when it is traced: shapes, bits, and the size of its codes.
 
     Error feedback is left to the CPU, too.
@@ -31,12 +31,14 @@ def can_exchange(steps: GroupSteps) -> bool:
         and graph_state.state.schedule is None
         and all(one.scheme.coding == "packed" for one in steps.gradients)
         and graph_state.state.residuals is None
-        and steps.algorithm in ("allgather", "scatter_allgather")
+        and not steps.membership.is_elastic  # ranks may change while the graph stays
+        and algorithm in ("allgather", "scatter_allgather")
     )
 
 
 def exchange(
     steps: GroupSteps,
+    algorithm: str,
     tensors: list[tf.Tensor],
     use: tf.Tensor,
     reduced: tf.Tensor,
@@ -46,6 +48,7 @@ def exchange(
 
     Args:
         steps: steps of the group, for which `can_exchange` holds.
+        algorithm: name of the exchange algorithm.
         tensors: its gradients.
         use: how often it has come before, an int64 scalar.
         reduced: the first reduced control tensor.
@@ -55,11 +58,14 @@ def exchange(
         The mean over the ranks, or the sum for ``op=Sum``, of each gradient.
     """
     bucket = steps.bucket(steps.shapes, 0)
-    if steps.algorithm == "allgather":
+    if algorithm == "allgather":
         message = once_reduced(_encode(tensors, bucket, bucket.whole, "whole", use), reduced)
         received = _gather(steps, message, reduced, process_set)
         messages = _cut(steps, received, [bucket.whole.size] * steps.ranks.size)
-        dtypes, factor = [tensor.dtype for tensor in tensors], _factor(steps, reduced, received, bucket)
+        dtypes, factor = (
+            [tensor.dtype for tensor in tensors],
+            _factor(steps, algorithm, reduced, received, bucket),
+        )
         ranks = range(steps.ranks.size)
         return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor, ranks)
 
@@ -68,7 +74,7 @@ def exchange(
     sent, splits = steps.named(once_reduced(sent, reduced), "scatter"), tf.constant(sizes, tf.int32)
     message = _encode_mean(bucket, *hvd.alltoall(sent, splits=splits, process_set=process_set), use)
     received = _gather(steps, message, reduced, process_set)
-    factor = _factor(steps, reduced, received, bucket)
+    factor = _factor(steps, algorithm, reduced, received, bucket)
     pieces = defaultdict(list)  # parts of each gradient, in order
     messages = _cut(steps, received, sizes)
     for rank, (chunk, message) in enumerate(zip(bucket.chunks, messages, strict=True)):
@@ -95,10 +101,12 @@ def _gather(
         return tf.identity(received)
 
 
-def _factor(steps: GroupSteps, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout) -> tf.Tensor:
+def _factor(
+    steps: GroupSteps, algorithm: str, reduced: tf.Tensor, received: tf.Tensor, bucket: GroupLayout
+) -> tf.Tensor:
     """Return the factor of the mean, and count the step."""
     raw_bytes = sum(entry.nbytes for entry in bucket.entries)
-    if steps.algorithm == "allgather":
+    if algorithm == "allgather":
         encoded_bytes, received_bytes = bucket.whole.size, (bucket.size - 1) * bucket.whole.size
     else:
         encoded_bytes, own = sum(chunk.size for chunk in bucket.chunks), bucket.chunks[bucket.rank].size

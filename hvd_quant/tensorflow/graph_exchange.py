@@ -6,23 +6,12 @@ from functools import partial
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from hvd_quant import wire
-from hvd_quant.exchange.choice import ExchangeChoice
-from hvd_quant.reducer.options import Options
-from hvd_quant.schemes import DQSGD
+from hvd_quant.exchange.algorithms import ALGORITHMS, Algorithm
 from hvd_quant.tensorflow import device
 from hvd_quant.tensorflow.graph_state import GraphState
-from hvd_quant.tensorflow.group_steps import (
-    DTYPES,
-    GradientSpec,
-    GroupSteps,
-    Ranks,
-    call,
-    once_reduced,
-    sizes_type,
-)
+from hvd_quant.tensorflow.group_steps import ALONE, DTYPES, GradientSpec, GroupSteps, call, once_reduced
+from hvd_quant.tensorflow.membership import LOST_WORKER, Membership
 from hvd_quant.tensorflow.traces import Trace, TracedGroup
 
 
@@ -30,29 +19,29 @@ class GraphExchange:
     """Lays out the exchanges of one compressor.
 
     Args:
-        options: the user's options.
         process_set: the ranks that take part.
+        membership: the same ranks, as they are in each step.
         graph_state: state of the compressor.
         number: number of the compressor.
     """
 
     def __init__(
-        self, options: Options, process_set: hvd.ProcessSet, graph_state: GraphState, number: int
+        self, process_set: hvd.ProcessSet, membership: Membership, graph_state: GraphState, number: int
     ) -> None:
-        self._options, self._process_set = options, process_set
+        self._process_set, self._membership = process_set, membership
         self._graph_state, self._number = graph_state, number
-        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise key
 
-    def lay_out(self, group: TracedGroup, trace: Trace, reduced: tf.Tensor, choice: ExchangeChoice) -> None:
+    def lay_out(self, group: TracedGroup, trace: Trace, reduced: tf.Tensor, renewed: list[tf.Tensor]) -> None:
         """Lay out a group's exchange, once.
 
         Args:
             group: group, which gets its steps and its results.
             trace: traced function that it is in.
             reduced: the first reduced control tensor.
-            choice: chooses the algorithm.
+            renewed: what renews the membership in each step, if anything does.
         """
         tensors = group.tensors
+        has_gpu = device.has_gpu()
         group.steps = steps = GroupSteps(
             self._graph_state,
             group.name,
@@ -66,16 +55,18 @@ class GraphExchange:
                 )
                 for i, (tensor, scheme) in enumerate(zip(tensors, group.schemes, strict=True))
             ],
-            self._algorithm(tensors, choice),
-            self._ranks(choice),
+            self._membership,
+            # On a GPU the hierarchical exchange would copy gradients to the host: not in the cost model.
+            not has_gpu,
             group.fingerprints[0],
             trace.passed_bytes,
         )
         trace.end_with(steps)
-        with tf.device("/CPU:0"):
-            use = tf.identity(self._counter(group.name).assign_add(1)) - 1
-        if device.has_gpu() and device.can_exchange(steps):
-            results = device.exchange(steps, tensors, use, reduced, self._process_set)
+        with tf.device("/CPU:0"), tf.control_dependencies(renewed):
+            use = tf.identity(self._graph_state.uses_of(group.name).assign_add(1)) - 1
+        algorithm = "alone" if steps.algorithm == ALONE else list(ALGORITHMS)[steps.algorithm]
+        if has_gpu and device.can_exchange(steps, algorithm):
+            results = device.exchange(steps, algorithm, tensors, use, reduced, self._process_set)
         else:
             results = self._by_host(steps, tensors, use, reduced)
         group.results = [
@@ -83,65 +74,64 @@ class GraphExchange:
         ]
         group.tensors = []  # eager ones need not wait for the garbage collector
 
-    def note_uses(self) -> None:
-        """Write the uses of each group to the training state."""
-        for name, uses in self._uses.items():
-            self._graph_state.state.uses[name] = int(uses.numpy())
-
     def _by_host(
         self, steps: GroupSteps, tensors: list[tf.Tensor], use: tf.Tensor, reduced: tf.Tensor
     ) -> list[tf.Tensor]:
         """Lay out a group's exchange with the native codec between Horovod's collectives."""
         with tf.device("/CPU:0"):
-            shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
-            first = sizes_type(steps.stages[0])
-            message, sizes, bits = call(steps.send, [*tensors, use], [tf.uint8, first, tf.int32])
-            received = message = once_reduced(message, reduced)
-            for number, stage in enumerate(steps.stages):
-                if number > 0:
-                    inputs = [received, sizes, use, bits, *shapes]
-                    message, sizes = call(partial(steps.relay, number), inputs, [tf.uint8, sizes_type(stage)])
-                message = steps.named(tf.ensure_shape(message, [None]), stage.name)
-                sizes = tf.ensure_shape(sizes, [steps.ranks.size])
-                if stage.collective == "alltoall":
-                    received, sizes = hvd.alltoall(message, splits=sizes, process_set=self._process_set)
-                else:
-                    received = hvd.allgather(message, process_set=self._process_set)
-            return call(
-                steps.receive, [received, sizes, reduced, bits, *shapes], [tensor.dtype for tensor in tensors]
+            message, sizes, bits, index = call(
+                steps.send, [*tensors, use], [tf.uint8, tf.int64, tf.int32, tf.int32]
             )
+            sent = once_reduced(message, reduced)
+            branches = [
+                *(
+                    partial(self._stages, steps, algorithm, sent, sizes, tensors, use, bits, reduced)
+                    for algorithm in ALGORITHMS.values()
+                ),
+                partial(self._alone, steps, tensors, reduced),
+            ]
+            if not self._membership.is_elastic:
+                return branches[steps.algorithm]()
+            return tf.switch_case(index, branches)
 
-    def _ranks(self, choice: ExchangeChoice) -> Ranks:
-        process_set = self._process_set
-        seed = (self._options.seed, process_set.ranks)
-        if not process_set.included():
-            return Ranks(0, 1, seed, choice.topology)
-        return Ranks(process_set.rank(), process_set.size(), seed, choice.topology)
+    def _stages(
+        self,
+        steps: GroupSteps,
+        algorithm: Algorithm,
+        message: tf.Tensor,
+        sizes: tf.Tensor,
+        tensors: list[tf.Tensor],
+        use: tf.Tensor,
+        bits: tf.Tensor,
+        reduced: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """Lay out the stages of an algorithm."""
+        shapes = [tf.shape(tensor, tf.int64) for tensor in tensors if not tensor.shape.is_fully_defined()]
+        received = message
+        for number, stage in enumerate(algorithm.stages):
+            if number > 0:
+                inputs = [received, sizes, use, bits, *shapes]
+                message, sizes = call(partial(steps.relay, algorithm, number), inputs, [tf.uint8, tf.int64])
+            received, sizes = self._collective(steps, stage.name, stage.collective, message, sizes)
+        inputs = [received, sizes, reduced, bits, *shapes]
+        return call(partial(steps.receive, algorithm), inputs, [tensor.dtype for tensor in tensors])
 
-    def _algorithm(self, tensors: list[tf.Tensor], choice: ExchangeChoice) -> str:
-        """Return the exchange's name: a function of what all ranks know when they trace.
+    def _collective(
+        self, steps: GroupSteps, stage: str, collective: str, message: tf.Tensor, sizes: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Lay out one of Horovod's collectives; returns what is received, and its sizes."""
+        message = steps.named(tf.ensure_shape(message, [None]), stage)
+        options = {"process_set": self._process_set}
+        if self._membership.is_elastic:
+            # A graph of a worker that comes later has other scopes, and the text of an error this name.
+            options |= {"name": f"{LOST_WORKER}_{steps.title}_{stage}", "ignore_name_scope": True}
+        else:
+            sizes = tf.ensure_shape(sizes, [steps.ranks.size])
+        if collective == "alltoall":
+            return hvd.alltoall(message, splits=tf.cast(sizes, tf.int32), **options)
+        return hvd.allgather(message, **options), sizes
 
-        It ignores overrides: names may differ between ranks, by mistake, and ranks with different algorithms
-        would wait for each other indefinitely, without an error.
-        """
-        counts = [tensor.shape.num_elements() for tensor in tensors]
-        if None in counts or choice.topology is None:
-            return self._options.exchange if self._options.exchange != "auto" else "allgather"
-        scheme = self._options.scheme
-        scheme = scheme.at(scheme.max_bits) if isinstance(scheme, DQSGD) else scheme
-        nbytes = sum(wire.max_payload_size(scheme, count) for count in counts)
-        # On a GPU the hierarchical exchange would copy gradients to the host, which the cost model ignores.
-        return choice.algorithm(nbytes, sum(counts), hierarchical=not device.has_gpu())
-
-    def _counter(self, name: str) -> tf.Variable:
-        """Return how often a group has come. A variable, because a number would be constant in the graph."""
-        if name not in self._uses:
-            self._uses[name] = variable(self._graph_state.state.uses[name], tf.int64, "hvd_quant_uses")
-        return self._uses[name]
-
-
-def variable(value: float, dtype: tf.DType, name: str) -> tf.Variable:
-    """Make a scalar variable, also while a function is traced."""
-    # This class itself: tf.function allows no new tf.Variable after its first call.
-    with tf.init_scope(), tf.device("/CPU:0"):
-        return ResourceVariable(value, trainable=False, dtype=dtype, name=name)
+    def _alone(self, steps: GroupSteps, tensors: list[tf.Tensor], reduced: tf.Tensor) -> list[tf.Tensor]:
+        """Lay out what is done where there is one rank: the gradients stay as they are."""
+        (factor,) = call(steps.receive_alone, [reduced], [tf.float64])
+        return [tensor * tf.cast(tf.ensure_shape(factor, []), tensor.dtype) for tensor in tensors]

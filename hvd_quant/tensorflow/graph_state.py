@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.tensorflow.buffer_pool import BufferPool
@@ -28,6 +30,24 @@ class GraphState:
         self.in_flight: dict[str, int] = {}
         self._sent = itertools.count()
         self._seen: set[str] = set()  # groups that have come in this step
+        self._uses: dict[str, tf.Variable] = {}  # how often each group has come; part of the noise key
+
+    def uses_of(self, group: str) -> tf.Variable:
+        """Return how often a group has come. A variable, because a number would be constant in the graph."""
+        if group not in self._uses:
+            uses = max(self.state.uses[group], self.state.least_use)
+            self._uses[group] = variable(uses, tf.int64, "hvd_quant_uses")
+        return self._uses[group]
+
+    def note_uses(self) -> None:
+        """Write the uses of each group to the training state."""
+        for group, uses in self._uses.items():
+            self.state.uses[group] = int(uses.numpy())
+
+    def set_uses(self) -> None:
+        """Set the uses of each group to those of the training state."""
+        for group, uses in self._uses.items():
+            uses.assign(max(self.state.uses[group], self.state.least_use))
 
     def send(self, group: str) -> int:
         """Note that a group is sent; returns the bits of its step, 0 without a schedule.
@@ -114,3 +134,10 @@ class GraphState:
                         "variables: make another one for another."
                     )
             return [residuals.of(key, count, None) for key, count in zip(keys, counts, strict=True)]
+
+
+def variable(value: object, dtype: tf.DType, name: str) -> tf.Variable:
+    """Make a variable, also while a function is traced."""
+    # This class itself: tf.function allows no new tf.Variable after its first call.
+    with tf.init_scope(), tf.device("/CPU:0"):
+        return ResourceVariable(value, trainable=False, dtype=dtype, name=name)

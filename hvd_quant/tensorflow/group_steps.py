@@ -17,14 +17,15 @@ import tensorflow as tf
 
 from hvd_quant.codec import native
 from hvd_quant.codec.message import PREAMBLE_SIZE, Messages, cut, in_rank_order
-from hvd_quant.exchange.algorithms import ALGORITHMS, BucketData, Encoded, Stage
+from hvd_quant.exchange.algorithms import ALGORITHMS, Algorithm, BucketData, Encoded, Stage
 from hvd_quant.exchange.layout import Entry, GroupLayout
-from hvd_quant.exchange.topology import Topology
 from hvd_quant.reducer import control_tensor
-from hvd_quant.reducer.errors import RankMismatchError
+from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 from hvd_quant.schemes import DQSGD, Scheme
 from hvd_quant.tensorflow.graph_state import GraphState
+from hvd_quant.tensorflow.membership import Membership, Ranks
 
+ALONE = len(ALGORITHMS)  # in place of an algorithm's index, if there is one rank
 _BUCKETS_KEPT = 16  # per group whose shapes or bits change
 
 Shape = tuple[int, ...]
@@ -69,22 +70,6 @@ class GradientSpec:
         return f"{self.dtype} of shape {self.shape if self.shape is not None else 'unknown'}"
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks that exchange gradients.
-
-    Args:
-        rank, size: those of the process set.
-        seed: seed of the noise; any JSON value.
-        topology: hosts of the ranks.
-    """
-
-    rank: int
-    size: int
-    seed: object
-    topology: Topology | None = None
-
-
 @dataclass
 class GroupSteps:
     """A group of gradients that travel together, and the steps of its exchange.
@@ -94,8 +79,8 @@ class GroupSteps:
         name: name of the group, the same on all ranks.
         title: name of its messages in a graph.
         gradients: its gradients.
-        algorithm: name of the exchange.
-        ranks: ranks that take part.
+        membership: ranks that take part.
+        hierarchical: whether to consider the hierarchical exchange.
         fingerprint: fingerprint of the first gradient's control tensor.
         passed_bytes: bytes of gradients that Horovod reduces uncompressed in the same step, in their own
             dtype and as sent.
@@ -105,8 +90,8 @@ class GroupSteps:
     name: str
     title: str
     gradients: Sequence[GradientSpec]
-    algorithm: str
-    ranks: Ranks
+    membership: Membership
+    hierarchical: bool
     fingerprint: int
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
     _buckets: dict[tuple, GroupLayout] = field(default_factory=dict, init=False, repr=False)
@@ -122,9 +107,17 @@ class GroupSteps:
         return [gradient.shape for gradient in self.gradients]
 
     @property
-    def stages(self) -> Sequence[Stage]:
-        """Stages of the exchange."""
-        return ALGORITHMS[self.algorithm].stages
+    def ranks(self) -> Ranks:
+        """Ranks that take part, at present."""
+        return self.membership.ranks
+
+    @property
+    def algorithm(self) -> int:
+        """Index of the exchange algorithm in `ALGORITHMS`, at present; or `ALONE`."""
+        if self.ranks.size == 1:
+            return ALONE
+        counts = [None if shape is None else int(np.prod(shape)) for shape in self.shapes]
+        return list(ALGORITHMS).index(self.membership.algorithm(counts, hierarchical=self.hierarchical))
 
     def named(self, message: tf.Tensor, stage: str) -> tf.Tensor:
         """Name a message, so that Horovod matches it with those of the other ranks.
@@ -140,22 +133,27 @@ class GroupSteps:
             *arrays: the gradients, and how often the group has come before, an int64 scalar.
 
         Returns:
-            The first stage's message; its sizes, as from `_prepared`; and the bits of the step, an int32
-            scalar.
+            The first stage's message; its sizes, as from `_prepared`; the bits of the step, and the index of
+            the algorithm, int32 scalars.
         """
         *gradients, use = map(np.asarray, arrays)  # 0-d tensors come as NumPy scalars
-        bits = self.graph_state.send(self.name)
+        bits, algorithm = self.graph_state.send(self.name), self.algorithm
+        numbers = np.array(bits, np.int32), np.array(algorithm, np.int32)
+        if algorithm == ALONE:
+            return np.empty(0, np.uint8), np.zeros(1, np.int64), *numbers
         bucket = self.bucket([gradient.shape for gradient in gradients], bits)
         counts = [gradient.size for gradient in gradients]
         residuals = self.graph_state.residuals_of(self.keys, counts)
         data = self._data(bucket, [_values(gradient) for gradient in gradients], use, residuals)
-        message, sizes = self._prepared(self.stages[0], data, Messages(()))
+        first, *_ = list(ALGORITHMS.values())[algorithm].stages
+        message, sizes = self._prepared(first, data, Messages(()))
         raw_bytes = sum(gradient.nbytes for gradient in gradients)
         self._count_sent(raw_bytes, 0)
-        return message, sizes, np.array(bits, np.int32)
+        return message, sizes, *numbers
 
     def relay(
         self,
+        algorithm: Algorithm,
         number: int,
         received: np.ndarray,
         sizes: np.ndarray,
@@ -166,6 +164,7 @@ class GroupSteps:
         """Prepare another stage.
 
         Args:
+            algorithm: algorithm of the exchange.
             number: number of the stage.
             received: messages of all ranks in the stage before, back to back.
             sizes: their sizes.
@@ -176,21 +175,21 @@ class GroupSteps:
         Returns:
             The message, and its sizes. It is empty, which never passes for a message, if there is none.
         """
-        bucket = self.bucket(self._all_shapes(shapes), int(bits))
+        bucket, stages = self.bucket(self._all_shapes(shapes), int(bits)), algorithm.stages
         residuals = self.graph_state.residuals_of(self.keys, [entry.count for entry in bucket.entries])
-        parts = self._parts(self.stages[number - 1], received, sizes)
+        parts = self._parts(stages[number - 1], received, sizes)
         # Only the dtype of the values is used.
         data = self._data(bucket, [received], use, residuals)
         try:
-            return self._prepared(self.stages[number], data, parts)
+            return self._prepared(stages[number], data, parts)
         except ValueError:
-            return received[:0], np.zeros(self.ranks.size, sizes_type(self.stages[number]))
+            return received[:0], np.zeros(self.ranks.size, np.int64)
 
     def _prepared(self, stage: Stage, data: BucketData, parts: Messages) -> tuple[np.ndarray, np.ndarray]:
         """Return a stage's message and sizes, -1 for None."""
         message, sizes = stage.prepare(data, parts)
         self.graph_state.count(wire_bytes=data.encoded_bytes)
-        return message, np.array([-1 if size is None else size for size in sizes], sizes_type(stage))
+        return message, np.array([-1 if size is None else size for size in sizes], np.int64)
 
     def _parts(self, stage: Stage, received: np.ndarray, sizes: np.ndarray) -> Messages:
         """Split what a stage has received by rank."""
@@ -205,6 +204,7 @@ class GroupSteps:
 
     def receive(
         self,
+        algorithm: Algorithm,
         received: np.ndarray,
         sizes: np.ndarray,
         reduced: np.ndarray,
@@ -214,6 +214,7 @@ class GroupSteps:
         """Decode the mean over the ranks.
 
         Args:
+            algorithm: algorithm of the exchange.
             received: messages of all ranks in the last stage, back to back.
             sizes: their sizes.
             reduced: the first gradient's reduced control tensor.
@@ -235,14 +236,24 @@ class GroupSteps:
             pool.empty(one.key, int(np.prod(shape)), np.dtype(_storage(one.kind))).reshape(shape)
             for one, shape in zip(self.gradients, all_shapes, strict=True)
         ]
-        encoded = ALGORITHMS[self.algorithm].encoded(bucket, self._parts(self.stages[-1], received, sizes))
+        encoded = algorithm.encoded(bucket, self._parts(algorithm.stages[-1], received, sizes))
         try:
             for layout, messages in encoded:
                 native.decode_messages(messages, layout, results, factor)
         except ValueError as error:
-            raise RankMismatchError(self._explain(bucket, encoded)) from error
+            raise RankMismatchError(self._explain(algorithm, bucket, encoded)) from error
         self.graph_state.receive(self.name)
         return [result.view(one.kind) for result, one in zip(results, self.gradients, strict=True)]
+
+    def receive_alone(self, reduced: np.ndarray) -> np.ndarray:
+        """Return the factor of the gradients, if there is one rank.
+
+        Args:
+            reduced: the first gradient's reduced control tensor.
+        """
+        factor = self.check(reduced, self.fingerprint)
+        self.graph_state.receive(self.name)
+        return np.array(factor)
 
     def count_static(self, raw_bytes: int, encoded_bytes: int, received_bytes: int) -> None:
         """Count a step whose bytes are known in advance, and were not counted by the other methods."""
@@ -282,13 +293,13 @@ class GroupSteps:
 
     def bucket(self, shapes: Sequence[Shape], bits: int) -> GroupLayout:
         """Return the fused bucket of gradients of these shapes, in a step with this number of bits."""
-        key = (tuple(shapes), bits)
+        ranks = self.ranks
+        key = (tuple(shapes), bits, ranks.generation)
         bucket = self._buckets.get(key)
         if bucket is None:
             entries = [one.entry(shape, bits) for one, shape in zip(self.gradients, shapes, strict=True)]
             if len(self._buckets) >= _BUCKETS_KEPT:
                 self._buckets.clear()
-            ranks = self.ranks
             bucket = GroupLayout(entries, ranks.size, ranks.rank, ranks.seed, ranks.topology)
             self._buckets[key] = bucket
         return bucket
@@ -300,9 +311,9 @@ class GroupSteps:
     def _describe(self) -> str:
         return ", ".join(map(str, self.gradients))
 
-    def _explain(self, bucket: GroupLayout, encoded: Encoded) -> str:
+    def _explain(self, algorithm: Algorithm, bucket: GroupLayout, encoded: Encoded) -> str:
         messages = [(layout, message) for layout, messages in encoded for message in messages]
-        gathered = self.stages[-1].collective == "allgather"
+        gathered = algorithm.stages[-1].collective == "allgather"
         others = [
             str(rank)
             for rank, (layout, message) in enumerate(messages)
@@ -318,11 +329,6 @@ class GroupSteps:
             f"{who} sent other gradients at place {self.name} than this one, which has {self._describe()}. "
             "Every rank must build the same model, in the same order, and be at the same step."
         )
-
-
-def sizes_type(stage: Stage) -> type[np.integer]:
-    """Return the dtype of a message's sizes: alltoall wants 32 bits, which an allgather may exceed."""
-    return np.int32 if stage.collective == "alltoall" else np.int64
 
 
 def _values(gradient: np.ndarray) -> np.ndarray:
@@ -345,11 +351,29 @@ def once_reduced(message: tf.Tensor, reduced: tf.Tensor) -> tf.Tensor:
         return tf.identity(message)
 
 
+def _raising_argument_errors(function: Any) -> Any:
+    """Have our errors raised as ValueError, of which TensorFlow makes an InvalidArgumentError.
+
+    Horovod's elastic training drops an UnknownError that is not of a lost worker, and ends as if all were
+    done.
+    """
+
+    def run(*arrays: np.ndarray) -> Any:
+        try:
+            return function(*arrays)
+        except (RankMismatchError, UnsupportedReductionError) as error:
+            raise ValueError(str(error)) from error
+
+    return run
+
+
 def call(function: Any, inputs: list[tf.Tensor], dtypes: list[tf.DType]) -> list[tf.Tensor]:
     """Run a function of NumPy arrays as an operation.
 
     Not a stateful one: those run in the order in which they were traced, and gradients would travel one after
     the other.
     """
+    if not tf.executing_eagerly():
+        function = _raising_argument_errors(function)
     results = tf.numpy_function(function, inputs, dtypes, stateful=False)
     return results if isinstance(results, list) else [results]

@@ -50,6 +50,7 @@ class Trace:
     places: int = 0  # places of gradients, used so far
     named: int = 0  # tensors that Horovod was given to reduce
     groups: dict[int, TracedGroup] = field(default_factory=dict)  # open ones, by the identity of their graph
+    renewed: dict[int, list[tf.Tensor]] = field(default_factory=dict)  # what renews the membership, likewise
     # Bytes of uncompressed gradients, in their own dtype and as sent. Counted whenever the last group is
     # sent.
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])

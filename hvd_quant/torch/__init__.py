@@ -21,8 +21,11 @@ from hvd_quant.require import require
 require("torch", "PyTorch")
 
 from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
+from hvd_quant.torch import elastic
 from hvd_quant.torch.compressor import DQSGDCompressor, NUQSGDCompressor, QSGDCompressor, QuantizedCompressor
 from hvd_quant.torch.optimizer import DistributedOptimizer
+
+elastic.register()
 
 __all__ = [
     "DQSGDCompressor",

@@ -19,15 +19,16 @@ from horovod.torch.compression import Compressor
 
 from hvd_quant.codec import cuda
 from hvd_quant.exchange.layout import Entry
-from hvd_quant.horovod import HorovodCompressor
+from hvd_quant.horovod import HorovodCompressor, initialisation, renew_numbers
 from hvd_quant.reducer import control_tensor
+from hvd_quant.reducer.alone import Alone
 from hvd_quant.reducer.gradient import Parameter
 from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.reducer import Reducer
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.torch.call_inspection import reduced_together
-from hvd_quant.torch.gradient import DTYPES, TorchControl, TorchGradient, TorchResiduals
+from hvd_quant.torch.gradient import DTYPES, TorchControl, TorchGradient, TorchResiduals, squared_norm
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.stall import check
 from hvd_quant.torch.transport import HorovodTransport
@@ -65,7 +66,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self._places = 0  # used since nothing was in flight
         self._members = 0  # compressed so far of those that Horovod will reduce by one operation
         self._state = TrainingState(scheme, self.seed, TorchResiduals() if self.error_feedback else None)
-        self._reducer = Reducer(self.options, self._state, self._number, process_set.ranks)
+        self._reducer = Reducer(self.options, self._state, self._number)
+        self._initialisation: object = None  # of Horovod, in which the present generation has begun
+        self._alone: Alone | None = None  # if there is no other rank
         if named_parameters is not None:
             self.bind(named_parameters)
         check.watch(self._reducer)
@@ -112,8 +115,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             try:
                 if quantized and (tensor.requires_grad or tensor.layout != torch.strided):
                     _check_tensor(tensor)
-                if not reducer.has_begun:
+                has_begun = reducer.has_begun or self._alone is not None
+                if not has_begun or self._initialisation is not initialisation():
                     self._begin()  # whatever the dtype, which may differ between ranks
+                if self._alone is not None:
+                    return tensor, self._keep(tensor) if quantized else None
                 if self._members == 0:
                     reducer.count()
                 taken = self._submit(tensor) if quantized else (tensor, None)
@@ -154,6 +160,15 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         reducer.submit(gradient, tensor)
         return gradient.control.fresh(tensor if state.schedule is not None else None), gradient
 
+    def _keep(self, tensor: torch.Tensor) -> Alone:
+        """Count a gradient that no other rank gets: Horovod is given the gradient itself."""
+        name = self._name(tensor)
+        scheme = self.options.scheme_of(name, tensor.numel(), self._state.present_scheme)
+        key = name if name is not None else f"#{self._alone.in_flight}"
+        follows = scheme is not None and self._state.schedule is not None
+        self._alone.submit(key, squared_norm(tensor).item() if follows else None)
+        return self._alone
+
     def decompress(self, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
         """See `HorovodCompressor.decompress`. It finishes the exchange of the gradient.
 
@@ -162,7 +177,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             RuntimeError: `reset` was called since the gradient's `compress`.
         """
         if not isinstance(ctx, TorchGradient):
-            return tensor if ctx is None else tensor.view(ctx)
+            if isinstance(ctx, Alone):
+                ctx.take()
+            return tensor.view(ctx) if isinstance(ctx, torch.Size) else tensor
         with self._reducer.lock:
             self._reducer.finish(ctx, ctx.control.reduced(tensor))
             if self._watching and not self._reducer.in_flight:  # the first step is complete
@@ -217,12 +234,27 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         with self._reducer.lock:
             if self._reducer.in_flight:
                 raise RuntimeError("load a compressor's state between steps, not between backward and step")
-            if self._names is not None:
-                self._state.load_state_dict(state, self._names.check_sizes)
-            else:
-                self._state.load_state_dict(state)
-            self.options.seed = self._state.seed
-            self._reducer.clear()  # the ranks agree anew, and fused buckets depend on the seed
+            self._load(state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Drop what is in flight, and continue where `state_dict` was taken. On every rank.
+
+        For elastic training, see `hvd_quant.torch.elastic`, where what is in flight will not arrive.
+
+        Raises:
+            ValueError: as `load_state_dict`.
+        """
+        with self._reducer.lock:
+            self._reducer.clear()
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if self._names is not None:
+            self._state.load_state_dict(state, self._names.check_sizes)
+        else:
+            self._state.load_state_dict(state)
+        self.options.seed = self._state.seed
+        self._reducer.clear()  # the ranks agree anew, and fused buckets depend on the seed
 
     # --- identity ---------------------------------------------------------------------------------------
 
@@ -252,6 +284,13 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         """Begin a generation of the reducer, with the ranks' hosts and the parameters."""
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialised: call hvd.init() before training")
+        if self._initialisation is not initialisation():
+            renew_numbers()
+            self._reducer.start_again(self._number)
+            self._initialisation, self._members = initialisation(), 0
+        self._alone = Alone(self._state) if self.process_set.size() == 1 else None
+        if self._alone is not None:
+            return
         host = self._host(hvd, mpi_ops.is_homogeneous())
         parameters = None
         if self._names is not None:

@@ -56,9 +56,7 @@ class TorchControl(control_tensor.Control):
             self._memory[:] = self._bytes
             fresh = self._tensor
         if gradient is not None:
-            wide = torch.promote_types(gradient.dtype, torch.float32)  # squares of halves overflow
-            norm = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
-            fresh[control_tensor.SQUARE] = norm.double().square()
+            fresh[control_tensor.SQUARE] = squared_norm(gradient)
         return fresh
 
     def reduced(self, tensor: torch.Tensor) -> list[float]:
@@ -66,6 +64,12 @@ class TorchControl(control_tensor.Control):
         if tensor is self._tensor and self._memory is not None:
             return self._array.tolist()
         return tensor.tolist()
+
+
+def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm of a gradient, a float64 scalar on its device."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)  # squares of halves overflow
+    return torch.linalg.vector_norm(gradient.detach(), dtype=wide).double().square()
 
 
 class TorchGradient(Gradient):

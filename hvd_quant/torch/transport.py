@@ -9,10 +9,10 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
-from horovod.torch import mpi_ops
 
 from hvd_quant.codec.message import cut
 from hvd_quant.exchange.transport import Buffer
+from hvd_quant.horovod import initialisation
 
 
 class HorovodHandle:
@@ -28,7 +28,7 @@ class HorovodHandle:
 
     def __init__(self, number: int, unpack: Callable[[Any], list[Buffer]]) -> None:
         self._number, self._unpack = number, unpack
-        self._era = mpi_ops._handle_map  # replaced by every hvd.init()
+        self._initialisation = initialisation()
 
     @property
     def number(self) -> int | None:
@@ -38,7 +38,7 @@ class HorovodHandle:
     @property
     def lost(self) -> bool:
         """Whether Horovod has been initialised since."""
-        return self._era is not mpi_ops._handle_map
+        return self._initialisation is not initialisation()
 
     def ready(self) -> bool:
         """See `hvd_quant.exchange.transport.Handle`."""
@@ -102,6 +102,7 @@ class HorovodTransport:
     def __init__(self, process_set: hvd.ProcessSet) -> None:
         self._process_set = process_set
         self.rank, self.size = process_set.rank(), process_set.size()
+        self.ranks = process_set.ranks
 
     def allgather(self, message: Buffer, sizes: Sequence[int | None], name: str) -> HorovodHandle:
         """See `hvd_quant.exchange.transport.Transport`."""

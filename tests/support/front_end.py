@@ -55,7 +55,7 @@ class Compressor:
         self.options = Options(scheme or QSGD(), **{"min_numel": 0, **options})
         residuals = Residuals() if self.options.error_feedback else None
         self.state = TrainingState(self.options.scheme, self.options.seed, residuals)
-        self.reducer = Reducer(self.options, self.state, number, None)
+        self.reducer = Reducer(self.options, self.state, number)
         self._places = 0
 
     def compress(self, array, name=None):

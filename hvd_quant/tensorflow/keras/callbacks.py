@@ -9,6 +9,8 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
+from hvd_quant.tensorflow.broadcast import broadcast
+
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Broadcasts the root's variables, of the model and of its optimizer, to all ranks.
@@ -47,38 +49,23 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             # they would trace that twice, with other names for their gradients.
             optimizer.build(model.trainable_variables)
         if all(has_model):
-            self._broadcast([*model.weights, *(_shared(optimizer) if any(optimizers) else ())])
+            self._broadcast([*model.weights, *(shared_variables(optimizer) if any(optimizers) else ())])
         self._done = all(built) and any(optimizers)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Broadcast everything, if some rank lacked variables before the first batch."""
         if not self._done:
             optimizer = self.model.optimizer
-            self._broadcast([*self.model.weights, *(_shared(optimizer) if optimizer else ())])
+            self._broadcast([*self.model.weights, *(shared_variables(optimizer) if optimizer else ())])
             self._done = True
 
     def _broadcast(self, variables: Sequence[keras.Variable]) -> None:
         """Broadcast variables, which must not include the state of random generators."""
-        mine = [(tuple(one.shape), one.dtype) for one in variables]
-        everyones = hvd.allgather_object(mine, name="hvd_quant.broadcast")
-        if any(one != everyones[0] for one in everyones):
-            raise ValueError(
-                "the ranks have different models or optimizers: the numbers of their variables are "
-                f"{[len(one) for one in everyones]}, on this rank of shapes and types {mine}"
-            )
-
-        @tf.function
-        def broadcast() -> None:
-            # Under our own names: the variables' own have numbers, which may differ between ranks.
-            for i, variable in enumerate(variables):
-                name = f"hvd_quant.broadcast.{i}"
-                variable.value.assign(hvd.broadcast(variable.value, self._root_rank, name=name))
-
         with tf.device(self._device):
-            broadcast()
+            broadcast([variable.value for variable in variables], self._root_rank)
 
 
-def _shared(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+def shared_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """Return an optimizer's variables without accumulated gradients, which differ between ranks."""
     own = {id(variable) for variable in getattr(optimizer, "_accumulated_gradients", ())}
     return [variable for variable in optimizer.variables if id(variable) not in own]

@@ -11,6 +11,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from hvd_quant.horovod import is_elastic
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
 from hvd_quant.tensorflow.names import variable_name
 
@@ -92,7 +93,7 @@ class Reduction:
         """
         if self._passes > 1:
             gradients = [_scaled(gradient, self._passes) for gradient in gradients]
-        if not self._process_set.included() or self._process_set.size() == 1:
+        if not self._process_set.included() or (self._process_set.size() == 1 and not is_elastic()):
             return list(gradients)
         if tf.executing_eagerly():
             # Traced, so that every gradient has its own place. Traced again for other variables.
@@ -126,7 +127,7 @@ class Reduction:
                     continue
                 if self._key(variable) in self._local:
                     if self._scale_local_gradients:
-                        results[i] = _scaled(gradient, 1 / self._process_set.size())
+                        results[i] = _scaled(gradient, 1.0 / self._size())
                     continue
                 if isinstance(gradient, tf.IndexedSlices):
                     if self._sparse_as_dense:
@@ -143,6 +144,12 @@ class Reduction:
                 for i, gradient in zip(group, reduced, strict=True):
                     results[i] = gradient
             return results
+
+    def _size(self) -> Any:
+        """Return the number of ranks: in an elastic job, as it is in each step."""
+        if is_elastic():
+            return tf.cast(hvd.size_op(self._process_set.process_set_id), tf.float32)
+        return self._process_set.size()
 
     def _reduce_group(self, gradients: list[Gradient]) -> list[Gradient]:
         """Reduce gradients together, except for sparse ones, of which Horovod has no groups."""

@@ -106,7 +106,8 @@ for bad in ([(3, x)], [("one", x), ("two", x)]):
 c.name_gradients([("exact", x)])
 print("exact", bool(tf.reduce_all(reduce() == x)))
 c.name_gradients([("other", x)])
-print("quantized", not bool(tf.reduce_all(reduce() == x)))
+print("quantized", c.compress(x)[1].group is not None)  # one rank alone has its result as it is
+c.reset()
 c.name_gradients(iter([("exact", None)]))
 print("small", bool(tf.reduce_all(hvd.allreduce(x[:9], compression=c) == x[:9])))
 print("left out", c.is_left_out("exact", 10), c.is_left_out("exact", None), c.is_left_out("exact", 9))
