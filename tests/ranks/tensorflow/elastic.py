@@ -79,16 +79,16 @@ def main():
             variable.assign_sub(gradient)
 
     if whose == "ours":
-        state = elastic.TensorFlowState([rows, noise], compressor=compressor, batch=0, event=0)
+        state = elastic.TensorFlowState([rows, noise], compressor=compressor, batch=0, event=0, alone=0)
         run = elastic.run
     else:
-        state = Plain([rows, noise], batch=0, event=0)
+        state = Plain([rows, noise], batch=0, event=0, alone=0)
         run = hvd.elastic.run
-    sizes, alone = [], 0
+    sizes = []
 
     @run
     def train(state):
-        nonlocal doomed, alone
+        nonlocal doomed
         sizes.append(hvd.size())
         while state.batch < STEPS:
             doomed = None
@@ -110,7 +110,7 @@ def main():
                 os._exit(1)
             hvd.allreduce(tf.constant(1.0), name="metric")
             state.batch += 1
-            alone += hvd.size() == 1
+            state.alone += hvd.size() == 1
             if state.batch % 2 == 0:
                 state.commit()
 
@@ -123,7 +123,7 @@ def main():
         "identical": len(set(digests)) == 1,
         "exact": bool((rows.numpy() == -1).all()),
         # Horovod calls no compressor where a worker is alone, and the user's state does not roll it back.
-        "uses": compressor.stats()["steps"] + alone if whose == "ours" else STEPS,
+        "uses": compressor.stats()["steps"] + state.alone if whose == "ours" else STEPS,
         "stats": compressor.stats(),
     }
     (folder / f"report.{hvd.rank()}.json").write_text(json.dumps(report))
