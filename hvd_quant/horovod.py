@@ -154,6 +154,7 @@ class HorovodCompressor(metaclass=_CompressorType):
         self.options = options
         self.process_set = process_set
         self.in_use = False  # by one of our optimizers
+        self._arguments: dict[str, Any] | None = None  # that make another one like it
         self._number = 0
         _numbering.add(self)
 
@@ -248,11 +249,20 @@ class HorovodCompressor(metaclass=_CompressorType):
         # If hosts have unequally many ranks, Horovod's number does not identify the host.
         return hvd.cross_rank() if alike else -1 - hvd.rank()
 
+    @property
+    def is_used(self) -> bool:
+        """Whether it belongs to a training already."""
+        raise NotImplementedError
+
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(
-            "a compressor belongs to its process, and cannot be copied or pickled: make a new one, and hand "
-            "it the state_dict() of the old one"
-        )
+        """Pickle a compressor that is unused as its arguments: for workers of Spark or Ray."""
+        if self.is_used or self._arguments is None or self.process_set.process_set_id != 0:
+            raise TypeError(
+                "a compressor that is used belongs to its process, as does one with named_parameters or a "
+                "process set, and cannot be copied or pickled: make a new one, and hand it the state_dict() "
+                "of the old one"
+            )
+        return functools.partial(type(self), **self._arguments), ()
 
 
 _OPTIONS = {
@@ -282,6 +292,8 @@ def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., No
         del given["self"]
         given["rounding"] = rounding_for(given.get("rounding"), options.get("error_feedback") is True)
         super(cls, self).__init__(scheme(**given), **options)
+        if "named_parameters" not in options:
+            self._arguments = {**given, **{key: one for key, one in options.items() if key != "process_set"}}
 
     init.__signature__ = shown  # type: ignore[attr-defined]
     init.__name__, init.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"

@@ -97,8 +97,8 @@ def check(reduced: Sequence[float], own: int, size: int) -> float:
             "Horovod applied a reduction that quantized gradients do not support. Use op=Average or op=Sum "
             "(not Adasum, Min, Max or Product, and no reducescatter), over the same "
             f"{size} ranks as the compressor: an optimizer with a process_set needs a compressor with the "
-            "same process_set, and hvd.join() cannot be used, "
-            "so give every rank equally many steps."
+            "same process_set. And hvd.join() cannot be used: give every rank equally many steps, or call "
+            "hvd_quant.torch.join(optimizer)."
         )
     if not (close(mean, factor * own) and close(mean_square, factor * own**2)):
         raise FingerprintMismatch

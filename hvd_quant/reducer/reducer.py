@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -132,11 +132,37 @@ class Reducer:
         slots.gradients += 1
         if slots.gradients == 1 and not self._rounds.settled:
             # With other slots than the others, this rank would submit more operations than they, or fewer.
-            # However late they are, they announce the last round before they do anything in this one. An
-            # exception here is raised again when a result is requested.
+            # An exception here is raised again when a result is requested.
             with contextlib.suppress(ValueError, *self.agreement.transport.errors):
-                while not self._rounds.all_announced():
-                    pause()
+                self._wait_for_announcements()
+
+    def _wait_for_announcements(self) -> None:
+        """Wait until all ranks have announced the last round: they do so before all else, however late."""
+        while not self._rounds.all_announced():
+            pause()
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[Callable[[], bool]]:
+        """Have this rank announce that it has no more data.
+
+        Yields:
+            Returns whether all ranks have done so in the last round. Raises RuntimeError if there was none.
+        """
+
+        def all_have() -> bool:
+            if not self.has_begun or self._rounds.number == 0:
+                raise RuntimeError(
+                    "ranks tell each other that they have joined when they exchange quantized gradients, and "
+                    "none was quantized: lower min_numel, or give every rank equally many steps"
+                )
+            self._wait_for_announcements()
+            return self._rounds.all_joined
+
+        self._rounds.joined = True
+        try:
+            yield all_have
+        finally:
+            self._rounds.joined = False
 
     def submit(self, gradient: Gradient, tensor: Any) -> None:
         """Submit a gradient to the exchange.

@@ -56,6 +56,8 @@ class Rounds:
 
     def __init__(self, agreement: Agreement) -> None:
         self.slots = Slots()
+        self.joined = False  # whether this rank has no more data, and takes part with zeros
+        self.all_joined = False  # whether that was so for all ranks in the last round
         self._agreement = agreement
         self._transport: CountedTransport | None = None
         self._number = 0  # rounds since the generation began
@@ -73,7 +75,7 @@ class Rounds:
         Args:
             sent: digest of what this rank has sent in it, 8 bytes.
         """
-        row = np.array([self.slots.skipped, *self.slots.completed], np.int64)
+        row = np.array([self.joined, self.slots.skipped, *self.slots.completed], np.int64)
         message = framed(row.tobytes(), sent)
         name = self._agreement.name(f"round.{self._number}")
         self._announcements.append(
@@ -86,6 +88,11 @@ class Rounds:
         """Announce that this rank has left the round."""
         self.slots.end_round()
         self.announce(NOTHING)
+
+    @property
+    def number(self) -> int:
+        """Number of rounds that this rank has announced in this generation."""
+        return self._number
 
     @property
     def settled(self) -> bool:
@@ -117,7 +124,8 @@ class Rounds:
         if sent.count(sent[0]) != len(sent):
             return RoundMismatch("the ranks have not sent the same")
         received = [np.frombuffer(row, np.int64).tolist() for row in rows]
-        skipped, completed = [one[0] for one in received], [one[1:] for one in received]
+        self.all_joined = all(one[0] for one in received)
+        skipped, completed = [one[1] for one in received], [one[2:] for one in received]
         self.slots.agreed = [max(one) for one in zip(*completed, strict=False)]  # equally many on every rank
         self._transport.level(max(skipped), skipped[self._transport.rank])
         return None

@@ -86,6 +86,11 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         if "_traces" not in vars(self):
             super().number_as(number)
 
+    @property
+    def is_used(self) -> bool:
+        """See `HorovodCompressor.is_used`."""
+        return self.in_use or self._membership.has_met or bool(self._state.uses)
+
     # --- called by Horovod ------------------------------------------------------------------------------
 
     @tf.autograph.experimental.do_not_convert  # which would take seconds, for nothing

@@ -23,6 +23,7 @@ require("torch", "PyTorch")
 from hvd_quant.reducer.errors import RankMismatchError, UnsupportedReductionError
 from hvd_quant.torch import elastic
 from hvd_quant.torch.compressor import DQSGDCompressor, NUQSGDCompressor, QSGDCompressor, QuantizedCompressor
+from hvd_quant.torch.join import join
 from hvd_quant.torch.optimizer import DistributedOptimizer
 
 elastic.register()
@@ -35,4 +36,5 @@ __all__ = [
     "QuantizedCompressor",
     "RankMismatchError",
     "UnsupportedReductionError",
+    "join",
 ]

@@ -8,7 +8,8 @@ for the exchange, and returns the decoded mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from hvd_quant.reducer.options import Options
 from hvd_quant.reducer.reducer import Reducer
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
-from hvd_quant.torch.call_inspection import reduced_together
+from hvd_quant.torch.call_inspection import calling_optimizer, reduced_together
 from hvd_quant.torch.gradient import DTYPES, TorchControl, TorchGradient, TorchResiduals, squared_norm
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.stall import check
@@ -39,9 +40,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
 
     Args:
         scheme: how gradients are quantized.
-        named_parameters: ``model.named_parameters()``. Without it a gradient is identified by its place in
-            the order of arrival, which all ranks must share; a disagreement is detected and is an error.
-            `hvd_quant.torch.DistributedOptimizer` passes it by itself.
+        named_parameters: ``model.named_parameters()``. Without it the names are those that Horovod's
+            optimizer has. A gradient of ``hvd.allreduce`` is identified by its place in the order of arrival,
+            which all ranks must share; a disagreement is detected and is an error.
         process_set: the ranks that take part; give the optimizer the same.
         **options: ``overrides``, ``min_numel``, ``exchange``, ``error_feedback``, ``fusion_bytes`` and
             ``seed``, see `hvd_quant.reducer.options.Options`. ``error_feedback`` and ``overrides`` need the
@@ -94,6 +95,18 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             self._names = names
             names.watch()
             self._watching = True
+
+    def _bind_to(self, optimizer: Any | None) -> None:
+        """Take the parameters' names from Horovod's optimizer, in the order of its parameters."""
+        names = getattr(optimizer, "_parameter_names", None)
+        if names is not None:
+            groups = optimizer.param_groups
+            self.bind((names[one], one) for group in groups for one in group["params"] if one in names)
+
+    @property
+    def is_used(self) -> bool:
+        """See `HorovodCompressor.is_used`."""
+        return self.in_use or self.bound or self._initialisation is not None or bool(self._state.uses)
 
     @property
     def bound(self) -> bool:
@@ -214,6 +227,16 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         with self._reducer.lock:
             self._reducer.reset()
 
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[Callable[[], bool]]:
+        """Have this rank tell the others that it has no more data; see `hvd_quant.torch.join`.
+
+        Yields:
+            Returns whether all ranks have no more, after a step.
+        """
+        with self._reducer.joined() as all_have_joined:
+            yield lambda: self._alone is not None or all_have_joined()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
@@ -292,6 +315,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         if self._alone is not None:
             return
         host = self._host(hvd, mpi_ops.is_homogeneous())
+        if self._names is None:
+            self._bind_to(calling_optimizer())
         parameters = None
         if self._names is not None:
             parameters = {
@@ -324,11 +349,6 @@ class QSGDCompressor(QuantizedCompressor, scheme=QSGD):
 
     Its arguments are those of `hvd_quant.QSGD` (``rounding`` is ``"nearest"`` by default with
     ``error_feedback``), and options of the exchange, see `QuantizedCompressor`.
-
-    Warning:
-        Without ``named_parameters``, training in which some parameters get no gradient on some rank may stop
-        with a `RankMismatchError`, because Horovod submits those in a different order on every rank. Pass
-        them, or use `hvd_quant.torch.DistributedOptimizer`.
     """
 
 

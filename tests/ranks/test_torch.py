@@ -11,7 +11,7 @@ need("torch")
 # what 3 ranks cut into other chunks with 3, too. With more ranks than cores, Gloo takes seconds for what MPI
 # does in a tenth of one.
 METRIC = "a_metric_between_backward_and_step"
-MEETING = "check_exchange.py or check_moments.py or check_errors.py"
+MEETING = "check_exchange.py or check_moments.py or check_errors.py or check_join.py"
 EVERY_SCHEME = "all_ranks_get_the_mean or (same_bits and scatter)"
 CHUNKS = "check_gradients.py or check_error_feedback.py or check_promises.py or check_schedule.py"
 MATHEMATICS = f"{CHUNKS} or check_correlated.py or check_overrides.py"

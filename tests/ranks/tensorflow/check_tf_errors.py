@@ -283,8 +283,10 @@ def check_states_that_are_none():
         compressor.load_state_dict(state)
 
 
-def check_compressors_are_not_copied():
-    compressor = hq.QSGDCompressor()
+def check_compressors_in_use_are_not_copied():
+    compressor = hq.QSGDCompressor(bits=3)
+    assert pickle.loads(pickle.dumps(compressor)).options.scheme == compressor.options.scheme
+    hvd.allreduce(own_randn(2000), compression=compressor)
     for action in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             action(compressor)

@@ -12,8 +12,10 @@ from common import backward, gathered, mlp, own_randn, recover, same_everywhere,
 from shared import error_of
 
 import hvd_quant.torch as hq
+from hvd_quant.exchange.cost import Link
 
 EXCHANGES = ["allgather", "scatter_allgather"]
+LINK = Link(1e-3, 1e9)
 
 
 def first_and_rest(first, rest):
@@ -100,28 +102,19 @@ def check_other_number_of_compressors(monkeypatch):
 
 @pytest.mark.parametrize("min_numel", [0, 10_000])
 def check_order_that_differs_between_ranks(min_numel):
-    """Found out without names, and harmless with them; small gradients are Horovod's, by name."""
-    model = Branches(3)
+    """Harmless, with names, which Horovod's own optimizer has."""
     order = first_and_rest([0, 1, 2], [2, 0, 1])
-    optimizer = stock_optimizer_of(model, hq.QSGDCompressor(min_numel=min_numel))
 
     def step():
         model(own_randn(8, 40), order).backward()
         optimizer.step()
 
-    error = error_of(step)
-    if min_numel == 0:
-        assert isinstance(error, hq.RankMismatchError)
-        assert "named_parameters=" in str(error)
-        assert len(set(gathered(str(error)))) == 1
-    else:
-        assert error is None
-
-    model = Branches(3)
-    optimizer = optimizer_of(model, hq.QSGDCompressor(min_numel=min_numel))
-    for _ in range(3):
-        step()
-    assert all(same_everywhere(parameter) for parameter in model.parameters())
+    for make in (stock_optimizer_of, optimizer_of):
+        model = Branches(3)
+        optimizer = make(model, hq.QSGDCompressor(min_numel=min_numel))
+        for _ in range(3):
+            step()
+        assert all(same_everywhere(parameter) for parameter in model.parameters())
 
 
 def check_different_shapes_under_one_name():
@@ -196,10 +189,23 @@ def check_names_given_twice_and_a_refused_argument():
     assert step_error(model, optimizer_of(model, compressor)) is None
 
 
-def check_copies_are_refused():
-    for action in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            action(hq.QSGDCompressor())
+def check_copies_of_what_is_used_are_refused():
+    """What is not used is pickled as its arguments."""
+    arguments = {"bits": 3, "overrides": {"*bias": None}, "error_feedback": True, "exchange": "allgather"}
+    compressor = hq.QSGDCompressor(**arguments)
+    for action in (copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        other = action(compressor)
+        assert type(other) is type(compressor)
+        assert other.options.describe(LINK) == compressor.options.describe(LINK)
+        assert other._number != compressor._number
+    model = mlp()
+    optimizer = optimizer_of(model, compressor)
+    backward(model)
+    optimizer.step()
+    for used in (compressor, hq.QSGDCompressor(named_parameters=model.named_parameters())):
+        for action in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                action(used)
 
 
 def check_reset_while_a_gradient_is_on_its_way():
