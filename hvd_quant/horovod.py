@@ -20,6 +20,7 @@ from hvd_quant.exchange import cost
 from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.topology import NOT_HIERARCHICAL
 from hvd_quant.reducer.options import Options
+from hvd_quant.reducer.state import without_own
 from hvd_quant.schemes import DQSGD, Scheme, rounding_for
 
 
@@ -202,12 +203,45 @@ class HorovodCompressor(metaclass=_CompressorType):
         """Return statistics of this rank.
 
         Returns:
-            ``steps``, uses of the most frequent gradient, including those before a loaded state;
-            ``messages``, fused buckets sent; ``raw_bytes``, the uncompressed gradients; ``wire_bytes``, their
-            encoded size (messages, control tensors, uncompressed small gradients); ``received_bytes``, bytes
-            from other ranks by our own exchanges; ``compression_ratio``, raw over wire bytes. With a schedule
-            of bits also ``bits``, a list with the bits of each step since the compressor was made.
+            ``steps``, uses of the most frequent gradient; ``messages``, fused buckets sent; ``raw_bytes``, the
+            uncompressed gradients; ``wire_bytes``, their encoded size (messages, control tensors, uncompressed
+            small gradients); ``received_bytes``, bytes from other ranks by our own exchanges;
+            ``compression_ratio``, raw over wire bytes. With a schedule of bits also ``bits``, a list with the
+            bits of each step. In a run that was resumed, all go on from those of the loaded state.
         """
+        raise NotImplementedError
+
+    def _place_of_rank(self) -> tuple[int, int]:
+        """Return the rank in the process set, and its size."""
+        return self.process_set.rank(), self.process_set.size()
+
+    def gather_state_dict(self) -> dict[str, Any] | None:
+        """Return one state for a checkpoint, from which every rank can resume, and other numbers of ranks.
+
+        Collective: all ranks call it, between steps. With error feedback, a rank takes its own residuals from
+        it, or the mean of all residuals if there are more ranks then, or fewer.
+
+        Returns:
+            The state on the first rank; None on the others.
+        """
+        state, (rank, _) = self.state_dict(), self._place_of_rank()
+        own = state.pop("residuals", None)
+        if own is not None:
+            counts: dict[str, int] = {}
+            for of_rank in self._gather_object({key: len(one) for key, one in own.items()}):
+                counts.update(of_rank)
+            state = without_own(state)
+            state["residuals_of_ranks"] = {
+                key: self._gather_rows(key, own.get(key), count) for key, count in sorted(counts.items())
+            }
+        return state if rank == 0 else None
+
+    def _gather_object(self, own: Any) -> list[Any]:
+        """Return every rank's JSON value."""
+        raise NotImplementedError
+
+    def _gather_rows(self, key: str, own: Any, count: int) -> Any:
+        """Return every rank's residual of a gradient, in rows; zeros for a rank that has none."""
         raise NotImplementedError
 
     def number_as(self, number: int) -> None:

@@ -27,7 +27,7 @@ from hvd_quant.mpi.transport import MpiTransport
 from hvd_quant.mpi.values import Array, values_of
 from hvd_quant.reducer.errors import Description, RankMismatchError, differences
 from hvd_quant.reducer.options import Options
-from hvd_quant.reducer.state import Residuals, TrainingState
+from hvd_quant.reducer.state import Residuals, TrainingState, without_own
 from hvd_quant.schemes import DQSGD, QSGD, Scheme
 
 AVERAGE = "average"  # MPI has no such op
@@ -118,6 +118,7 @@ class QuantizedComm:
         self._state = TrainingState(
             scheme, self.options.seed, Residuals() if self.options.error_feedback else None
         )
+        self._state.place = self._comm.rank, self._comm.size
         self._norms = Norms(self._comm, self._state) if isinstance(scheme, DQSGD) else None
         self._idle = IdleBuckets()
         self._requests: list[Request] = []  # not complete when last checked
@@ -252,6 +253,31 @@ class QuantizedComm:
         if self._norms is not None:
             self._norms.end_step()
         return self._state.state_dict()
+
+    def gather_state_dict(self) -> dict[str, Any] | None:
+        """Return one state for a checkpoint, from which every rank can resume, and other numbers of ranks.
+
+        Collective. With error feedback, a rank takes its own residuals from it, or the mean of all residuals
+        if there are more ranks then, or fewer.
+
+        Returns:
+            The state on the first rank; None on the others.
+
+        Raises:
+            RuntimeError: calls are in flight.
+        """
+        state = self.state_dict()
+        own = state.pop("residuals", None)
+        if own is not None:
+            everyones = self._comm.gather(own)
+            state = without_own(state)
+            if everyones is not None:
+                counts = {key: len(one) for of_rank in everyones for key, one in of_rank.items()}
+                state["residuals_of_ranks"] = {
+                    key: [of_rank.get(key, np.zeros(count, np.float32)) for of_rank in everyones]
+                    for key, count in sorted(counts.items())
+                }
+        return state if self._comm.rank == 0 else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken. Collective.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from hvd_quant.exchange.layout import digest
 from hvd_quant.exchange.transport import Buffer
 from hvd_quant.schedule import BitSchedule
-from hvd_quant.schemes import DQSGD, Scheme, check_integer
+from hvd_quant.schemes import DQSGD, MAX_BITS, MIN_BITS, Scheme, check_integer
 
 
 @dataclass
@@ -58,6 +59,17 @@ class Residuals:
         """Return copies of all."""
         return {key: self._flat_copy(residual) for key, residual in self.kept.items()}
 
+    def of_all(self, residuals: Mapping[str, Sequence[Any]], rank: int, size: int) -> dict[str, Any]:
+        """Return a rank's residuals from those of all ranks at the time, by key.
+
+        Its own; or the mean of all, if there are more ranks now, or fewer: so what has not been sent of the
+        mean gradient stays the same.
+        """
+        of_ranks = {key: [self._flat_copy(one) for one in rows] for key, rows in residuals.items()}
+        return {
+            key: rows[rank] if len(rows) == size else sum(rows) / len(rows) for key, rows in of_ranks.items()
+        }
+
     def load(self, residuals: Mapping[str, Any]) -> dict[str, Any]:
         """Check and convert the residuals of a state.
 
@@ -98,6 +110,7 @@ class TrainingState:
         self.present_scheme: Scheme = self._scheme()
         self._squares: list[float] = []  # squared norms of this step's reduced gradients
         self._bits: list[int] = []  # bits of each step
+        self.place: tuple[int, int] | None = None  # rank, and number of ranks, where they are known
 
     # --- uses -------------------------------------------------------------------------------------------
 
@@ -174,12 +187,16 @@ class TrainingState:
         return {**bits, "steps": self.most_uses(), **self.statistics.report()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to continue with the same noise, bits, and residuals."""
+        """Return what a resumed run needs to continue with the same noise, bits, residuals and statistics."""
         state: dict[str, Any] = {"seed": self.seed, "uses": dict(self.uses), "least_use": self.least_use}
+        state["statistics"] = dict(vars(self.statistics))
         if self.schedule is not None:
             state["schedule"] = self.schedule.state_dict()
+            state["bits"] = list(self._bits)
         if self.residuals is not None:
             state["residuals"] = self.residuals.state_dict()
+            if self.place is not None:
+                state["rank"], state["size"] = self.place
         return state
 
     def load_state_dict(
@@ -199,10 +216,14 @@ class TrainingState:
             check_integer("seed", seed, 0, 2**64 - 1)
             for key, count in {**uses, "any gradient": least_use}.items():
                 check_integer(f"uses of {key}", count, 0, 2**63 - 1)
+            statistics = Statistics(**state.get("statistics", {}))
+            for name, number in vars(statistics).items():
+                check_integer(name, number, 0, 2**63 - 1)
+            bits = state.get("bits", [])
+            for one in bits:
+                check_integer("bits", one, MIN_BITS, MAX_BITS)
             if self.residuals is not None:
-                if "residuals" not in state:
-                    raise ValueError("it is of a compressor without error_feedback, and has no residuals")
-                residuals = self.residuals.load(state["residuals"])
+                residuals = self.residuals.load(self._own_residuals(state))
                 check(residuals)
             if self.schedule is not None:
                 self.schedule.load_state_dict(state["schedule"])
@@ -212,5 +233,35 @@ class TrainingState:
             self.residuals.kept = residuals
         self.seed, self.least_use = int(seed), int(least_use)
         self.uses = Counter({key: int(count) for key, count in uses.items()})
+        self.statistics, self._bits = statistics, list(bits)
         self.present_scheme = self._scheme()
         self._squares.clear()
+
+    def _own_residuals(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return this rank's residuals in a state, which may be that of all ranks."""
+        if (of_ranks := state.get("residuals_of_ranks")) is not None:
+            if self.place is None:
+                raise ValueError("it is of all ranks: initialise Horovod before loading it")
+            return self.residuals.of_all(of_ranks, *self.place)
+        if "residuals" not in state:
+            raise ValueError("it is of a compressor without error_feedback, and has no residuals")
+        whose = state.get("rank"), state.get("size")
+        if None not in (*whose, self.place) and whose != self.place:
+            warnings.warn(
+                "rank {2} of {3} has loaded a compressor's state with the residuals of rank {0} of {1}. "
+                "With error_feedback=True every rank needs its own state, or all load what "
+                "gather_state_dict() has returned on rank 0".format(*whose, *self.place),
+                stacklevel=4,
+            )
+        return state["residuals"]
+
+
+def taken_over(own: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return another rank's state, but with this rank's own residuals, and statistics if it has any."""
+    kept = ["residuals", "rank", "size", *(["statistics"] if own["uses"] else [])]
+    return {**others, **{name: own[name] for name in kept if name in own}}
+
+
+def without_own(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a state other ranks can take over."""
+    return {name: one for name, one in state.items() if name not in ("residuals", "rank", "size")}

@@ -211,8 +211,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
-        With ``error_feedback`` the state differs between ranks. Call it between steps, and not in a traced
-        function.
+        With ``error_feedback`` the state differs between ranks: save every rank's, or `gather_state_dict`.
+        Call it between steps, and not in a traced function.
         """
         graph_state = self._graph_state
         with graph_state.lock:
@@ -231,6 +231,8 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         """
         if self._membership.has_met:
             raise RuntimeError("load a compressor's state before its first step")
+        if hvd.is_initialized():
+            self._state.place = self._place_of_rank()
         self._state.load_state_dict(state)
         self.options.seed = self._state.seed
 
@@ -246,9 +248,19 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             raise ValueError("a compressor in use cannot take over the state of one with another seed")
         with self._graph_state.lock:
             self.reset()
+            self._state.place = None  # it may have changed since
             self._state.load_state_dict(state)
             self.options.seed = self._state.seed
             self._graph_state.set_uses()
+
+    def _gather_object(self, own: Any) -> list[Any]:
+        name = f"hvd_quant.{self._number}.state"
+        return hvd.allgather_object(own, name=name, process_set=self.process_set)
+
+    def _gather_rows(self, key: str, own: np.ndarray | None, count: int) -> np.ndarray:
+        own = np.zeros(count, np.float32) if own is None else own
+        name = f"hvd_quant.{self._number}.state.{key}"
+        return hvd.allgather(own[np.newaxis], name=name, process_set=self.process_set).numpy()
 
     def __hash__(self) -> int:
         refusals.refuse_horovods_optimizer_of_keras_3()

@@ -22,6 +22,7 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.tensorflow import elastic
 from horovod.tensorflow.functions import broadcast_object
 
+from hvd_quant.reducer.state import taken_over, without_own
 from hvd_quant.tensorflow.broadcast import broadcast
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
 
@@ -94,11 +95,8 @@ class TensorFlowState(ObjectState):
         broadcast(self._shared(), root_rank=0)
         if self.compressor is not None:
             own = self.compressor.state_dict()
-            residuals = own.pop("residuals", None)
-            state = broadcast_object(own, root_rank=0, name="hvd_quant.elastic")
-            if residuals is not None:
-                state["residuals"] = residuals
-            self.compressor.restore(state)
+            others = broadcast_object(without_own(own), root_rank=0, name="hvd_quant.elastic")
+            self.compressor.restore(taken_over(own, others))
         self._commit()
         super().sync()
 

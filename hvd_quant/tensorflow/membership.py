@@ -125,6 +125,7 @@ class Membership:
             choice.locate(topology)
             graph_state.state.catch_up([position for *_, position in received])
             graph_state.set_uses()
+        graph_state.state.place = rank, size
         part = control_tensor.part_of_rank(rank)
         if self.own is None:
             self.own = variable(part, tf.float64, "hvd_quant_own")

@@ -9,11 +9,13 @@ for the exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from horovod.torch import mpi_ops
 from horovod.torch.compression import Compressor
@@ -240,8 +242,9 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
 
-        With ``error_feedback`` the state differs between ranks, because residuals do. Call it between steps:
-        between ``backward`` and ``step`` some gradients count as sent already.
+        With ``error_feedback`` the state differs between ranks, because residuals do: save every rank's, or
+        `gather_state_dict`. Call it between steps: between ``backward`` and ``step`` some gradients count as
+        sent already.
         """
         with self._reducer.lock:
             return self._state.state_dict()
@@ -269,15 +272,29 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         """
         with self._reducer.lock:
             self._reducer.clear()
-            self._load(state)
+            self._load(state, warns=False)
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], *, warns: bool = True) -> None:
+        self._state.place = self._place_of_rank() if warns and hvd.is_initialized() else None
         if self._names is not None:
             self._state.load_state_dict(state, self._names.check_sizes)
         else:
             self._state.load_state_dict(state)
         self.options.seed = self._state.seed
         self._reducer.clear()  # the ranks agree anew, and fused buckets depend on the seed
+
+    def _gather_object(self, own: Any) -> list[Any]:
+        name, own = (
+            f"hvd_quant.{self._number}.state",
+            np.frombuffer(json.dumps(own).encode(), np.uint8).copy(),
+        )
+        sizes = hvd.allgather(torch.tensor([own.size]), f"{name}.sizes", self.process_set).tolist()
+        received = hvd.allgather(torch.from_numpy(own), name, self.process_set)
+        return [json.loads(part.numpy().tobytes()) for part in received.split(sizes)]
+
+    def _gather_rows(self, key: str, own: torch.Tensor | None, count: int) -> torch.Tensor:
+        own = torch.zeros(count) if own is None else own.cpu()
+        return hvd.allgather(own[None], f"hvd_quant.{self._number}.state.{key}", self.process_set)
 
     # --- identity ---------------------------------------------------------------------------------------
 
@@ -328,6 +345,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
                 )
                 for name, one in self._names.named_parameters()
             }
+        self._state.place = self._place_of_rank()
         self._reducer.begin(HorovodTransport(self.process_set), self._exchange_choice(hvd), host, parameters)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from horovod.torch.elastic import state as elastic
 from horovod.torch.functions import broadcast_object
 
+from hvd_quant.reducer.state import taken_over, without_own
 from hvd_quant.torch.compressor import QuantizedCompressor
 
 
@@ -34,12 +35,9 @@ class CompressorStateHandler(elastic.StateHandler):
 
     def sync(self) -> None:
         """Take over rank 0's state, but for residuals, which are each rank's own."""
-        state = self.value.state_dict()
-        residuals = state.pop("residuals", None)
-        state = broadcast_object(state, root_rank=0, name="hvd_quant.elastic")
-        if residuals is not None:
-            state["residuals"] = residuals
-        self.value.restore(state)
+        own = self.value.state_dict()
+        others = broadcast_object(without_own(own), root_rank=0, name="hvd_quant.elastic")
+        self.value.restore(taken_over(own, others))
 
 
 def register() -> None:

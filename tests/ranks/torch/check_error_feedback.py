@@ -1,5 +1,7 @@
 """Error feedback through Horovod: what the steps bring and the ranks keep is all there was."""
 
+import warnings
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -124,6 +126,42 @@ def check_a_resumed_run_is_the_same_run(exchange):
     second.load_state_dict(first.state_dict())
     train(model, second, range(5, 8))
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+@exchanges
+@pytest.mark.parametrize("how", ["gathered", "own", "rank 0's"])
+def check_a_run_resumed_from_one_checkpoint(exchange, how):
+    """Gathered states give the same run; rank 0's, on all ranks, another, with a warning."""
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            model(own_randn(16, 32, seed=step)).square().mean().backward()
+            optimizer.step()
+
+    def compressor_of():
+        return hq.QSGDCompressor(bits=2, error_feedback=True, exchange=exchange, min_numel=0)
+
+    whole, of_whole = mlp(), compressor_of()
+    its_optimizer = optimizer_of(whole, of_whole)
+    train(whole, its_optimizer, range(5))
+    model, second = mlp(), compressor_of()
+    model.load_state_dict(whole.state_dict())
+    state = of_whole.gather_state_dict() if how == "gathered" else of_whole.state_dict()
+    if how != "own":
+        state = hvd.broadcast_object(state, root_rank=0, name="state")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second.load_state_dict(state)
+    said = [str(one.message) for one in caught if "with the residuals of rank 0 of" in str(one.message)]
+    assert len(said) == (how == "rank 0's" and hvd.rank() > 0)
+    assert second.stats() == of_whole.stats() or (how != "own" and hvd.rank() > 0)
+    train(whole, its_optimizer, range(5, 8))
+    train(model, optimizer_of(model, second), range(5, 8))
+    same = all(torch.equal(one, two) for one, two in zip(model.parameters(), whole.parameters(), strict=True))
+    assert same == (how != "rank 0's")  # as few values, each rank's residuals count
+    assert second.stats()["steps"] == 8
+    assert second.stats()["messages"] == of_whole.stats()["messages"]
 
 
 def check_states_that_do_not_fit():
