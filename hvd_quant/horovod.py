@@ -203,9 +203,9 @@ class HorovodCompressor(metaclass=_CompressorType):
         """Return statistics of this rank.
 
         Returns:
-            ``steps``, uses of the most frequent gradient; ``messages``, fused buckets sent; ``raw_bytes``, the
-            uncompressed gradients; ``wire_bytes``, their encoded size (messages, control tensors, uncompressed
-            small gradients); ``received_bytes``, bytes from other ranks by our own exchanges;
+            ``steps``, uses of the most frequent gradient; ``messages``, fused buckets sent; ``raw_bytes``,
+            the uncompressed gradients; ``wire_bytes``, their encoded size (messages, control tensors,
+            uncompressed small gradients); ``received_bytes``, bytes from other ranks by our own exchanges;
             ``compression_ratio``, raw over wire bytes. With a schedule of bits also ``bits``, a list with the
             bits of each step. In a run that was resumed, all go on from those of the loaded state.
         """

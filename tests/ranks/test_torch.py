@@ -14,7 +14,7 @@ METRIC = "a_metric_between_backward_and_step"
 MEETING = "check_exchange.py or check_moments.py or check_errors.py or check_join.py"
 EVERY_SCHEME = "all_ranks_get_the_mean or (same_bits and scatter)"
 CHUNKS = "check_gradients.py or check_error_feedback.py or check_promises.py or check_schedule.py"
-MATHEMATICS = f"{CHUNKS} or check_correlated.py or check_overrides.py"
+MATHEMATICS = f"{CHUNKS} or check_correlated.py or check_overrides.py or check_works_with.py"
 BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_by_one or left_and_finished"
 PROMISES = "mean_on_every_rank or same_seed or sub_groups"
 
