@@ -13,6 +13,13 @@ Optimizers of legacy Keras (tf_keras) are passed on to Horovod's own.
 """
 
 from hvd_quant.tensorflow.keras.callbacks import BroadcastGlobalVariablesCallback, MetricAverageCallback
+from hvd_quant.tensorflow.keras.learning_rate import LearningRateScheduleCallback, LearningRateWarmupCallback
 from hvd_quant.tensorflow.keras.optimizer import DistributedOptimizer
 
-__all__ = ["BroadcastGlobalVariablesCallback", "DistributedOptimizer", "MetricAverageCallback"]
+__all__ = [
+    "BroadcastGlobalVariablesCallback",
+    "DistributedOptimizer",
+    "LearningRateScheduleCallback",
+    "LearningRateWarmupCallback",
+    "MetricAverageCallback",
+]

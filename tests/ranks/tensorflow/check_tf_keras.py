@@ -408,6 +408,51 @@ def check_metrics_are_averaged_before_others_see_them():
     assert [one["loss"] for one in seen] == history.history["loss"]
 
 
+class Rates(keras.callbacks.Callback):
+    """The learning rate of every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(float(self.model.optimizer.learning_rate))
+
+
+def rates(callback, epochs):
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=hq.QSGDCompressor())
+    watch = Rates()
+    _, history = fit(optimizer, epochs=epochs, callbacks=[callback, watch])
+    ends = watch.seen[3::4]  # of 4 batches an epoch
+    np.testing.assert_allclose(history.history["lr"], ends, rtol=1e-6)
+    return watch.seen
+
+
+def check_learning_rates_warm_up():
+    size = hvd.size()
+    found = rates(hqk.LearningRateWarmupCallback(0.8, warmup_epochs=2), 3)
+    expected = [0.8 / size * ((batch + 1) / 4 * (size - 1) / 2 + 1) for batch in range(8)] + [0.8] * 4
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def check_learning_rates_follow_a_schedule():
+    found = rates(hqk.LearningRateScheduleCallback(0.8, 0.5, start_epoch=1, end_epoch=3), 4)
+    np.testing.assert_allclose(found, [0.5] * 4 + [0.8] * 4 + [0.4] * 8, rtol=1e-6)
+    schedule = hqk.LearningRateScheduleCallback(0.8, lambda epoch: 1 / (1 + epoch), staircase=False)
+    np.testing.assert_allclose(rates(schedule, 1), [0.8 / (1 + batch / 4) for batch in range(4)], rtol=1e-6)
+
+
+def check_learning_rates_that_cannot_be_set():
+    decay = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    optimizer = hqk.DistributedOptimizer(keras.optimizers.SGD(decay), compression=hq.QSGDCompressor())
+    with pytest.raises(ValueError, match="is a schedule already"):
+        fit(optimizer, callbacks=[hqk.LearningRateScheduleCallback(0.8, 0.5)])
+    momentum = keras.optimizers.SGD(0.1, momentum=0.9)
+    optimizer = hqk.DistributedOptimizer(momentum, compression=hq.QSGDCompressor())
+    with pytest.warns(UserWarning, match="momentum_correction=False"):
+        fit(optimizer, epochs=1, callbacks=[hqk.LearningRateWarmupCallback(0.8)])
+
+
 @keras.saving.register_keras_serializable("checks")
 class Registered(keras.optimizers.Adam):
     """As users register theirs."""
