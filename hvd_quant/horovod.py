@@ -290,11 +290,13 @@ class HorovodCompressor(metaclass=_CompressorType):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a compressor that is unused as its arguments: for workers of Spark or Ray."""
-        if self.is_used or self._arguments is None or self.process_set.process_set_id != 0:
+        is_plain = getattr(type(self).__init__, "is_by_scheme", False)
+        if self.is_used or not is_plain or self._arguments is None or self.process_set.process_set_id != 0:
             raise TypeError(
-                "a compressor that is used belongs to its process, as does one with named_parameters or a "
-                "process set, and cannot be copied or pickled: make a new one, and hand it the state_dict() "
-                "of the old one"
+                "a compressor that is used belongs to its process, as does one with named_parameters, a "
+                "process set or a class of its own, and cannot be copied or pickled: make a new one, and "
+                "give it the state_dict() of the old one. In the state of an elastic job it is an argument "
+                "of its own, such as compressor=compressor"
             )
         return functools.partial(type(self), **self._arguments), ()
 
@@ -329,6 +331,7 @@ def _init_by_scheme(cls: type, scheme: type[Scheme | DQSGD]) -> Callable[..., No
         if "named_parameters" not in options:
             self._arguments = {**given, **{key: one for key, one in options.items() if key != "process_set"}}
 
+    init.is_by_scheme = True  # type: ignore[attr-defined]
     init.__signature__ = shown  # type: ignore[attr-defined]
     init.__name__, init.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
     return init

@@ -120,6 +120,11 @@ class Control:
         self._reduced: list[float] | None = None  # as last reduced, without the squared norm
         self._factor = 1.0  # the factor found in it
 
+    @property
+    def last_factor(self) -> float:
+        """Factor of the last step's mean."""
+        return self._factor
+
     def factor(self, reduced: list[float], size: int) -> float:
         """Return the result of `check` for the reduced tensor; cached, because it rarely changes."""
         reduced = reduced[:SQUARE]

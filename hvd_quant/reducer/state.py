@@ -110,6 +110,7 @@ class TrainingState:
         self.present_scheme: Scheme = self._scheme()
         self._squares: list[float] = []  # squared norms of this step's reduced gradients
         self._bits: list[int] = []  # bits of each step
+        self.was_loaded = False
         self.place: tuple[int, int] | None = None  # rank, and number of ranks, where they are known
 
     # --- uses -------------------------------------------------------------------------------------------
@@ -173,6 +174,22 @@ class TrainingState:
             self.schedule.load_integers(max(schedule for _, _, *schedule in positions))
             self.present_scheme = self._scheme()
 
+    # --- a step that is none ----------------------------------------------------------------------------
+
+    def mark(self) -> tuple[Any, ...]:
+        """Return where the training is, but for residuals and statistics."""
+        schedule = self.schedule_state()
+        return dict(self.uses), self.least_use, schedule, len(self._bits)
+
+    def go_back(self, mark: tuple[Any, ...]) -> None:
+        """Go on from a mark, as if what has come since had not."""
+        uses, self.least_use, schedule, bits = mark
+        self.uses = Counter(uses)
+        del self._bits[bits:]
+        if schedule is not None:
+            self.schedule.load_state_dict(schedule)
+            self.present_scheme = self._scheme()
+
     # --- what users see ---------------------------------------------------------------------------------
 
     def stats(self, *, in_step: bool = False) -> dict[str, Any]:
@@ -233,7 +250,7 @@ class TrainingState:
             self.residuals.kept = residuals
         self.seed, self.least_use = int(seed), int(least_use)
         self.uses = Counter({key: int(count) for key, count in uses.items()})
-        self.statistics, self._bits = statistics, list(bits)
+        self.statistics, self._bits, self.was_loaded = statistics, list(bits), True
         self.present_scheme = self._scheme()
         self._squares.clear()
 
@@ -251,7 +268,7 @@ class TrainingState:
                 "rank {2} of {3} has loaded a compressor's state with the residuals of rank {0} of {1}. "
                 "With error_feedback=True every rank needs its own state, or all load what "
                 "gather_state_dict() has returned on rank 0".format(*whose, *self.place),
-                stacklevel=4,
+                stacklevel=5,
             )
         return state["residuals"]
 

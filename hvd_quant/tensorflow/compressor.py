@@ -89,7 +89,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     @property
     def is_used(self) -> bool:
         """See `HorovodCompressor.is_used`."""
-        return self.in_use or self._membership.has_met or bool(self._state.uses)
+        return self.in_use or self._membership.has_met or self._state.was_loaded
 
     # --- called by Horovod ------------------------------------------------------------------------------
 

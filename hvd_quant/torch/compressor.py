@@ -108,7 +108,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     @property
     def is_used(self) -> bool:
         """See `HorovodCompressor.is_used`."""
-        return self.in_use or self.bound or self._initialisation is not None or bool(self._state.uses)
+        return self.in_use or self.bound or self._initialisation is not None or self._state.was_loaded
 
     @property
     def bound(self) -> bool:
@@ -234,10 +234,31 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         """Have this rank tell the others that it has no more data; see `hvd_quant.torch.join`.
 
         Yields:
-            Returns whether all ranks have no more, after a step.
+            Returns whether no rank has more, after each step has been synchronised. That step is none.
         """
+        state = self._state
         with self._reducer.joined() as all_have_joined:
-            yield lambda: self._alone is not None or all_have_joined()
+            mark = state.mark()
+
+            def all_have() -> bool:
+                nonlocal mark
+                if not all_have_joined():
+                    mark = state.mark()
+                    return False
+                state.go_back(mark)
+                self._put_back()
+                return True
+
+            yield all_have
+
+    def _put_back(self) -> None:
+        """Add the last means to the residuals, so that nothing is lost where nobody applies these."""
+        if self._state.residuals is not None:
+            for name, parameter in self._names.named_parameters():
+                gradient = self._reducer.known.get(name)
+                if gradient is not None and parameter.grad is not None and name in self._state.residuals.kept:
+                    mean = parameter.grad.detach().flatten().float() / gradient.control.last_factor
+                    self._state.residuals.kept[name] += mean.nan_to_num(0.0, 0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same noise, schedule of bits, and residuals.
@@ -295,6 +316,16 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
     def _gather_rows(self, key: str, own: torch.Tensor | None, count: int) -> torch.Tensor:
         own = torch.zeros(count) if own is None else own.cpu()
         return hvd.allgather(own[None], f"hvd_quant.{self._number}.state.{key}", self.process_set)
+
+    def gather_state_dict(self) -> dict[str, Any] | None:
+        """See `HorovodCompressor.gather_state_dict`.
+
+        Raises:
+            RuntimeError: gradients are in flight.
+        """
+        if self._reducer.in_flight:
+            raise RuntimeError("take a compressor's state between steps, not between backward and step")
+        return super().gather_state_dict()
 
     # --- identity ---------------------------------------------------------------------------------------
 

@@ -27,10 +27,12 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
 
     Args:
         optimizer: a distributed optimizer. Without one of our compressors this is ``hvd.join()``, and a
-            broadcast of the parameters and the optimizer's state.
-        on_step: called after each step that this rank takes part in; for example ``scheduler.step``.
+            broadcast of the parameters and the optimizer's state, with its learning rates.
+        on_step: called after each step that this rank takes part in; for example ``scheduler.step``. Not
+            without one of our compressors.
 
     Raises:
+        ValueError: the last gradients were sparse, and not made dense.
         RuntimeError: no gradient is quantized, so that ranks cannot tell each other that they have joined.
         RankMismatchError, HorovodInternalError: as ``optimizer.step()``.
 
@@ -41,6 +43,16 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
         ...     optimizer.step()
         >>> hq.join(optimizer)
     """
+    if optimizer.process_set.size() == 1:
+        return
+    parameters = [one for group in optimizer.param_groups for one in group["params"] if one.requires_grad]
+    if (
+        any(one.grad is not None and one.grad.is_sparse for one in parameters)
+        and not optimizer.sparse_as_dense
+    ):
+        raise ValueError(
+            "hvd_quant.torch.join cannot take part with sparse gradients: use sparse_as_dense=True"
+        )
     compressor = optimizer._compression
     if not isinstance(compressor, QuantizedCompressor):
         _join_by_horovod(optimizer)
@@ -48,8 +60,12 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
     with compressor.joined() as all_have_joined:
         while True:
             optimizer.zero_grad()
+            for _ in range(optimizer.backward_passes_per_step):
+                # Backward, so that Horovod's hooks submit them as the others do, in groups for example.
+                torch.autograd.backward(parameters, [torch.zeros_like(one) for one in parameters])
             optimizer.synchronize()
             if all_have_joined():
+                optimizer._synchronized = False  # or it would warn of the next step
                 break
             with optimizer.skip_synchronize():
                 optimizer.step()
@@ -62,4 +78,10 @@ def _join_by_horovod(optimizer: torch.optim.Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     named = [(f"hvd_quant.join.{i}", parameter) for i, parameter in enumerate(parameters)]
     hvd.broadcast_parameters(named, root_rank=last)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=last)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=last)  # nothing, if there is no state yet
+    options = [
+        {key: one for key, one in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    options = hvd.broadcast_object(options, root_rank=last, name="hvd_quant.join")
+    for group, of_last in zip(optimizer.param_groups, options, strict=True):
+        group.update(of_last)

@@ -105,26 +105,42 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
     """Keeps the number of the epoch's batches that are done in ``state.batch``.
 
     After workers have come or gone, ``fit`` begins the epoch again. This callback ends it after as many
-    batches as were left.
+    batches as were left: put it before callbacks that stop training at the end of an epoch.
 
     Args:
-        state: state with a ``batch``.
+        state: state with a ``batch``, and an ``epoch`` if another callback counts these.
+        steps_per_epoch: batches of a whole epoch; by default those that ``fit`` has, which must not be fewer
+            after a change: give it ``steps_per_epoch``.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, steps_per_epoch: int | None = None) -> None:
         super().__init__()
-        self._state = state
+        self._state, self._steps = state, steps_per_epoch
         self._ends_early = False
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Check that the end of an epoch is known.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self._whole_epoch() is None:
+            raise ValueError("give fit, or UpdateBatchStateCallback, steps_per_epoch: it is not known")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Go on after the batches that are done."""
         self._ends_early = False
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Count the batch."""
-        self._state.batch += 1
-        steps = self.params.get("steps")
-        if steps is not None and self._state.batch >= steps and not self.model.stop_training:
+        """Count the batch; and the epoch with its last one, because the state may be committed now."""
+        state, steps = self._state, self.params.get("steps")
+        state.batch += 1
+        if state.batch < self._whole_epoch():
+            return
+        state.batch = 0
+        if hasattr(state, "epoch"):
+            state.epoch += 1
+        if (steps is None or batch + 1 < steps) and not self.model.stop_training:
             self.model.stop_training = self._ends_early = True  # which Keras reads after every batch
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -132,6 +148,9 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self._state.batch = 0
         if self._ends_early:
             self.model.stop_training = False
+
+    def _whole_epoch(self) -> int | None:
+        return self._steps if self._steps is not None else self.params.get("steps")
 
 
 class UpdateEpochStateCallback(keras.callbacks.Callback):
