@@ -23,7 +23,7 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
     no broadcast afterwards.
 
     Ranks that have joined submit the optimizer's gradients only: the others must reduce nothing else, such as
-    metrics, in their steps.
+    metrics, in their steps. A rank without any step knows no gradient to be sparse.
 
     Args:
         optimizer: a distributed optimizer. Without one of our compressors this is ``hvd.join()``, and a
@@ -62,7 +62,7 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
             optimizer.zero_grad()
             for _ in range(optimizer.backward_passes_per_step):
                 # Backward, so that Horovod's hooks submit them as the others do, in groups for example.
-                torch.autograd.backward(parameters, [torch.zeros_like(one) for one in parameters])
+                torch.autograd.backward(parameters, [one.clone() for one in zeros])
             optimizer.synchronize()
             if all_have_joined():
                 optimizer._synchronized = False  # or it would warn of the next step
@@ -71,6 +71,14 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
                 optimizer.step()
             on_step()
     optimizer.zero_grad()
+
+
+def _zeros_like_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Return zeros; sparse ones where the last gradient was: optimizers round those otherwise."""
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return torch.zeros_like(parameter)
+    return torch.sparse_coo_tensor(size=parameter.shape, dtype=gradient.dtype, device=gradient.device)
 
 
 def _join_by_horovod(optimizer: torch.optim.Optimizer) -> None:
