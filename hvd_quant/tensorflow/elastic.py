@@ -12,6 +12,7 @@ For ``model.fit`` of Keras 3 see `hvd_quant.tensorflow.keras.elastic`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ from hvd_quant.reducer.state import taken_over, without_own
 from hvd_quant.tensorflow.broadcast import broadcast
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
 
-_COLLECTIVES = ("HorovodAllreduce", "HorovodAllgather", "HorovodBroadcast", "HorovodAlltoall")
+_OPERATIONS = re.compile("Horovod(Grouped)?(Allreduce|Allgather|Broadcast|Alltoall|Reducescatter)")
 
 
 def run(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,8 +44,8 @@ def run(function: Callable[..., Any]) -> Callable[..., Any]:
     def attempt(state: ObjectState, *args: Any, **options: Any) -> Any:
         try:
             return function(state, *args, **options)
-        except tf.errors.OpError as error:
-            if any(name in error.message for name in _COLLECTIVES):
+        except tf.errors.UnknownError as error:
+            if _OPERATIONS.search(error.message):
                 raise HorovodInternalError(error) from error
             raise
 

@@ -46,13 +46,9 @@ def join(optimizer: torch.optim.Optimizer, on_step: Callable[[], object] = lambd
     if optimizer.process_set.size() == 1:
         return
     parameters = [one for group in optimizer.param_groups for one in group["params"] if one.requires_grad]
-    if (
-        any(one.grad is not None and one.grad.is_sparse for one in parameters)
-        and not optimizer.sparse_as_dense
-    ):
-        raise ValueError(
-            "hvd_quant.torch.join cannot take part with sparse gradients: use sparse_as_dense=True"
-        )
+    zeros = [_zeros_like_gradient(one) for one in parameters]
+    if any(one.is_sparse for one in zeros) and not optimizer.sparse_as_dense:
+        raise ValueError("hvd_quant.torch.join has no sparse gradients: use sparse_as_dense=True")
     compressor = optimizer._compression
     if not isinstance(compressor, QuantizedCompressor):
         _join_by_horovod(optimizer)

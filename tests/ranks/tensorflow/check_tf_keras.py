@@ -1,6 +1,7 @@
 """Keras 3: model.fit with our optimizer, and the cases in which Horovod's own would do nothing."""
 
 import os
+import types
 
 import horovod.tensorflow as hvd
 import keras
@@ -13,6 +14,7 @@ from shared import error_of, make
 import hvd_quant.tensorflow as hq
 import hvd_quant.tensorflow.keras as hqk
 from hvd_quant.codec import native
+from hvd_quant.tensorflow.keras import elastic
 
 pytestmark = pytest.mark.skipif(os.environ.get("TF_USE_LEGACY_KERAS") == "1", reason="is of Keras 3")
 
@@ -451,6 +453,30 @@ def check_learning_rates_that_cannot_be_set():
     optimizer = hqk.DistributedOptimizer(momentum, compression=hq.QSGDCompressor())
     with pytest.warns(UserWarning, match="momentum_correction=False"):
         fit(optimizer, epochs=1, callbacks=[hqk.LearningRateWarmupCallback(0.8)])
+
+
+@pytest.mark.parametrize("given", ["fit", "callback"])
+def check_epochs_of_a_resumed_fit(given):
+    """The first one ends after the batches that were left; who stops training is listened to."""
+    state = types.SimpleNamespace(batch=5, epoch=2)
+    counts, model = [], make_model()
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
+    count = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: counts.append(0),
+        on_train_batch_end=lambda batch, logs: counts.append(counts.pop() + 1),
+    )
+    stop = keras.callbacks.EarlyStopping(monitor="loss", patience=0)
+    of_epochs = elastic.UpdateEpochStateCallback(state)
+    of_batches = elastic.UpdateBatchStateCallback(state, 12 if given == "callback" else None)
+    data = tf.data.Dataset.from_tensors((tf.ones([4, 32]), tf.ones([4, 32]))).repeat()
+    options = {"steps_per_epoch": 12, "epochs": 5, "verbose": 0}
+    model.fit(data, callbacks=[of_epochs, of_batches, count], **options)
+    assert counts == [7, 12, 12, 12, 12]
+    assert (state.epoch, state.batch) == (7, 0)
+    for callbacks in ([stop, of_epochs, of_batches, count], [of_epochs, of_batches, stop, count]):
+        counts.clear()
+        model.fit(data, callbacks=callbacks, **options)
+        assert counts == [12, 12]
 
 
 @keras.saving.register_keras_serializable("checks")
