@@ -37,6 +37,13 @@ def make(front_end, kind, **options):
     return getattr(front_end, name)(**arguments, **options)
 
 
+def in_turns(kinds, exchanges):
+    """Every kind with one of the exchanges, in turns, and the first kind with all."""
+    kinds, exchanges = list(kinds), list(exchanges)
+    turns = [(kind, exchanges[i % len(exchanges)]) for i, kind in enumerate(kinds)]
+    return turns + [(kinds[0], exchange) for exchange in exchanges[1:]]
+
+
 def other_kind(kind):
     """The next one."""
     names = list(KINDS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common_tf import Mlp, exact_mean, gathered, own_randn, same_everywhere
-from shared import EXCHANGES, error_of, make
+from shared import EXCHANGES, error_of, in_turns, make
 
 import hvd_quant
 import hvd_quant.tensorflow as hq
@@ -62,8 +62,7 @@ def check_scaling_factors(traced):
     assert_close(result, exact_mean(x), factor=1.5)
 
 
-@exchanges
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(("dtype", "exchange"), in_turns(DTYPES, EXCHANGES))
 @pytest.mark.parametrize("traced", [False, True])
 def check_dtypes(exchange, dtype, traced):
     x = own_randn(2000, dtype=dtype)
@@ -115,9 +114,11 @@ def check_shapes_that_are_not_known_when_traced(exchange):
     assert reduce.experimental_get_tracing_count() == 1
 
 
-@exchanges
 @pytest.mark.parametrize(
-    "options", [{}, {"groups": 1}, {"groups": 3}, {"op": hvd.Sum}, {"gradient_predivide_factor": 2.0}]
+    ("options", "exchange"),
+    in_turns(
+        [{}, {"groups": 1}, {"groups": 3}, {"op": hvd.Sum}, {"gradient_predivide_factor": 2.0}], EXCHANGES
+    ),
 )
 def check_tape(exchange, options):
     model = Mlp()

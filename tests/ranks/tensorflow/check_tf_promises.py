@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from common_tf import Mlp, same_everywhere, same_mismatch
-from shared import EXCHANGES, KINDS, error_of, make, other_kind
+from shared import EXCHANGES, KINDS, error_of, in_turns, make, other_kind
 
 import hvd_quant.tensorflow as hq
 
-exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 kinds = pytest.mark.parametrize("kind", KINDS)
+kinds_and_exchanges = pytest.mark.parametrize(("kind", "exchange"), in_turns(KINDS, EXCHANGES))
 
 
 def trained(kind, exchange, seed, **options):
@@ -21,8 +21,7 @@ def trained(kind, exchange, seed, **options):
     return np.concatenate([variable.numpy().ravel() for variable in model.variables])
 
 
-@kinds
-@exchanges
+@kinds_and_exchanges
 def check_same_bits_on_every_rank_and_in_every_run(kind, exchange):
     one, two = trained(kind, exchange, seed=5), trained(kind, exchange, seed=5)
     np.testing.assert_array_equal(one, two)
@@ -31,8 +30,7 @@ def check_same_bits_on_every_rank_and_in_every_run(kind, exchange):
         assert not np.array_equal(one, trained(kind, exchange, seed=6))
 
 
-@kinds
-@exchanges
+@kinds_and_exchanges
 def check_what_is_not_finite_reaches_every_rank(kind, exchange):
     model = Mlp()
     compressor = make(hq, kind, min_numel=0, exchange=exchange, bucket_size=256)

@@ -41,8 +41,7 @@ def step_error(model, optimizer):
         ("min_numel", 1024, 10_000),
     ],
 )
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize(("named", "groups"), [(True, None), (False, 2)])
 def check_different_configuration_is_named_on_every_rank(field, first, rest, named, groups):
     model = mlp()
     make = optimizer_of if named else stock_optimizer_of
