@@ -223,7 +223,11 @@ class HorovodCompressor(metaclass=_CompressorType):
 
         Returns:
             The state on the first rank; None on the others.
+
+        Raises:
+            RuntimeError: gradients are in flight.
         """
+        self._check_between_steps()
         state, (rank, _) = self.state_dict(), self._place_of_rank()
         own = state.pop("residuals", None)
         if own is not None:
@@ -235,6 +239,9 @@ class HorovodCompressor(metaclass=_CompressorType):
                 key: self._gather_rows(key, own.get(key), count) for key, count in sorted(counts.items())
             }
         return state if rank == 0 else None
+
+    def _check_between_steps(self) -> None:
+        """Raise RuntimeError if gradients are in flight, where `state_dict` does not do so."""
 
     def _gather_object(self, own: Any) -> list[Any]:
         """Return every rank's JSON value."""

@@ -9,13 +9,11 @@ for the exchange, and returns the decoded mean.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import horovod.torch as hvd
-import numpy as np
 import torch
 from horovod.torch import mpi_ops
 from horovod.torch.compression import Compressor
@@ -31,10 +29,17 @@ from hvd_quant.reducer.reducer import Reducer
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.schemes import DQSGD, NUQSGD, QSGD, Scheme
 from hvd_quant.torch.call_inspection import calling_optimizer, reduced_together
-from hvd_quant.torch.gradient import DTYPES, TorchControl, TorchGradient, TorchResiduals, squared_norm
+from hvd_quant.torch.gradient import (
+    DTYPES,
+    TorchControl,
+    TorchGradient,
+    TorchResiduals,
+    check_supported,
+    squared_norm,
+)
 from hvd_quant.torch.identity import ParameterNames
 from hvd_quant.torch.stall import check
-from hvd_quant.torch.transport import HorovodTransport
+from hvd_quant.torch.transport import HorovodTransport, gather_json
 
 
 class QuantizedCompressor(HorovodCompressor, Compressor):
@@ -129,7 +134,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         with reducer.lock:
             try:
                 if quantized and (tensor.requires_grad or tensor.layout != torch.strided):
-                    _check_tensor(tensor)
+                    check_supported(tensor)
                 has_begun = reducer.has_begun or self._alone is not None
                 if not has_begun or self._initialisation is not initialisation():
                     self._begin()  # whatever the dtype, which may differ between ranks
@@ -279,8 +284,7 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             RuntimeError: gradients are in flight.
         """
         with self._reducer.lock:
-            if self._reducer.in_flight:
-                raise RuntimeError("load a compressor's state between steps, not between backward and step")
+            self._check_between_steps()
             self._load(state)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -305,27 +309,15 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
         self._reducer.clear()  # the ranks agree anew, and fused buckets depend on the seed
 
     def _gather_object(self, own: Any) -> list[Any]:
-        name, own = (
-            f"hvd_quant.{self._number}.state",
-            np.frombuffer(json.dumps(own).encode(), np.uint8).copy(),
-        )
-        sizes = hvd.allgather(torch.tensor([own.size]), f"{name}.sizes", self.process_set).tolist()
-        received = hvd.allgather(torch.from_numpy(own), name, self.process_set)
-        return [json.loads(part.numpy().tobytes()) for part in received.split(sizes)]
+        return gather_json(own, f"hvd_quant.{self._number}.state", self.process_set)
 
     def _gather_rows(self, key: str, own: torch.Tensor | None, count: int) -> torch.Tensor:
         own = torch.zeros(count) if own is None else own.cpu()
         return hvd.allgather(own[None], f"hvd_quant.{self._number}.state.{key}", self.process_set)
 
-    def gather_state_dict(self) -> dict[str, Any] | None:
-        """See `HorovodCompressor.gather_state_dict`.
-
-        Raises:
-            RuntimeError: gradients are in flight.
-        """
+    def _check_between_steps(self) -> None:
         if self._reducer.in_flight:
-            raise RuntimeError("take a compressor's state between steps, not between backward and step")
-        return super().gather_state_dict()
+            raise RuntimeError("load and gather states between steps, not between backward and step")
 
     # --- identity ---------------------------------------------------------------------------------------
 
@@ -378,19 +370,6 @@ class QuantizedCompressor(HorovodCompressor, Compressor):
             }
         self._state.place = self._place_of_rank()
         self._reducer.begin(HorovodTransport(self.process_set), self._exchange_choice(hvd), host, parameters)
-
-
-def _check_tensor(tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f"a gradient of layout {tensor.layout} cannot be quantized: Horovod hands over sparse ones "
-            "with groups, where neither it nor we support them"
-        )
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "the quantized exchange is not differentiable: pass tensor.detach() to hvd.allreduce, "
-            "or leave out compression= there"
-        )
 
 
 class QSGDCompressor(QuantizedCompressor, scheme=QSGD):

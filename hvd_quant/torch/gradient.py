@@ -215,3 +215,21 @@ def values_of(tensor: torch.Tensor, plain: bool) -> Buffer:
     if tensor.requires_grad:
         tensor = tensor.detach()
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def check_supported(tensor: torch.Tensor) -> None:
+    """Check that a tensor can be quantized.
+
+    Raises:
+        ValueError: it is sparse, or part of an autograd graph.
+    """
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"a gradient of layout {tensor.layout} cannot be quantized: Horovod hands over sparse ones "
+            "with groups, where neither it nor we support them"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "the quantized exchange is not differentiable: pass tensor.detach() to hvd.allreduce, "
+            "or leave out compression= there"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -140,6 +141,14 @@ class HorovodTransport:
                     handle.wait()
                 else:
                     _abandoned.append(handle)
+
+
+def gather_json(own: Any, name: str, process_set: hvd.ProcessSet) -> list[Any]:
+    """Return every rank's JSON value; Horovod's ``allgather_object`` knows no process sets."""
+    message = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+    sizes = hvd.allgather(torch.tensor([len(message)]), f"{name}.sizes", process_set).tolist()
+    received = hvd.allgather(message, name, process_set)
+    return [json.loads(part.numpy().tobytes()) for part in received.split(sizes)]
 
 
 def _split(received: torch.Tensor, sizes: Sequence[int | None]) -> list[Buffer]:
