@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 # Read when NumPy and TensorFlow are imported.
@@ -34,10 +35,13 @@ import hvd_quant.tensorflow as hq
 from benchmarks.step_time.report import machine, print_table
 from hvd_quant import QSGD
 from hvd_quant.codec import native
+from hvd_quant.exchange.algorithms import ALGORITHMS
+from hvd_quant.exchange.algorithms.allgather import ALLGATHER
 from hvd_quant.reducer import control_tensor
 from hvd_quant.reducer.state import TrainingState
 from hvd_quant.tensorflow.graph_state import GraphState
-from hvd_quant.tensorflow.group_steps import GradientSpec, GroupSteps, Ranks
+from hvd_quant.tensorflow.group_steps import GradientSpec, GroupSteps
+from hvd_quant.tensorflow.membership import Ranks
 
 BITS = 4
 NATIVE = "native codec, to memory that is kept"
@@ -62,6 +66,18 @@ def medians(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: statistics.median(of_call[WARM_UP:]) for name, of_call in times.items()}
 
 
+class OneRank:
+    """The membership of one rank."""
+
+    ranks = Ranks(0, 1, 0)
+
+
+class Steps(GroupSteps):
+    """Steps of one rank that sends as if there were others."""
+
+    algorithm = list(ALGORITHMS).index(ALLGATHER.name)
+
+
 def measure_codec(count: int, repeats: int) -> dict[str, float]:
     """Seconds to encode and decode ``count`` values."""
     scheme = QSGD(BITS)
@@ -69,25 +85,26 @@ def measure_codec(count: int, repeats: int) -> dict[str, float]:
     out = np.empty_like(x)
     fingerprint, use = 0, np.array(0)
     reduced = np.array(control_tensor.values(fingerprint, 0))  # by one rank
-    steps = GroupSteps(
+    steps = Steps(
         GraphState(TrainingState(scheme, 0)),
         "0",
         "gradient",
         [GradientSpec("0.0", "float32", x.shape, scheme)],
-        "allgather",
-        Ranks(rank=0, size=1, seed=0),
+        OneRank(),
+        True,
         fingerprint,
     )
+    receive = partial(steps.receive, ALLGATHER)
 
     def direct() -> list[np.ndarray]:
-        message, sizes, bits = steps.send(x, use)
-        return steps.receive(message, sizes, reduced, bits)
+        message, sizes, bits, _ = steps.send(x, use)
+        return receive(message, sizes, reduced, bits)
 
     @tf.function
     def graph(x: tf.Tensor, use: tf.Tensor, reduced: tf.Tensor) -> tf.Tensor:
-        types = [tf.uint8, tf.int64, tf.int32]
-        message, sizes, bits = tf.numpy_function(steps.send, [x, use], types, stateful=False)
-        return tf.numpy_function(steps.receive, [message, sizes, reduced, bits], [tf.float32], stateful=False)
+        types = [tf.uint8, tf.int64, tf.int32, tf.int32]
+        message, sizes, bits, _ = tf.numpy_function(steps.send, [x, use], types, stateful=False)
+        return tf.numpy_function(receive, [message, sizes, reduced, bits], [tf.float32], stateful=False)
 
     tensors = [tf.constant(array) for array in (x, use, reduced)]
     (decoded,) = direct()
