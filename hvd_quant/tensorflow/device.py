@@ -62,10 +62,8 @@ def exchange(
         message = once_reduced(_encode(tensors, bucket, bucket.whole, "whole", use), reduced)
         received = _gather(steps, message, reduced, process_set)
         messages = _cut(steps, received, [bucket.whole.size] * steps.ranks.size)
-        dtypes, factor = (
-            [tensor.dtype for tensor in tensors],
-            _factor(steps, algorithm, reduced, received, bucket),
-        )
+        dtypes = [tensor.dtype for tensor in tensors]
+        factor = _factor(steps, algorithm, reduced, received, bucket)
         ranks = range(steps.ranks.size)
         return tf_ops.decode_messages(tf.stack(messages), bucket.whole, dtypes, steps.shapes, factor, ranks)
 

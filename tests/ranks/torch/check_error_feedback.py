@@ -105,26 +105,27 @@ def check_a_step_that_is_skipped_for_nan(exchange):
             assert torch.equal(residuals["0.weight"], before)
 
 
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(own_randn(16, 32, seed=step)).square().mean().backward()
+        optimizer.step()
+
+
+def of_two_bits(exchange):
+    return hq.QSGDCompressor(bits=2, error_feedback=True, exchange=exchange, min_numel=0)
+
+
 @exchanges
 def check_a_resumed_run_is_the_same_run(exchange):
-    def train(model, compressor, steps):
-        optimizer = optimizer_of(model, compressor)
-        for step in steps:
-            optimizer.zero_grad()
-            model(own_randn(16, 32, seed=step)).square().mean().backward()
-            optimizer.step()
-
-    def compressor_of():
-        return hq.QSGDCompressor(bits=2, error_feedback=True, exchange=exchange, min_numel=0)
-
     whole = mlp()
-    train(whole, compressor_of(), range(8))
-    begun, first = mlp(), compressor_of()
-    train(begun, first, range(5))
-    model, second = mlp(), compressor_of()
+    train(whole, optimizer_of(whole, of_two_bits(exchange)), range(8))
+    begun, first = mlp(), of_two_bits(exchange)
+    train(begun, optimizer_of(begun, first), range(5))
+    model, second = mlp(), of_two_bits(exchange)
     model.load_state_dict(begun.state_dict())
     second.load_state_dict(first.state_dict())
-    train(model, second, range(5, 8))
+    train(model, optimizer_of(model, second), range(5, 8))
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), whole.parameters(), strict=True))
 
 
@@ -132,20 +133,10 @@ def check_a_resumed_run_is_the_same_run(exchange):
 @pytest.mark.parametrize("how", ["gathered", "own", "rank 0's"])
 def check_a_run_resumed_from_one_checkpoint(exchange, how):
     """Gathered states give the same run; rank 0's, on all ranks, another, with a warning."""
-
-    def train(model, optimizer, steps):
-        for step in steps:
-            optimizer.zero_grad()
-            model(own_randn(16, 32, seed=step)).square().mean().backward()
-            optimizer.step()
-
-    def compressor_of():
-        return hq.QSGDCompressor(bits=2, error_feedback=True, exchange=exchange, min_numel=0)
-
-    whole, of_whole = mlp(), compressor_of()
+    whole, of_whole = mlp(), of_two_bits(exchange)
     its_optimizer = optimizer_of(whole, of_whole)
     train(whole, its_optimizer, range(5))
-    model, second = mlp(), compressor_of()
+    model, second = mlp(), of_two_bits(exchange)
     model.load_state_dict(whole.state_dict())
     state = of_whole.gather_state_dict() if how == "gathered" else of_whole.state_dict()
     if how != "own":
