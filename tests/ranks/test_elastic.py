@@ -95,5 +95,5 @@ def test_keras_goes_on_when_workers_come_and_die(tmp_path):
     """Between two epochs of a ``fit``, each of 12 batches, and in the second one."""
     need("tensorflow")
     program = TESTS / "ranks" / "tensorflow" / "elastic_keras.py"
-    plan = [{"at": 12, "hosts": ["localhost:2", "127.0.0.1:1"]}, {"at": 15, "kill": [2]}]
+    plan = [{"at": 12, "hosts": ["localhost:2", "127.0.0.1:1"]}, {"at": 15, "kill": [2], "when": "after"}]
     check(elastic(tmp_path, program, ["localhost:2"], "QSGD", "auto", json.dumps(plan)), [[2, 3, 2]])

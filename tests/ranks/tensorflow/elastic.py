@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,6 +17,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 from horovod.common.elastic import ObjectState
+from plan import follow
 from shared import make
 
 import hvd_quant.tensorflow as hq
@@ -91,18 +91,7 @@ def main():
         nonlocal doomed
         sizes.append(hvd.size())
         while state.batch < STEPS:
-            doomed = None
-            if state.event < len(plan) and plan[state.event]["at"] == state.batch:
-                event = plan[state.event]
-                state.event += 1
-                state.commit()
-                doomed = event["when"] if hvd.rank() in event.get("kill", []) else None
-                if "hosts" in event and hvd.rank() == 0:
-                    (folder / "hosts").write_text("\n".join(event["hosts"]) + "\n")
-                changes = "hosts" in event and "kill" not in event
-                while changes or event.get("size", hvd.size()) != hvd.size():
-                    state.check_host_updates()
-                    time.sleep(0.05)
+            doomed = follow(plan, state, state.batch, hvd, folder)
             if doomed == "before":
                 os._exit(1)
             train_step(tf.constant(state.batch))

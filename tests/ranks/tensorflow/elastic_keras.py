@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
+from plan import follow
 from shared import make
 
 import hvd_quant.tensorflow as hq
@@ -45,19 +45,8 @@ class Events(keras.callbacks.Callback):
         self.state, self.plan, self.folder = state, plan, folder
 
     def on_train_batch_end(self, batch, logs=None):
-        state = self.state
-        if state.event == len(self.plan) or self.plan[state.event]["at"] != STEPS * state.epoch + state.batch:
-            return
-        event = self.plan[state.event]
-        state.event += 1
-        state.commit()
-        if "hosts" in event:
-            if hvd.rank() == 0:
-                (self.folder / "hosts").write_text("\n".join(event["hosts"]) + "\n")
-            while True:
-                state.check_host_updates()
-                time.sleep(0.05)
-        if hvd.rank() in event["kill"]:
+        done = STEPS * self.state.epoch + self.state.batch
+        if follow(self.plan, self.state, done, hvd, self.folder) is not None:
             os._exit(1)
 
 

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import horovod.torch as hvd
 import torch
+from plan import follow
 from shared import KINDS, make
 
 import hvd_quant.torch as hq
@@ -60,18 +60,7 @@ def main():
     def train(state):
         sizes.append(hvd.size())
         while state.batch < STEPS:
-            doomed = None
-            if state.event < len(plan) and plan[state.event]["at"] == state.batch:
-                event = plan[state.event]
-                state.event += 1
-                state.commit()
-                doomed = event["when"] if hvd.rank() in event.get("kill", []) else None
-                if "hosts" in event and hvd.rank() == 0:
-                    (folder / "hosts").write_text("\n".join(event["hosts"]) + "\n")
-                changes = "hosts" in event and "kill" not in event
-                while changes or event.get("size", hvd.size()) != hvd.size():
-                    state.check_host_updates()
-                    time.sleep(0.05)
+            doomed = follow(plan, state, state.batch, hvd, folder)
 
             optimizer.zero_grad()
             die_if(doomed == "before")
