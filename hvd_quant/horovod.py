@@ -20,7 +20,7 @@ from hvd_quant.exchange import cost
 from hvd_quant.exchange.choice import ExchangeChoice
 from hvd_quant.exchange.topology import NOT_HIERARCHICAL
 from hvd_quant.reducer.options import Options
-from hvd_quant.reducer.state import without_own
+from hvd_quant.reducer.state import taken_over, without_own
 from hvd_quant.schemes import DQSGD, Scheme, rounding_for
 
 
@@ -239,6 +239,16 @@ class HorovodCompressor(metaclass=_CompressorType):
                 key: self._gather_rows(key, own.get(key), count) for key, count in sorted(counts.items())
             }
         return state if rank == 0 else None
+
+    def synchronize_state(self, broadcast_object: Callable[..., Any]) -> None:
+        """Take over rank 0's state, but for residuals, which are each rank's own. Collective.
+
+        Args:
+            broadcast_object: Horovod's function of that name, of the same framework.
+        """
+        own = self.state_dict()
+        others = broadcast_object(without_own(own), root_rank=0, name="hvd_quant.elastic")
+        self.restore(taken_over(own, others))
 
     def _check_between_steps(self) -> None:
         """Raise RuntimeError if gradients are in flight, where `state_dict` does not do so."""

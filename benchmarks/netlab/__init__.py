@@ -269,7 +269,13 @@ class Lab:
         return subprocess.CompletedProcess(list(command), process.returncode, output)
 
     def horovodrun(
-        self, command: Command, *, slots: int = 1, controller: str = "mpi", **options: Any
+        self,
+        command: Command,
+        *,
+        slots: int = 1,
+        controller: str = "mpi",
+        elastic: Sequence[str] | None = None,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command through horovodrun, started in host 0.
 
@@ -277,6 +283,7 @@ class Lab:
             command: program and arguments.
             slots: ranks in each host.
             controller: "mpi" or "gloo".
+            elastic: options of horovodrun's for an elastic job, in place of the list of hosts.
             **options: `env`, `timeout` and `stream` of `run_on`.
 
         Returns:
@@ -294,7 +301,7 @@ class Lab:
             raise LabError(f"no horovodrun beside {sys.executable}: run scripts/setup.sh, and use .venv")
         launch = [launcher, "--disable-cache", f"--{controller}", "--network-interface", "eth0", "--ssh-port"]
         with self._sshd(options.get("env")) as port:
-            return self.run_on(0, [*launch, port, *self._ranks(slots), *command], **options)
+            return self.run_on(0, [*launch, port, *(elastic or self._ranks(slots)), *command], **options)
 
     def mpirun(
         self,

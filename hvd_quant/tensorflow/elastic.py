@@ -23,7 +23,6 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.tensorflow import elastic
 from horovod.tensorflow.functions import broadcast_object
 
-from hvd_quant.reducer.state import taken_over, without_own
 from hvd_quant.tensorflow.broadcast import broadcast
 from hvd_quant.tensorflow.compressor import QuantizedCompressor
 
@@ -95,9 +94,7 @@ class TensorFlowState(ObjectState):
         """
         broadcast(self._shared(), root_rank=0)
         if self.compressor is not None:
-            own = self.compressor.state_dict()
-            others = broadcast_object(without_own(own), root_rank=0, name="hvd_quant.elastic")
-            self.compressor.restore(taken_over(own, others))
+            self.compressor.synchronize_state(broadcast_object)
         self._commit()
         super().sync()
 

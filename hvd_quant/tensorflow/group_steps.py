@@ -95,6 +95,7 @@ class GroupSteps:
     fingerprint: int
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
     _buckets: dict[tuple, GroupLayout] = field(default_factory=dict, init=False, repr=False)
+    _algorithms: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # by generation
 
     @cached_property
     def keys(self) -> list[str]:
@@ -114,6 +115,12 @@ class GroupSteps:
     @property
     def algorithm(self) -> int:
         """Index of the exchange algorithm in `ALGORITHMS`, at present; or `ALONE`."""
+        generation = self.ranks.generation
+        if generation not in self._algorithms:
+            self._algorithms = {generation: self._choose()}
+        return self._algorithms[generation]
+
+    def _choose(self) -> int:
         if self.ranks.size == 1:
             return ALONE
         counts = [None if shape is None else int(np.prod(shape)) for shape in self.shapes]

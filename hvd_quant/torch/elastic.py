@@ -8,7 +8,6 @@ from __future__ import annotations
 from horovod.torch.elastic import state as elastic
 from horovod.torch.functions import broadcast_object
 
-from hvd_quant.reducer.state import taken_over, without_own
 from hvd_quant.torch.compressor import QuantizedCompressor
 
 
@@ -35,9 +34,7 @@ class CompressorStateHandler(elastic.StateHandler):
 
     def sync(self) -> None:
         """Take over rank 0's state, but for residuals, which are each rank's own."""
-        own = self.value.state_dict()
-        others = broadcast_object(without_own(own), root_rank=0, name="hvd_quant.elastic")
-        self.value.restore(taken_over(own, others))
+        self.value.synchronize_state(broadcast_object)
 
 
 def register() -> None:

@@ -10,7 +10,8 @@ import sys
 
 import odd
 import pytest
-from launch import ROOT, horovodrun, need
+from elastic_job import check, hosts_from
+from launch import ROOT, TESTS, horovodrun, need
 
 from benchmarks import netlab
 
@@ -67,6 +68,26 @@ def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
     FLOAT32[controller] = moved["none"]
     print(f"{how}: {moved['none'] / 1e6:.1f} MB received as float32, {moved['qsgd'] / 1e6:.1f} at 4 bits")
     assert moved["none"] >= 6 * moved["qsgd"], moved
+
+
+@needs_lab
+def test_an_elastic_job_grows_from_two_hosts_to_four(tmp_path):
+    """And shrinks to three as a host dies; the exchange fits the hosts that there are."""
+    need("torch")
+    plan = [
+        {"at": 3, "hosts": [f"node{i}:1" for i in range(4)]},
+        {"at": 9, "kill": [3], "when": "in"},
+    ]
+    worker = [PYTHON, TESTS / "ranks" / "torch" / "elastic.py", tmp_path, "QSGD", "auto", json.dumps(plan)]
+    environment = {
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": "10",
+        "HVD_QUANT_BANDWIDTH": "0.1",
+        "PYTHONPATH": str(TESTS / "support"),
+    }
+    with netlab.Lab(hosts=4) as four:
+        hosts = hosts_from(tmp_path, ["node0:1", "node1:1"])
+        done = four.horovodrun(worker, controller="gloo", elastic=hosts, env=environment, timeout=90)
+    check(done, tmp_path, [[2, 4, 3]])
 
 
 # --- the doctor -------------------------------------------------------------------------------------------

@@ -2,38 +2,26 @@
 
 import json
 import os
-import stat
 import sys
 from pathlib import Path
 
 import pytest
-from launch import TESTS, launch, need
+from elastic_job import check, hosts_from
+from launch import AT_ONCE, TESTS, launch, need, python
 
 SECONDS = 90
 
 
-def elastic(tmp_path, program, hosts, *arguments, **environment):
-    """Run a program as an elastic job on these hosts, to begin with; returns its workers' reports by rank."""
-    (tmp_path / "hosts").write_text("\n".join(hosts) + "\n")
-    discover = tmp_path / "discover.sh"
-    discover.write_text(f"#!/bin/sh\ncat {tmp_path}/hosts\n")
-    discover.chmod(discover.stat().st_mode | stat.S_IXUSR)
-    programs = Path(sys.executable).parent
-    slots = sum(int(host.partition(":")[2]) for host in hosts)
-    command = [sys.executable, TESTS / "support" / "horovodrun_at_once.py", "--gloo", "-np", str(slots)]
-    command += ["--min-np", "1", "--max-np", "4", "--host-discovery-script", discover]
-    command += ["--network-interface", "lo", sys.executable, program, tmp_path, *arguments]
+def run(tmp_path, framework, program, hosts, *arguments):
+    """Run a framework's program as an elastic job, on these hosts to begin with; returns its process."""
+    command = [*AT_ONCE, "--gloo", "--network-interface", "lo", *hosts_from(tmp_path, hosts)]
+    command += [*python(framework), TESTS / "ranks" / framework / program, tmp_path, *arguments]
     environment = {
         "HOROVOD_GLOO_TIMEOUT_SECONDS": "10",  # after which ranks notice that another has died
-        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(TESTS / "support"),
-        **environment,
     }
-    done = launch(command, SECONDS, **environment)
-    assert done.returncode == 0, done.stdout[-8000:]
-    files = sorted(tmp_path.glob("report.*.json"))
-    assert files, done.stdout[-8000:]
-    return [json.loads(file.read_text()) for file in files]
+    return launch(command, SECONDS, **environment)
 
 
 # Names of this machine, which Horovod takes for hosts of their own.
@@ -56,14 +44,6 @@ PLANS = {
 SIZES = {"come and go": [[2, 3, 2, 1, 2]], "die": [[4, 2, 2, 1], [4, 2, 1, 2, 1]]}
 
 
-def check(reports, sizes):
-    assert max((report["sizes"] for report in reports), key=len) in sizes, reports
-    for report in reports:
-        assert report["identical"], reports
-        assert report["exact"], reports
-        assert report["uses"] == 24, reports
-
-
 # Each plan with its hosts at the beginning, and what there is to agree on.
 cases = pytest.mark.parametrize(
     ("plan", "hosts", "kind", "exchange"),
@@ -78,22 +58,23 @@ cases = pytest.mark.parametrize(
 @cases
 def test_torch_goes_on_when_workers(plan, hosts, kind, exchange, tmp_path):
     need("torch")
-    program = TESTS / "ranks" / "torch" / "elastic.py"
-    check(elastic(tmp_path, program, hosts, kind, exchange, json.dumps(PLANS[plan])), SIZES[plan])
+    arguments = kind, exchange, json.dumps(PLANS[plan])
+    check(run(tmp_path, "torch", "elastic.py", hosts, *arguments), tmp_path, SIZES[plan])
 
 
 @cases
 def test_tensorflow_goes_on_when_workers(plan, hosts, kind, exchange, tmp_path):
     """With our loop and state, and with Horovod's loop, which must know our errors."""
     need("tensorflow")
-    program = TESTS / "ranks" / "tensorflow" / "elastic.py"
     whose = "ours" if plan == "come and go" else "Horovod's"
-    check(elastic(tmp_path, program, hosts, kind, exchange, json.dumps(PLANS[plan]), whose), SIZES[plan])
+    arguments = kind, exchange, json.dumps(PLANS[plan]), whose
+    check(run(tmp_path, "tensorflow", "elastic.py", hosts, *arguments), tmp_path, SIZES[plan])
 
 
 def test_keras_goes_on_when_workers_come_and_die(tmp_path):
     """Between two epochs of a ``fit``, each of 12 batches, and in the second one."""
     need("tensorflow")
-    program = TESTS / "ranks" / "tensorflow" / "elastic_keras.py"
     plan = [{"at": 12, "hosts": ["localhost:2", "127.0.0.1:1"]}, {"at": 15, "kill": [2], "when": "after"}]
-    check(elastic(tmp_path, program, ["localhost:2"], "QSGD", "auto", json.dumps(plan)), [[2, 3, 2]])
+    arguments = "QSGD", "auto", json.dumps(plan)
+    done = run(tmp_path, "tensorflow", "elastic_keras.py", ["localhost:2"], *arguments)
+    check(done, tmp_path, [[2, 3, 2]])

@@ -31,7 +31,9 @@ def test_exchange_by_hosts():
 
 
 def test_legacy_keras():
-    run_checks(2, "mpi", "tensorflow/check_legacy_keras.py", TF_USE_LEGACY_KERAS="1")
+    """Which Keras it is, TensorFlow decides when it is imported."""
+    interpreter, legacy = [sys.executable], {"TF_USE_LEGACY_KERAS": "1"}
+    run_checks(2, "mpi", "tensorflow/check_legacy_keras.py", interpreter=interpreter, **legacy)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from launch import TESTS, horovodrun, need, run_checks
+from launch import TESTS, horovodrun, need, python, run_checks
 
 need("torch")
 
@@ -23,12 +23,13 @@ PROMISES = "mean_on_every_rank or same_seed or sub_groups"
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_a_first_job(controller):
-    """What `scripts/test.sh --quick` runs on several ranks."""
+    """What `scripts/test.sh --quick` runs on several ranks; started as users start theirs."""
     run_checks(
         2,
         controller,
         "torch/check_exchange.py",
         "mean_on_every_rank or same_seed or non_finite",
+        interpreter=[sys.executable],
         at_once=False,
     )
 
@@ -74,7 +75,7 @@ def test_exchange_by_hosts(controller, checks, selection):
 )
 def test_faults_end_the_job_and_nothing_hangs(fault, exchange, controller):
     faults, patience = TESTS / "ranks" / "torch" / "faults.py", {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
-    done = horovodrun(3, controller, sys.executable, faults, fault, exchange, **patience)
+    done = horovodrun(3, controller, *python("torch"), faults, fault, exchange, **patience)
     if fault == "slow":
         assert done.returncode == 0, done.stdout[-8000:]
         assert done.stdout.count("has finished") == 3
@@ -91,7 +92,7 @@ def test_horovod_starts_again():
     """Only with Gloo: MPI starts once."""
     faults = TESTS / "ranks" / "torch" / "faults.py"
     for _ in range(4):
-        done = horovodrun(3, "gloo", sys.executable, faults, "restarts", "scatter_allgather")
+        done = horovodrun(3, "gloo", *python("torch"), faults, "restarts", "scatter_allgather")
         # Horovod's server of addresses drops those of the first start only if the ranks came at nearly the
         # same time (it forgets who is done with one scope when another is done); old ones lead nowhere.
         if "gloo::IoException" not in done.stdout or "Connection refused" not in done.stdout:

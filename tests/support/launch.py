@@ -6,11 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 SECONDS = 500  # for one launch; far above what it takes, so that only a hang gets there
+AT_ONCE = [sys.executable, TESTS / "support" / "horovodrun_at_once.py"]
+# There may be more ranks than cores: waiting must not keep others from working.
+SHARED_CORES = {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+# What ranks import before they begin. torch._dynamo: by the first optimizer's first step.
+PRELOADED = {
+    "torch": ("horovod.torch", "torch._dynamo", "pytest"),
+    "tensorflow": ("horovod.tensorflow.keras", "pytest"),
+}
 
 
 def need(framework):
@@ -22,10 +31,14 @@ def need(framework):
     return hvd
 
 
+def python(framework):
+    """The beginning of a command for ranks, who need not import the framework; see `preloaded`."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    return preloaded.python(*PRELOADED[framework], environment={**os.environ, **SHARED_CORES, **quiet})
+
+
 def launch(command, seconds, **environment):
     """Run a launcher's command, stdout and stderr as one; a hang of so many seconds fails the test."""
-    # There may be more ranks than cores: waiting must not keep others from working.
-    yielding = {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
     try:
         return subprocess.run(
             command,
@@ -33,7 +46,7 @@ def launch(command, seconds, **environment):
             stderr=subprocess.STDOUT,
             text=True,
             timeout=seconds,
-            env={**os.environ, **yielding, **environment},
+            env={**os.environ, **SHARED_CORES, **environment},
         )
     except subprocess.TimeoutExpired as error:
         pytest.fail(f"hung for {seconds} s:\n{(error.stdout or b'').decode()[-8000:]}")
@@ -42,9 +55,7 @@ def launch(command, seconds, **environment):
 def horovodrun(ranks, controller, *command, at_once=True, **environment):
     """Run a command on several ranks and return its completed process; see `horovodrun_at_once`."""
     programs = Path(sys.executable).parent
-    launcher = [sys.executable, TESTS / "support" / "horovodrun_at_once.py"]
-    if not at_once:
-        launcher = [programs / "horovodrun"]
+    launcher = AT_ONCE if at_once else [programs / "horovodrun"]
     environment = {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
@@ -53,8 +64,11 @@ def horovodrun(ranks, controller, *command, at_once=True, **environment):
     return launch([*launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
 
 
-def run_checks(ranks, controller, where, selection="", **environment):
-    """Have every rank run the checks of a folder or file below tests/ranks/ together."""
+def run_checks(ranks, controller, where, selection="", interpreter=None, **environment):
+    """Have every rank run the checks of a folder or file below tests/ranks/ together.
+
+    With an interpreter that has imported the folder's framework, unless another is given.
+    """
     options = (
         "-x",
         "-q",
@@ -67,7 +81,8 @@ def run_checks(ranks, controller, where, selection="", **environment):
         "no:hypothesispytest",
     )
     names = ("-o", "python_files=check_*.py", "-o", "python_functions=check_*", "-k", selection)
-    command = (sys.executable, "-m", "pytest", *options, *names, TESTS / "ranks" / where)
+    interpreter = interpreter or python(where.partition("/")[0])
+    command = (*interpreter, "-m", "pytest", *options, *names, TESTS / "ranks" / where)
     done = horovodrun(ranks, controller, *command, **environment)
     assert done.returncode == 0, done.stdout[-12000:]
     assert len(re.findall(r"\d passed", done.stdout)) == ranks, done.stdout[-12000:]

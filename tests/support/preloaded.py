@@ -1,0 +1,152 @@
+"""Python processes that start with a framework imported: forked from one that has imported it.
+
+Importing torch or TensorFlow takes each rank seconds of a core, and ranks share the cores. `python` starts a
+server that imports the modules once, and returns the beginning of a command that takes the place of
+``python``. That command is a small process: it hands its arguments, environment, folder and open files to the
+server, passes signals on, and ends as the forked process does.
+
+What Python and the modules read from the environment when they start is the server's, and so is the seed of
+Python's hashes. Where that matters, take ``sys.executable``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def python(*modules, environment):
+    """The beginning of a command that goes on with ``-m`` and a module, or with a file, and arguments."""
+    if modules not in _servers:
+        _servers[modules] = _start(modules, environment)
+    folder, _ = _servers[modules]
+    return [sys.executable, "-I", "-S", __file__, f"{folder.name}/socket"]
+
+
+_servers = {}
+
+
+def _start(modules, environment):
+    """Start a server; it ends with this process, which holds its standard input."""
+    import subprocess
+    import tempfile
+
+    folder = tempfile.TemporaryDirectory(prefix="preloaded-")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{folder.name}/socket")
+        listener.listen(64)
+        descriptor = listener.fileno()
+        command = [sys.executable, __file__, "--serve", str(descriptor), *modules]
+        where = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
+        return folder, subprocess.Popen(command, env=environment, pass_fds=[descriptor], **where)
+
+
+def ask(address, arguments):
+    """Have the server run Python with these arguments, and end as it ends."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.connect(address)
+        request = {
+            "arguments": arguments,
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),
+            "cores": sorted(os.sched_getaffinity(0)),
+        }
+        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        for number in FORWARDED:
+            signal.signal(number, lambda number, frame: server.send(str(number).encode()))
+        answer = server.recv(100)
+    if not answer:
+        sys.exit(f"{__file__}: the server has ended")
+    status = int(answer)
+    if status < 0:
+        for number in FORWARDED:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def serve(listener, modules):
+    """Import the modules, then fork for every request; returns what `keep` does, in the forked process.
+
+    Ends when standard input does.
+    """
+    import gc
+    import importlib
+    import select
+
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            sys.exit()
+        client, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return keep(client, select)
+        client.close()
+
+
+def keep(client, select):
+    """Fork once more: this process hands on signals and the status, that one returns the request."""
+    request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    process = os.fork()
+    if process == 0:
+        client.close()
+        return json.loads(request), files
+    try:
+        end = os.pidfd_open(process)
+        while end not in select.select([client, end], [], [])[0]:
+            number = client.recv(100)
+            os.kill(process, int(number or signal.SIGKILL))  # nothing: who asked has been killed
+            if not number:
+                break
+        else:
+            client.send(str(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])).encode())
+    finally:
+        os._exit(0)
+
+
+def become(request, files):
+    """Turn this process into what Python would be with the request's arguments, and run their program."""
+    import random
+    import runpy
+
+    os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.sched_setaffinity(0, request["cores"])
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    first, *rest = request["arguments"]
+    path = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
+    if first == "-m":
+        sys.argv[:] = rest
+        sys.path[:1] = [request["folder"], *path]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = request["arguments"]
+        sys.path[:1] = [os.path.dirname(os.path.abspath(first)), *path]
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        with socket.socket(fileno=int(sys.argv[2])) as listener:
+            request, files = serve(listener, sys.argv[3:])
+        become(request, files)
+    else:
+        ask(sys.argv[1], sys.argv[2:])
