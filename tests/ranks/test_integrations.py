@@ -55,8 +55,10 @@ def compressor():
     return hq.QSGDCompressor(bits=4, error_feedback=True)
 
 
-def test_horovod_run(compressor):
-    check(horovod.run(make_trainer(), (compressor,), np=2, use_gloo=True, env=ENVIRONMENT))
+def test_horovod_run(compressor, monkeypatch):
+    for name, value in WORKERS.items():
+        monkeypatch.setenv(name, value)
+    check(horovod.run(make_trainer(), (compressor,), num_proc=2, use_gloo=True))
 
 
 @pytest.fixture(scope="module")
