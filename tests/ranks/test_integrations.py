@@ -1,21 +1,20 @@
 """Unused compressors travel to workers of ``horovod.run``, Spark and Ray, which train with them.
 
-Spark and Ray where they are installed: ``pip install "pyspark<4" ray``. Its estimators need petastorm, too.
+Spark and Ray where they are installed: ``pip install "pyspark<4" pyarrow fsspec ray``.
 """
 
 import os
+import sys
 
 import pytest
 from launch import ROOT, SHARED_CORES, need
 
 need("torch")
 import horovod  # noqa: E402  after it is known to be there
-import torch  # noqa: E402
 
 import hvd_quant.torch as hq  # noqa: E402
 
-WORKERS = {**SHARED_CORES, "PYTHONPATH": str(ROOT)}
-ENVIRONMENT = {**os.environ, **WORKERS}
+WORKERS = {**SHARED_CORES, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 def make_trainer():
@@ -61,26 +60,23 @@ def test_horovod_run(compressor, monkeypatch):
     check(horovod.run(make_trainer(), (compressor,), num_proc=2, use_gloo=True))
 
 
-@pytest.fixture(scope="module")
-def spark():
+def test_spark_run(compressor, monkeypatch):
     pyspark = pytest.importorskip("pyspark")
-    builder = pyspark.sql.SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
-    session = builder.config("spark.driver.bindAddress", "127.0.0.1").getOrCreate()
-    yield session
-    session.stop()
-
-
-def test_spark_run(spark, compressor):
     import horovod.spark
 
-    check(horovod.spark.run(make_trainer(), (compressor,), num_proc=2, use_gloo=True, env=ENVIRONMENT))
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    options = {"spark.driver.host": "127.0.0.1", "spark.ui.enabled": "false"}
+    with pyspark.sql.SparkSession.builder.master("local[2]").config(map=options).getOrCreate():
+        environment = {**os.environ, **WORKERS}
+        check(horovod.spark.run(make_trainer(), (compressor,), num_proc=2, use_gloo=True, env=environment))
 
 
 def test_ray_executor(compressor):
     ray = pytest.importorskip("ray")
     from horovod.ray import RayExecutor
 
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": WORKERS})
+    where = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(num_cpus=2, runtime_env={"env_vars": WORKERS}, **where)
     try:
         executor = RayExecutor(RayExecutor.create_settings(timeout_s=60), num_workers=2, use_gpu=False)
         executor.start()
@@ -88,32 +84,3 @@ def test_ray_executor(compressor):
         executor.shutdown()
     finally:
         ray.shutdown()
-
-
-def test_an_estimator_of_spark(spark, compressor, tmp_path):
-    """Which trains with Horovod's own optimizer."""
-    pytest.importorskip("petastorm")
-    from horovod.spark.common.backend import SparkBackend
-    from horovod.spark.common.store import LocalStore
-    from horovod.spark.torch import TorchEstimator
-
-    model = torch.nn.Linear(2, 1)
-    rows = [(float(i % 7), float(i % 3), float(i % 7 - i % 3)) for i in range(256)]
-    frame = spark.createDataFrame(rows, ["a", "b", "label"])
-    estimator = TorchEstimator(
-        backend=SparkBackend(num_proc=2, use_gloo=True, env=ENVIRONMENT),
-        store=LocalStore(str(tmp_path)),
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        loss=lambda output, labels: torch.nn.functional.mse_loss(output.flatten(), labels.flatten()),
-        input_shapes=[[-1, 2]],
-        feature_cols=["a", "b"],
-        label_cols=["label"],
-        batch_size=16,
-        epochs=3,
-        gradient_compression=compressor,
-        verbose=0,
-    )
-    trained = estimator.fit(frame)
-    losses = [epoch["train"]["loss"] for epoch in trained.getHistory()]
-    assert losses[-1] < losses[0]
