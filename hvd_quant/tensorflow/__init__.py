@@ -20,7 +20,10 @@ from hvd_quant.tensorflow.compressor import (
     QSGDCompressor,
     QuantizedCompressor,
 )
+from hvd_quant.tensorflow.join import refuse_join
 from hvd_quant.tensorflow.tape import DistributedGradientTape
+
+refuse_join()
 
 __all__ = [
     "DQSGDCompressor",

@@ -9,6 +9,19 @@ from common_tf import Mlp, own_randn, same_everywhere
 import hvd_quant.tensorflow as hq
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+def check_join_is_refused_on_the_rank_that_calls_it(in_graph):
+    """Or the others would wait for it without end."""
+    compressor = hq.QSGDCompressor(bits=4)
+
+    def step():
+        return hvd.allreduce(own_randn(2000), name="step", compression=compressor)
+
+    (tf.function(step) if in_graph else step)()
+    with pytest.raises(RuntimeError, match=f"rank {hvd.rank()} cannot be used .* equally many steps"):
+        hvd.join()
+
+
 def trained(compression, in_graph, optimizer, **options):
     """The variables at the beginning and after some steps, each in one vector."""
     model = Mlp()
