@@ -78,10 +78,6 @@ class _Numbering:
         for _, compressor in sorted(self._alive.items()):
             compressor.number_as(self._next(compressor))
 
-    def any_used(self) -> bool:
-        """Return whether a compressor of this process belongs to a training."""
-        return any(compressor.is_used for compressor in list(self._alive.values()))
-
     def _next(self, compressor: HorovodCompressor) -> int:
         # Ranks outside a process set need not make its compressors, so each set counts its own.
         process_set = compressor.process_set
@@ -91,7 +87,6 @@ class _Numbering:
 
 _numbering = _Numbering()
 renew_numbers = _numbering.renew
-any_used = _numbering.any_used
 
 
 def refuse_class(compression: object) -> None:

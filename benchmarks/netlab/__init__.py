@@ -283,7 +283,7 @@ class Lab:
             command: program and arguments.
             slots: ranks in each host.
             controller: "mpi" or "gloo".
-            elastic: options of horovodrun's for an elastic job, in place of the list of hosts.
+            elastic: options of horovodrun's for an elastic job, in place of slots and hosts; needs "gloo".
             **options: `env`, `timeout` and `stream` of `run_on`.
 
         Returns:
@@ -296,12 +296,15 @@ class Lab:
         """
         if controller not in ("mpi", "gloo"):
             raise ValueError(f"Horovod has the controllers mpi and gloo, not {controller!r}")
+        if elastic is not None and controller != "gloo":
+            raise ValueError("elastic jobs need the controller gloo")
         launcher = Path(sys.executable).with_name("horovodrun")
         if not launcher.exists():
             raise LabError(f"no horovodrun beside {sys.executable}: run scripts/setup.sh, and use .venv")
         launch = [launcher, "--disable-cache", f"--{controller}", "--network-interface", "eth0", "--ssh-port"]
+        ranks = self._ranks(slots) if elastic is None else elastic
         with self._sshd(options.get("env")) as port:
-            return self.run_on(0, [*launch, port, *(elastic or self._ranks(slots)), *command], **options)
+            return self.run_on(0, [*launch, port, *ranks, *command], **options)
 
     def mpirun(
         self,

@@ -20,10 +20,7 @@ from hvd_quant.tensorflow.compressor import (
     QSGDCompressor,
     QuantizedCompressor,
 )
-from hvd_quant.tensorflow.join import refuse_join
 from hvd_quant.tensorflow.tape import DistributedGradientTape
-
-refuse_join()
 
 __all__ = [
     "DQSGDCompressor",

@@ -95,7 +95,7 @@ class GroupSteps:
     fingerprint: int
     passed_bytes: list[int] = field(default_factory=lambda: [0, 0])
     _buckets: dict[tuple, GroupLayout] = field(default_factory=dict, init=False, repr=False)
-    _algorithms: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # by generation
+    _algorithm: tuple[int, int] = field(default=(-1, ALONE), init=False, repr=False)  # of a generation
 
     @cached_property
     def keys(self) -> list[str]:
@@ -116,9 +116,11 @@ class GroupSteps:
     def algorithm(self) -> int:
         """Index of the exchange algorithm in `ALGORITHMS`, at present; or `ALONE`."""
         generation = self.ranks.generation
-        if generation not in self._algorithms:
-            self._algorithms = {generation: self._choose()}
-        return self._algorithms[generation]
+        known, algorithm = self._algorithm
+        if known != generation:
+            algorithm = self._choose()
+            self._algorithm = generation, algorithm
+        return algorithm
 
     def _choose(self) -> int:
         if self.ranks.size == 1:

@@ -25,6 +25,7 @@ from hvd_quant.reducer.errors import Description, RankMismatchError
 from hvd_quant.reducer.options import Options
 from hvd_quant.schemes import DQSGD
 from hvd_quant.tensorflow.graph_state import GraphState, variable
+from hvd_quant.tensorflow.join import refuse_join
 
 # Horovod's elastic training takes an error for that of a lost worker by such names in its text.
 LOST_WORKER = "HorovodAllgather"
@@ -122,6 +123,7 @@ class Membership:
             with tf.init_scope(), graph_state.waiting("the other ranks' first gradients"):
                 received = hvd.allgather_object(mine, name="hvd_quant.agreement", process_set=process_set)
             topology = agree([(config, host) for config, host, _ in received])
+            refuse_join()
             choice.locate(topology)
             graph_state.state.catch_up([position for *_, position in received])
             graph_state.set_uses()

@@ -87,7 +87,7 @@ def test_an_elastic_job_grows_from_two_hosts_to_four(tmp_path):
     with netlab.Lab(hosts=4) as four:
         hosts = hosts_from(tmp_path, ["node0:1", "node1:1"])
         done = four.horovodrun(worker, controller="gloo", elastic=hosts, env=environment, timeout=90)
-    check(done, tmp_path, [[2, 4, 3]])
+    assert [report["hosts"] for report in check(done, tmp_path, [[2, 4, 3]])] == [3, 3, 3]
 
 
 # --- the doctor -------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ def make_trainer():
             inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(100 * step + hvd.rank()))
             model(inputs).square().mean().backward()
             optimizer.step()
-        return hvd.rank(), model.weight.detach().numpy().tobytes(), compressor.stats()
+        stats = compressor.stats() | {"error_feedback": "residuals" in compressor.state_dict()}
+        return hvd.rank(), model.weight.detach().numpy().tobytes(), stats
 
     return train
 
@@ -47,6 +48,7 @@ def check(results):
     for *_, stats in results:
         assert stats["steps"] == 5
         assert stats["compression_ratio"] > 4
+        assert stats["error_feedback"]
 
 
 @pytest.fixture

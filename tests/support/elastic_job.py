@@ -15,12 +15,19 @@ def hosts_from(folder, hosts):
 
 
 def check(done, folder, sizes):
-    """Check a job that has ended: it had one of these sequences of sizes, and lost no step."""
+    """Check a job that has ended: it had one of these sequences of sizes, and lost no step.
+
+    Returns:
+        What its workers have reported.
+    """
     assert done.returncode == 0, done.stdout[-8000:]
     reports = [json.loads(file.read_text()) for file in sorted(folder.glob("report.*.json"))]
     assert reports, done.stdout[-8000:]
-    assert max((report["sizes"] for report in reports), key=len) in sizes, reports
+    longest = max((report["sizes"] for report in reports), key=len)
+    assert longest in sizes, reports
+    assert len(reports) == longest[-1], done.stdout[-8000:]
     for report in reports:
         assert report["identical"], reports
         assert report["exact"], reports
         assert report["uses"] == 24, reports
+    return reports

@@ -5,8 +5,9 @@ server that imports the modules once, and returns the beginning of a command tha
 ``python``. That command is a small process: it hands its arguments, environment, folder and open files to the
 server, passes signals on, and ends as the forked process does.
 
-What Python and the modules read from the environment when they start is the server's, and so is the seed of
-Python's hashes. Where that matters, take ``sys.executable``.
+What Python and the modules read from the environment when they start is the server's. Where that matters,
+take ``sys.executable``. Ranks with odd numbers have another server, whose Python hashes strings with another
+seed: an order that depends on hashes must not be the same on all ranks by chance.
 """
 
 from __future__ import annotations
@@ -22,41 +23,48 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def python(*modules, environment):
     """The beginning of a command that goes on with ``-m`` and a module, or with a file, and arguments."""
-    if modules not in _servers:
-        _servers[modules] = _start(modules, environment)
-    folder, _ = _servers[modules]
-    return [sys.executable, "-I", "-S", __file__, f"{folder.name}/socket"]
+    folder, servers = _started.get(modules, (None, []))
+    if not servers or any(server.poll() is not None for server in servers):
+        folder, _ = _started[modules] = _start(modules, environment)
+    return [sys.executable, "-I", "-S", __file__, folder]
 
 
-_servers = {}
+_started = {}
 
 
 def _start(modules, environment):
-    """Start a server; it ends with this process, which holds its standard input."""
+    """Start two servers; they end with this process, which holds their standard inputs."""
     import subprocess
     import tempfile
 
-    folder = tempfile.TemporaryDirectory(prefix="preloaded-")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"{folder.name}/socket")
-        listener.listen(64)
-        descriptor = listener.fileno()
-        command = [sys.executable, __file__, "--serve", str(descriptor), *modules]
-        where = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
-        return folder, subprocess.Popen(command, env=environment, pass_fds=[descriptor], **where)
+    folder, servers = tempfile.mkdtemp(prefix="preloaded-"), []
+    where = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    for parity in (0, 1):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(f"{folder}/{parity}")
+            listener.listen(64)
+            descriptor = listener.fileno()
+            command = [sys.executable, __file__, "--serve", str(descriptor), *modules]
+            seeded = {**environment, "PYTHONHASHSEED": str(int.from_bytes(os.urandom(2), "big") * 2 + parity)}
+            servers.append(subprocess.Popen(command, env=seeded, pass_fds=[descriptor], **where))
+    return folder, servers
 
 
-def ask(address, arguments):
-    """Have the server run Python with these arguments, and end as it ends."""
+def ask(folder, arguments):
+    """Have a server run Python with these arguments, and end as it ends."""
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("HOROVOD_RANK") or os.getpid()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(address)
+        server.connect(f"{folder}/{int(rank) % 2}")
         request = {
             "arguments": arguments,
             "environment": dict(os.environ),
             "folder": os.getcwd(),
             "cores": sorted(os.sched_getaffinity(0)),
         }
-        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        with open(os.memfd_create("request"), "w+") as file:  # it may be too long for a message
+            json.dump(request, file)
+            file.seek(0)
+            socket.send_fds(server, [b"run"], [0, 1, 2, file.fileno()])
         for number in FORWARDED:
             signal.signal(number, lambda number, frame: server.send(str(number).encode()))
         answer = server.recv(100)
@@ -73,11 +81,12 @@ def ask(address, arguments):
 def serve(listener, modules):
     """Import the modules, then fork for every request; returns what `keep` does, in the forked process.
 
-    Ends when standard input does.
+    Ends when standard input does, and removes the folder of its socket.
     """
     import gc
     import importlib
     import select
+    import shutil
 
     for module in modules:
         importlib.import_module(module)
@@ -86,6 +95,7 @@ def serve(listener, modules):
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
+            shutil.rmtree(os.path.dirname(listener.getsockname()), ignore_errors=True)
             sys.exit()
         client, _ = listener.accept()
         if os.fork() == 0:
@@ -97,18 +107,22 @@ def serve(listener, modules):
 
 def keep(client, select):
     """Fork once more: this process hands on signals and the status, that one returns the request."""
-    request, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    _, files, _, _ = socket.recv_fds(client, 100, 4)
     process = os.fork()
     if process == 0:
         client.close()
-        return json.loads(request), files
+        os.setpgid(0, 0)
+        with open(files.pop()) as file:
+            return json.load(file), files
     try:
+        os.setpgid(process, process)  # here, too: whoever comes first
         end = os.pidfd_open(process)
         while end not in select.select([client, end], [], [])[0]:
             number = client.recv(100)
-            os.kill(process, int(number or signal.SIGKILL))  # nothing: who asked has been killed
-            if not number:
+            if not number:  # who asked has been killed
+                os.killpg(process, signal.SIGKILL)
                 break
+            os.kill(process, int(number))
         else:
             client.send(str(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])).encode())
     finally:
@@ -120,7 +134,6 @@ def become(request, files):
     import random
     import runpy
 
-    os.setsid()
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -89,6 +89,7 @@ def main():
         "exact": bool((model.rows == -1).all()),
         "uses": max(compressor.state_dict()["uses"].values()),
         "stats": compressor.stats(),
+        "hosts": len(set(compressor._reducer._choice.topology.hosts)),
     }
     (folder / f"report.{hvd.rank()}.json").write_text(json.dumps(report))
     assert kind in KINDS
