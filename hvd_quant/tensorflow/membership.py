@@ -123,7 +123,8 @@ class Membership:
             with tf.init_scope(), graph_state.waiting("the other ranks' first gradients"):
                 received = hvd.allgather_object(mine, name="hvd_quant.agreement", process_set=process_set)
             topology = agree([(config, host) for config, host, _ in received])
-            refuse_join()
+            if process_set.process_set_id == 0:  # of all ranks
+                refuse_join()
             choice.locate(topology)
             graph_state.state.catch_up([position for *_, position in received])
             graph_state.set_uses()

@@ -7,11 +7,13 @@ server, passes signals on, and ends as the forked process does.
 
 What Python and the modules read from the environment when they start is the server's. Where that matters,
 take ``sys.executable``. Ranks with odd numbers have another server, whose Python hashes strings with another
-seed: an order that depends on hashes must not be the same on all ranks by chance.
+seed: an order that depends on hashes must not be the same on all ranks by chance. The two seeds are fixed, so
+that a failure comes again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -45,7 +47,7 @@ def _start(modules, environment):
             listener.listen(64)
             descriptor = listener.fileno()
             command = [sys.executable, __file__, "--serve", str(descriptor), *modules]
-            seeded = {**environment, "PYTHONHASHSEED": str(int.from_bytes(os.urandom(2), "big") * 2 + parity)}
+            seeded = {**environment, "PYTHONHASHSEED": str(1 + parity)}
             servers.append(subprocess.Popen(command, env=seeded, pass_fds=[descriptor], **where))
     return folder, servers
 
@@ -66,7 +68,7 @@ def ask(folder, arguments):
             file.seek(0)
             socket.send_fds(server, [b"run"], [0, 1, 2, file.fileno()])
         for number in FORWARDED:
-            signal.signal(number, lambda number, frame: server.send(str(number).encode()))
+            signal.signal(number, lambda number, frame: forward(server, number))
         answer = server.recv(100)
     if not answer:
         sys.exit(f"{__file__}: the server has ended")
@@ -76,6 +78,11 @@ def ask(folder, arguments):
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def forward(server, number):
+    with contextlib.suppress(OSError):  # the process has ended, and its status is on the way
+        server.send(str(number).encode())
 
 
 def serve(listener, modules):
@@ -122,7 +129,7 @@ def keep(client, select):
             if not number:  # who asked has been killed
                 os.killpg(process, signal.SIGKILL)
                 break
-            os.kill(process, int(number))
+            os.killpg(process, int(number))  # its children are no descendants of who asked
         else:
             client.send(str(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])).encode())
     finally:

@@ -24,6 +24,20 @@ def check_join_is_refused_on_the_rank_that_calls_it(in_graph, monkeypatch):
         hvd.join()
 
 
+def check_join_is_not_refused_for_other_process_sets(monkeypatch):
+    if hvd.size() < 3:
+        pytest.skip("needs 3 ranks")
+    monkeypatch.setattr(hvd, "join", lambda: "not refused")
+    some = hvd.add_process_set([0, hvd.size() - 1])
+    if some.included():
+        compressor = hq.QSGDCompressor(bits=4, process_set=some)
+        hvd.allreduce(own_randn(2000), name="step", compression=compressor, process_set=some)
+        assert compressor.stats()["messages"] == 1
+    assert hvd.join() == "not refused"
+    hvd.allreduce(tf.zeros(1))
+    hvd.remove_process_set(some)
+
+
 def trained(compression, in_graph, optimizer, **options):
     """The variables at the beginning and after some steps, each in one vector."""
     model = Mlp()

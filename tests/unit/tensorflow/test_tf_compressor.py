@@ -30,11 +30,15 @@ hvd.init()
 x = {REDUCE}
 print("off by", abs(x - tf.linspace(0.0, 1.0, 2000)).numpy().max())
 print("joined:", int(hvd.join()))
+from hvd_quant.tensorflow.join import refuse_join
+refuse_join()
+print("joined again:", int(hvd.join()))
 print("imported torch:", "torch" in sys.modules)
 """)
     assert "call hvd.init() before training" in output
     assert float(output.partition("off by ")[2].split()[0]) < 0.01, output
     assert "joined: 0" in output
+    assert "joined again: 0" in output
     assert output.strip().endswith("imported torch: False")
 
 
