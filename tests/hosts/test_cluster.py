@@ -5,13 +5,14 @@ The hosts are those of the network lab, so that these tests need root.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import odd
 import pytest
 from elastic_job import check, hosts_from
-from launch import ROOT, TESTS, horovodrun, need
+from launch import TESTS, horovodrun, need, python
 
 from benchmarks import netlab
 
@@ -28,16 +29,6 @@ LAUNCHES = ["horovodrun --mpi", "horovodrun --gloo", "mpirun --hostfile"]
 def lab():
     with netlab.Lab(hosts=2) as running:
         yield running
-
-
-def received(lab):
-    """Bytes that have come to all hosts over the bridge so far."""
-    lines = [line.split() for host in range(len(lab.names)) for line in counters(lab, host)]
-    return sum(int(fields[1]) for fields in lines if fields[0] == "eth0:")
-
-
-def counters(lab, host):
-    return lab.run_on(host, ["cat", "/proc/net/dev"]).stdout.splitlines()
 
 
 def launch(lab, how, command, slots, tmp_path, **options):
@@ -57,14 +48,15 @@ def test_two_hosts_train_over_the_bridge(lab, how, tmp_path):
     need("torch")
     controller = "gloo" if "gloo" in how else "mpi"
     moved = {"none": FLOAT32[controller]} if controller in FLOAT32 else {}
-    for gradients in ["none", "qsgd"][len(moved) :]:
-        example = [PYTHON, ROOT / "examples" / "torch_fashion_mnist.py", "--epochs", "1", "--limit", "12800"]
-        before = received(lab)
-        command = [*example, "--compression", gradients]
-        done = launch(lab, how, command, 2, tmp_path, env={"HVD_QUANT_BANDWIDTH": "0.1"})
-        moved[gradients] = received(lab) - before
-        assert done.returncode == 0, done.stdout[-8000:]
-        assert "parameters are bit-identical on all 4 ranks" in done.stdout, done.stdout[-8000:]
+    kinds = ["none", "qsgd"][len(moved) :]
+    command = [PYTHON, TESTS / "support" / "bytes_of_training.py", *kinds]
+    done = launch(lab, how, command, 2, tmp_path, env={"HVD_QUANT_BANDWIDTH": "0.1"})
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert done.stdout.count("parameters are bit-identical on all 4 ranks") == len(kinds), done.stdout[-8000:]
+    for gradients in kinds:
+        counts = re.findall(rf"<{gradients} (\d+)>", done.stdout)
+        assert len(counts) == 2, done.stdout[-8000:]
+        moved[gradients] = sum(map(int, counts))
     FLOAT32[controller] = moved["none"]
     print(f"{how}: {moved['none'] / 1e6:.1f} MB received as float32, {moved['qsgd'] / 1e6:.1f} at 4 bits")
     assert moved["none"] >= 6 * moved["qsgd"], moved
@@ -181,7 +173,7 @@ def test_the_doctor_on_too_many_threads(tmp_path):
     """Ranks of one host, each of which would start as many threads of torch's as there are cores."""
     need("torch")
     found = tmp_path / "found.json"
-    done = horovodrun(3, "mpi", *DOCTOR, "--json", str(found), OMP_NUM_THREADS="1024")
+    done = horovodrun(3, "mpi", *python("torch"), *DOCTOR[1:], "--json", str(found), OMP_NUM_THREADS="1024")
     diagnosis = json.loads(found.read_text())
     assert done.returncode == 0, done.stdout[-8000:]
     assert "oversubscription" in odd.names(diagnosis, "warning")
@@ -194,8 +186,9 @@ def test_the_doctor_does_not_wait_for_ever(controller, tmp_path):
     """For a rank that does something else; then it says what it knows."""
     need("torch")
     found = tmp_path / "found.json"
-    script = 'case "${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}" in 1) sleep 12;; *) exec "$@";; esac'
-    command = ["sh", "-c", script, "sh", *DOCTOR, "--patience", "5", "--json", str(found)]
+    script = 'case "${HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}" in 1) sleep 8;; *) exec "$@";; esac'
+    doctor = [*python("torch"), *DOCTOR[1:]]
+    command = ["sh", "-c", script, "sh", *doctor, "--patience", "3", "--json", str(found)]
     done = horovodrun(2, controller, *command)
     assert done.returncode != 0
     diagnosis = json.loads(found.read_text())
@@ -209,9 +202,11 @@ def test_the_doctor_notices_that_large_messages_vanish(tmp_path):
     script = (
         "import time, hvd_quant.cli as cli, hvd_quant.cli.measure as measure\n"
         "measure.measure = lambda meeting: time.sleep(100)\n"
-        f"cli.main(['doctor', '--patience', '5', '--json', {str(found)!r}])"
+        f"cli.main(['doctor', '--patience', '3', '--json', {str(found)!r}])"
     )
-    done = horovodrun(2, "mpi", PYTHON, "-c", script)
+    program = tmp_path / "stuck.py"
+    program.write_text(script)
+    done = horovodrun(2, "mpi", *python("torch"), program)
     assert done.returncode != 0
     assert "stuck" in odd.names(json.loads(found.read_text()), "error"), done.stdout[-8000:]
 
@@ -224,7 +219,7 @@ def test_the_doctor_notices_ranks_that_each_believe_to_be_alone(tmp_path):
     handed = [option for name in other for option in ("-x", name)]
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", *handed]
     done = subprocess.run(
-        [*command, *DOCTOR, "--json", found],
+        [*command, *python("torch"), *DOCTOR[1:], "--json", found],
         env={**os.environ, **other},
         capture_output=True,
         text=True,

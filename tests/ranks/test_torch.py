@@ -19,6 +19,8 @@ CHUNKS = "check_gradients.py or check_error_feedback.py or check_promises.py or 
 MATHEMATICS = f"{CHUNKS} or check_correlated.py or check_overrides.py or check_works_with.py"
 BY_HOSTS = "mean_on_every_rank or non_finite or come_and_go or same_seed or one_by_one or left_and_finished"
 PROMISES = "mean_on_every_rank or same_seed or sub_groups"
+# Of the combinations of a check's parameters; see tests/support/combinations.py.
+ALL, ONE_HALF, OTHER_HALF = "0/1", "0/2", "1/2"
 
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
@@ -35,33 +37,33 @@ def test_a_first_job(controller):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "controller", "checks", "selection"),
+    ("ranks", "controller", "share", "checks", "selection"),
     [
-        (2, "mpi", "", f"{MATHEMATICS} or {METRIC} or unsupported_reductions"),  # Adasum needs 2^k ranks
-        (2, "mpi", "check_join.py", "without_quantization"),
-        (2, "gloo", "", f"{MEETING} or {EVERY_SCHEME}"),
-        (3, "mpi", "", f"{MEETING} or {CHUNKS}"),
-        (3, "gloo", "", METRIC),
-        (4, "mpi", "", f"check_exchange.py or {METRIC}"),
-        (4, "gloo", "", f"(check_exchange.py and sub_groups) or {METRIC}"),
-        (8, "mpi", "check_exchange.py", PROMISES),
+        (2, "mpi", ALL, "", f"{MATHEMATICS} or {METRIC} or unsupported_reductions"),  # Adasum needs 2^k ranks
+        (2, "mpi", ALL, "check_join.py", "without_quantization"),
+        (2, "gloo", ONE_HALF, "", f"{MEETING} or {EVERY_SCHEME}"),
+        (3, "mpi", OTHER_HALF, "", f"{MEETING} or {CHUNKS}"),
+        (3, "gloo", ALL, "", METRIC),
+        (4, "mpi", ONE_HALF, "", f"check_exchange.py or {METRIC}"),
+        (4, "gloo", ALL, "", f"(check_exchange.py and sub_groups) or {METRIC}"),
+        (8, "mpi", OTHER_HALF, "check_exchange.py", PROMISES),
     ],
 )
-def test_checks_on_every_rank(ranks, controller, checks, selection):
-    run_checks(ranks, controller, f"torch/{checks}", selection)
+def test_checks_on_every_rank(ranks, controller, share, checks, selection):
+    run_checks(ranks, controller, f"torch/{checks}", selection, TEST_SHARE=share)
 
 
 @pytest.mark.parametrize(
-    ("controller", "checks", "selection"),
+    ("controller", "selection"),
     [
-        ("mpi", "", f"{BY_HOSTS} or check_promises or error_feedback or check_moments"),
-        ("gloo", "", f"check_exchange.py and (non_finite or come_and_go or same_seed) or {METRIC}"),
+        ("mpi", f"{BY_HOSTS} or check_promises or error_feedback or check_moments"),
+        ("gloo", f"check_exchange.py and (non_finite or come_and_go or same_seed) or {METRIC}"),
     ],
 )
-def test_exchange_by_hosts(controller, checks, selection):
+def test_exchange_by_hosts(controller, selection):
     """On ranks that believe to be on two hosts, taking turns; tests/hosts has real hosts."""
     hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
-    run_checks(4, controller, f"torch/{checks}", selection, **hosts)
+    run_checks(4, controller, "torch", selection, TEST_SHARE=OTHER_HALF, **hosts)
 
 
 @pytest.mark.parametrize(

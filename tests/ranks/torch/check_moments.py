@@ -124,6 +124,7 @@ def check_unnamed_operations_at_every_moment(exchange):
     assert all(same_everywhere(parameter) for parameter in loop.model.parameters())
 
 
+@pytest.mark.every_combination
 @pytest.mark.parametrize("exchange", [*EXCHANGES, "auto"])
 @pytest.mark.parametrize("fusion_bytes", BUCKETS)
 def check_a_metric_between_backward_and_step(exchange, fusion_bytes):

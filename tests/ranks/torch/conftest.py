@@ -4,6 +4,7 @@ import common
 import horovod.torch as hvd
 import pytest
 import torch
+from combinations import keep_share
 from shared import start_horovod
 
 from hvd_quant.torch.transport import submit_as_many
@@ -13,6 +14,11 @@ from hvd_quant.torch.transport import submit_as_many
 def _horovod():
     start_horovod(hvd)
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    keep_share(items)
 
 
 @pytest.hookimpl(wrapper=True)
