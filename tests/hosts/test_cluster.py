@@ -12,7 +12,7 @@ import sys
 import odd
 import pytest
 from elastic_job import check, hosts_from
-from launch import TESTS, horovodrun, need, python
+from launch import TESTS, horovodrun, need, python, sleeping
 
 from benchmarks import netlab
 
@@ -35,6 +35,8 @@ def launch(lab, how, command, slots, tmp_path, **options):
     launcher, _, option = how.partition(" --")
     if launcher == "mpirun":
         return lab.mpirun(command, slots=slots, hostfile=tmp_path / "hosts", timeout=HANG, **options)
+    if option == "gloo":
+        options["env"] = {**sleeping(), **options.get("env", {})}
     return lab.horovodrun(command, slots=slots, controller=option, timeout=HANG, **options)
 
 

@@ -1,9 +1,13 @@
 """Starts what the multi-rank tests run on several ranks."""
 
+import atexit
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import preloaded
@@ -34,7 +38,24 @@ def need(framework):
 def python(framework):
     """The beginning of a command for ranks, who need not import the framework; see `preloaded`."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    return preloaded.python(*PRELOADED[framework], environment={**os.environ, **SHARED_CORES, **quiet})
+    environment = {**os.environ, **SHARED_CORES, **quiet, **sleeping()}
+    environment.pop("TEST_SLEEPS_WHILE_WAITING", None)  # the ranks' own environment says so
+    return preloaded.python(*PRELOADED[framework], environment=environment)
+
+
+@functools.cache
+def sleeping():
+    """Environment in which ranks under Gloo sleep while they wait for a tensor; see sched_yield.c."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        return {}
+    folder = tempfile.mkdtemp(prefix="sched_yield-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = f"{folder}/sched_yield.so"
+    source = TESTS / "support" / "sched_yield.c"
+    command = [compiler, "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", source, "-o", library]
+    subprocess.run(command, check=True, timeout=60)
+    return {"LD_PRELOAD": library, "TEST_SLEEPS_WHILE_WAITING": "1"}
 
 
 def launch(command, seconds, **environment):
@@ -53,12 +74,16 @@ def launch(command, seconds, **environment):
 
 
 def horovodrun(ranks, controller, *command, at_once=True, **environment):
-    """Run a command on several ranks and return its completed process; see `horovodrun_at_once`."""
+    """Run a command on several ranks and return its completed process.
+
+    At once: by `horovodrun_at_once`, and ranks under Gloo are `sleeping`.
+    """
     programs = Path(sys.executable).parent
     launcher = AT_ONCE if at_once else [programs / "horovodrun"]
     environment = {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        **(sleeping() if at_once and controller == "gloo" else {}),
         **environment,
     }
     return launch([*launcher, f"--{controller}", "-np", str(ranks), *command], SECONDS, **environment)
