@@ -12,7 +12,7 @@ import sys
 import odd
 import pytest
 from elastic_job import check, hosts_from
-from launch import TESTS, horovodrun, need, python, sleeping
+from launch import TESTS, hangs_fail, horovodrun, need, python, sleeping
 
 from benchmarks import netlab
 
@@ -33,11 +33,12 @@ def lab():
 
 def launch(lab, how, command, slots, tmp_path, **options):
     launcher, _, option = how.partition(" --")
-    if launcher == "mpirun":
-        return lab.mpirun(command, slots=slots, hostfile=tmp_path / "hosts", timeout=HANG, **options)
     if option == "gloo":
         options["env"] = {**sleeping(), **options.get("env", {})}
-    return lab.horovodrun(command, slots=slots, controller=option, timeout=HANG, **options)
+    with hangs_fail():
+        if launcher == "mpirun":
+            return lab.mpirun(command, slots=slots, hostfile=tmp_path / "hosts", timeout=HANG, **options)
+        return lab.horovodrun(command, slots=slots, controller=option, timeout=HANG, **options)
 
 
 @needs_lab
@@ -78,7 +79,7 @@ def test_an_elastic_job_grows_from_two_hosts_to_four(tmp_path):
         "HVD_QUANT_BANDWIDTH": "0.1",
         "PYTHONPATH": str(TESTS / "support"),
     }
-    with netlab.Lab(hosts=4) as four:
+    with netlab.Lab(hosts=4) as four, hangs_fail():
         hosts = hosts_from(tmp_path, ["node0:1", "node1:1"])
         done = four.horovodrun(worker, controller="gloo", elastic=hosts, env=environment, timeout=90)
     assert [report["hosts"] for report in check(done, tmp_path, [[2, 4, 3]])] == [3, 3, 3]

@@ -1,6 +1,7 @@
 """Starts what the multi-rank tests run on several ranks."""
 
 import atexit
+import contextlib
 import functools
 import os
 import re
@@ -60,7 +61,7 @@ def sleeping():
 
 def launch(command, seconds, **environment):
     """Run a launcher's command, stdout and stderr as one; a hang of so many seconds fails the test."""
-    try:
+    with hangs_fail():
         return subprocess.run(
             command,
             stdout=subprocess.PIPE,
@@ -69,8 +70,17 @@ def launch(command, seconds, **environment):
             timeout=seconds,
             env={**os.environ, **SHARED_CORES, **environment},
         )
+
+
+@contextlib.contextmanager
+def hangs_fail():
+    """Fail the test with the output so far, where a process takes more than its time."""
+    try:
+        yield
     except subprocess.TimeoutExpired as error:
-        pytest.fail(f"hung for {seconds} s:\n{(error.stdout or b'').decode()[-8000:]}")
+        output = error.output or ""
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        pytest.fail(f"hung for {error.timeout} s:\n{text[-8000:]}")
 
 
 def horovodrun(ranks, controller, *command, at_once=True, **environment):

@@ -1,8 +1,8 @@
 /* sched_yield() that sleeps, in processes whose environment has TEST_SLEEPS_WHILE_WAITING.
  *
  * Horovod waits for a tensor by calling it without end. With more ranks than cores that takes the cores from the
- * threads that would bring the tensor: 4 ranks under Gloo on 2 cores need twice the time. Open MPI waits in the
- * same way, but for every message, so that under MPI sleeping costs more than it saves.
+ * threads that would bring the tensor. Open MPI waits in the same way, but for every message, so that under MPI
+ * sleeping costs more than it saves.
  */
 
 #include <stdlib.h>
