@@ -25,6 +25,6 @@ def _refuse(*args: Any, **options: Any) -> Any:
     raise RuntimeError(
         f"hvd.join() on rank {hvd.rank()} cannot be used with quantized gradients: the other ranks would "
         "wait for it without end. Give every rank equally many steps, by steps_per_epoch= or dataset.take(). "
-        "To wait for the others after the last step, call hvd.allreduce(tf.zeros(1)) on all ranks, outside of "
-        "a tf.function"
+        "To wait for the others after the last step, call hvd.allreduce(tf.zeros(1)) on all ranks, outside "
+        "of a tf.function"
     )
