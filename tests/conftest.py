@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import preloaded
 import pytest
 
 collect_ignore = []
@@ -13,9 +14,12 @@ if not has_torch:
 
 
 def pytest_report_header():
-    """Says what is left out, lest it be taken for passed."""
-    names = ", ".join(Path(path).name for path in collect_ignore)
-    return f"without torch, these are left out: {names}" if collect_ignore else None
+    """Says what is left out, lest it be taken for passed, and what a failure may depend on."""
+    lines = [f"TEST_HASH_SEED={preloaded.SEED}"]
+    if collect_ignore:
+        names = ", ".join(Path(path).name for path in collect_ignore)
+        lines.append(f"without torch, these are left out: {names}")
+    return lines
 
 
 def pytest_collection_modifyitems(items):

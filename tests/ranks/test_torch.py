@@ -63,7 +63,7 @@ def test_checks_on_every_rank(ranks, controller, share, checks, selection):
 def test_exchange_by_hosts(controller, selection):
     """On ranks that believe to be on two hosts, taking turns; tests/hosts has real hosts."""
     hosts = {"TEST_HOSTS": "2", "TEST_EXCHANGES": "hierarchical"}
-    run_checks(4, controller, "torch", selection, TEST_SHARE=OTHER_HALF, **hosts)
+    run_checks(4, controller, "torch", selection, **hosts)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 The first rank of each host prints the bytes that its host has received meanwhile.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+import horovod.torch as hvd
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "torch_fashion_mnist.py"
 OPTIONS = ["--epochs", "1", "--limit", "3200", "--batch-size", "16"]  # 50 steps of 4 ranks
 
 
@@ -17,16 +20,17 @@ def received():
 
 
 def main():
-    sys.path.insert(0, str(EXAMPLES))
-    import torch_fashion_mnist
-    from torch_fashion_mnist import hvd
-
+    sys.path.insert(0, str(EXAMPLE.parent))
+    hvd.init()
     for gradients in sys.argv[1:]:
-        hvd.init()
         hvd.barrier()
         before = received()
-        sys.argv[1:] = [*OPTIONS, "--compression", gradients]
-        torch_fashion_mnist.main()
+        sys.argv[:] = [str(EXAMPLE), *OPTIONS, "--compression", gradients]
+        try:
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
         hvd.barrier()
         if hvd.local_rank() == 0:
             sys.stdout.write(f"<{gradients} {received() - before}>\n")

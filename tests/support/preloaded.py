@@ -7,8 +7,8 @@ server, passes signals on, and ends as the forked process does.
 
 What Python and the modules read from the environment when they start is the server's. Where that matters,
 take ``sys.executable``. Ranks with odd numbers have another server, whose Python hashes strings with another
-seed: an order that depends on hashes must not be the same on all ranks by chance. The two seeds are fixed, so
-that a failure comes again.
+seed: an order that depends on hashes must not be the same on all ranks by chance. The seeds differ from run
+to run, unless ``TEST_HASH_SEED`` says which: the report's header has it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 
+SEED = int(os.environ.get("TEST_HASH_SEED") or int.from_bytes(os.urandom(2), "big"))
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -47,7 +48,7 @@ def _start(modules, environment):
             listener.listen(64)
             descriptor = listener.fileno()
             command = [sys.executable, __file__, "--serve", str(descriptor), *modules]
-            seeded = {**environment, "PYTHONHASHSEED": str(1 + parity)}
+            seeded = {**environment, "PYTHONHASHSEED": str(2 * SEED + parity)}
             servers.append(subprocess.Popen(command, env=seeded, pass_fds=[descriptor], **where))
     return folder, servers
 
