@@ -189,7 +189,8 @@ def test_the_doctor_does_not_wait_for_ever(controller, tmp_path):
     """For a rank that does something else; then it says what it knows."""
     need("torch")
     found = tmp_path / "found.json"
-    other = f"until [ -s {found} ]; do sleep 0.1; done"  # and what ends before would end the job
+    # Ends when the other has written: before that, its end would be the job's.
+    other = f"timeout 120 sh -c 'until [ -s {found} ]; do sleep 0.1; done; sleep 1'"
     script = f'case "${{HOROVOD_RANK:-$OMPI_COMM_WORLD_RANK}}" in 1) {other};; *) exec "$@";; esac'
     doctor = [*python("torch"), *DOCTOR[1:]]
     command = ["sh", "-c", script, "sh", *doctor, "--patience", "3", "--json", str(found)]

@@ -26,9 +26,7 @@ def keep_share(items):
             kept += group
         else:
             diagonals = map(sum, zip(*varying, strict=True))
-            kept += [
-                item for item, one in zip(group, diagonals, strict=True) if one % shares == number % shares
-            ]
+            kept += [item for item, one in zip(group, diagonals, strict=True) if one % shares == number]
     items[:] = kept
 
 

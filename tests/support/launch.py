@@ -56,7 +56,7 @@ def sleeping():
     library = f"{folder}/sched_yield.so"
     source = TESTS / "support" / "sched_yield.c"
     command = [compiler, "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", source, "-o", library]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         warnings.warn(f"ranks take more time, as {source} was not compiled: {done.stderr}", stacklevel=2)
         return {}

@@ -21,6 +21,7 @@ import socket
 import sys
 
 SEED = int(os.environ.get("TEST_HASH_SEED") or int.from_bytes(os.urandom(2), "big"))
+os.environ["TEST_HASH_SEED"] = str(SEED)  # for processes that start servers of their own
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
